@@ -1,0 +1,31 @@
+"""What can go wrong, said in one line: what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class PrismGgufError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InvalidModelError(PrismGgufError):
+    """A file or checkpoint that cannot be read as a causal language model."""
+
+
+class IncompatibleModelsError(PrismGgufError):
+    """A reference and a candidate that cannot be compared (vocabulary, tokenizer, hidden width)."""
+
+
+class InvalidTextError(PrismGgufError):
+    """Evaluation text that is missing, unreadable or too short."""
+
+
+class RuntimeFailureError(PrismGgufError):
+    """A model that was loaded but did not run: a failed decode, undefined hidden states, a crashed process."""
+
+
+class UndefinedMetricError(PrismGgufError):
+    """A quantity that has no value for the given data, such as the similarity to an all-zero matrix."""
+
+
+class InvalidProfileError(PrismGgufError):
+    """A quantization profile that names unknown types or misses required keys."""
