@@ -1,0 +1,115 @@
+"""Per-token divergence between the reference's and the candidate's next-token distributions, vocabulary chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from prism_gguf.errors import UndefinedMetricError
+
+
+@dataclass(frozen=True)
+class TokenDivergence:
+    """One value per scored token, n of each.
+
+    Attributes:
+        kld: KLD(reference ‖ candidate) over the vocabulary, nats, float64.
+        nll_reference, nll_candidate: −ln p of the token that follows, nats, float64.
+        same_top: whether both find the same token most likely.
+    """
+
+    kld: np.ndarray
+    nll_reference: np.ndarray
+    nll_candidate: np.ndarray
+    same_top: np.ndarray
+
+    @staticmethod
+    def concatenate(parts: list[TokenDivergence]) -> TokenDivergence:
+        names = ("kld", "nll_reference", "nll_candidate", "same_top")
+        return TokenDivergence(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+
+
+class _Softmax:
+    """A softmax over a vocabulary that arrives in chunks: running maximum, sum, best token and target logit per row."""
+
+    def __init__(self, targets: torch.Tensor) -> None:
+        n = len(targets)
+        self._targets = targets
+        self.peak = torch.full((n,), -torch.inf)
+        self.sum = torch.zeros(n, dtype=torch.float64)
+        self.top = torch.zeros(n, dtype=torch.int64)
+        self._target_logit = torch.zeros(n, dtype=torch.float64)
+
+    def add(self, start: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take logits (n, c) of tokens from ``start`` on; give exponentials over the new peak, and the old sums' factor."""
+        values, indices = logits.max(dim=1)
+        better = values > self.peak
+        self.top = torch.where(better, indices + start, self.top)
+        peak = torch.where(better, values, self.peak)
+        factor = torch.exp((self.peak - peak).double())
+        self.peak = peak
+        exponentials = torch.exp(logits - peak[:, None])
+        self.sum = self.sum * factor + exponentials.sum(1)
+        here = self._targets - start
+        inside = (here >= 0) & (here < logits.shape[1])
+        picked = logits.gather(1, here.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
+        self._target_logit = torch.where(inside, picked, self._target_logit)
+        return exponentials, factor
+
+    @property
+    def log_sum(self) -> torch.Tensor:
+        return self.peak.double() + torch.log(self.sum)
+
+    @property
+    def nll(self) -> torch.Tensor:
+        return self.log_sum - self._target_logit
+
+
+def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], targets: np.ndarray) -> TokenDivergence:
+    """Divergence of n positions from logits that arrive in vocabulary chunks.
+
+    KLD = Σ p_T (l_T − l_P) − (ln Σ exp l_T − ln Σ exp l_P), the sums kept in float64 relative to running maxima.
+
+    Args:
+        chunks: (start, reference logits (n, c), candidate logits (n, c)), float32, covering the vocabulary in order.
+        targets: token that follows each position, (n,) int.
+
+    Raises:
+        UndefinedMetricError: a logit is NaN or infinite.
+    """
+    ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
+    reference, candidate = _Softmax(ids), _Softmax(ids)
+    weighted = torch.zeros(len(ids), dtype=torch.float64)
+    for start, l_t, l_p in chunks:
+        exponentials, factor = reference.add(start, l_t)
+        candidate.add(start, l_p)
+        weighted = weighted * factor + torch.linalg.vecdot(exponentials, l_t - l_p)
+    kld = weighted / reference.sum - (reference.log_sum - candidate.log_sum)
+    if not bool(torch.isfinite(kld).all()):
+        raise UndefinedMetricError("logits hold NaN or infinite values: the divergence is undefined")
+    return TokenDivergence(
+        kld.numpy(), reference.nll.numpy(), candidate.nll.numpy(), (reference.top == candidate.top).numpy()
+    )
+
+
+def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None]:
+    """Mean over tokens, and its standard error with tokens of one window taken as dependent (CR1).
+
+    Args:
+        values: one value per token, (n,).
+        clusters: the window of each token, (n,) int.
+
+    Returns:
+        (mean, standard error); the error is None with a single window, where it is undefined.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    labels, index = np.unique(clusters, return_inverse=True)
+    if len(labels) < 2:
+        return mean, None
+    sums = np.bincount(index, weights=values - mean)
+    correction = len(labels) / (len(labels) - 1)
+    return mean, float(np.sqrt(correction * float(np.square(sums).sum())) / len(values))
