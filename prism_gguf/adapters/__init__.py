@@ -1,0 +1,62 @@
+"""One small protocol for every runtime: who the model is, how it reads text, its head, its final hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from prism_gguf.output_head import OutputHead
+from prism_gguf.text import Vocabulary
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a model is, as far as a comparison needs to know and a result has to say."""
+
+    path: str
+    kind: str  # "huggingface" or "gguf"
+    architecture: str
+    dtype: str  # storage type of a checkpoint, ftype of a GGUF
+    hidden_size: int
+    vocab_size: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class WindowStates:
+    """What a model computed at the scored positions ``[start, stop)`` of one token window.
+
+    Attributes:
+        start, stop: positions within the window.
+        hidden: (stop − start, d) float32, exactly what enters the output head.
+        logits: (stop − start, V) float32 as the runtime computed them, where they were asked for. It may be a view of
+            memory that the next step overwrites: use it before asking for more.
+    """
+
+    start: int
+    stop: int
+    hidden: np.ndarray
+    logits: np.ndarray | None
+
+
+class Model(Protocol):
+    """A loaded model. Use it as a context manager: leaving it frees native memory."""
+
+    @property
+    def identity(self) -> ModelIdentity: ...
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def output_head(self) -> OutputHead: ...
+
+    def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
+        """Run one window of token ids (n,) int32; yield the states of positions first_scored … n − 2 in order."""
+        ...
+
+    def __enter__(self) -> Model: ...
+
+    def __exit__(self, *exc: object) -> None: ...

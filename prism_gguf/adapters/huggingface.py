@@ -1,0 +1,243 @@
+"""The reference as published: a Hugging Face checkpoint through transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from prism_gguf.adapters import ModelIdentity, WindowStates
+from prism_gguf.errors import InvalidModelError, RuntimeFailureError
+from prism_gguf.output_head import LogitTransform, OutputHead
+from prism_gguf.text import Vocabulary
+
+_PROBE = "The quick brown fox jumps over the lazy dog."
+# Z·Hᵀ and the model's own logits are the same float32 product, up to the order of summation.
+_MAX_PROBE_ERROR = 1e-4
+
+
+class _HeadReached(Exception):
+    """Stops a forward pass in front of the output head, whose product nobody asked for."""
+
+
+class Float32Compute(TorchFunctionMode):
+    """Computes in float32 with weights kept as stored.
+
+    fp16 matrix products are slow (and imprecise) on CPUs, and a float32 copy of the weights would double their memory.
+    Element-wise operations promote by themselves; embeddings are widened, and products get widened operands.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.embedding:
+            return func(*args, **kwargs).float()
+        if func in _PRODUCTS:
+            args = tuple(_widen(a) for a in args)
+            kwargs = {k: _widen(v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_PRODUCTS: set[Callable] = {
+    torch.nn.functional.linear,
+    torch.nn.functional.layer_norm,
+    torch.nn.functional.rms_norm,
+    torch.nn.functional.conv1d,
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.Tensor.mm,
+    torch.Tensor.bmm,
+    torch.conv1d,
+}
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_widen(v) for v in value)
+    return value
+
+
+def _logit_transform(config: Any) -> LogitTransform:
+    """The transform that a checkpoint's config announces; the adapter then proves it on the loaded model."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    multiplier = getattr(config, "lm_head_multiplier", None)  # Falcon-H1
+    return LogitTransform(
+        scale=float(scale or multiplier or 1.0) / float(divisor or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
+    )
+
+
+class HuggingFaceModel:
+    """A checkpoint directory or hub id, safetensors only, computing in float32 on the CPU.
+
+    Raises:
+        InvalidModelError: not found, not readable, not a causal language model, or one whose head this adapter cannot
+            reproduce (see ``_prove_head``).
+    """
+
+    def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
+        self._path = str(path)
+        try:
+            with _quiet_transformers():
+                config = AutoConfig.from_pretrained(self._path, trust_remote_code=trust_remote_code)
+                self._tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=trust_remote_code)
+                model = AutoModelForCausalLM.from_pretrained(
+                    self._path,
+                    dtype="auto",
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    # The grouped kernels narrow activations to the weights' dtype.
+                    experts_implementation="eager",
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            # transformers says what it missed in many lines; the first tells.
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InvalidModelError(f"{self._path}: transformers cannot load it as a causal LM: {reason}") from error
+        self._model = model.eval()
+        self._head = self._model.get_output_embeddings()
+        if self._head is None or not hasattr(self._head, "weight"):
+            raise InvalidModelError(f"{self._path}: {type(self._model).__name__} has no output head")
+        self._config = config
+        self._transform = _logit_transform(config)
+        self._states: torch.Tensor | None = None
+        self._stop = False
+        self._hook = self._head.register_forward_pre_hook(self._on_head)
+        self._prove_head()
+
+    def _on_head(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
+        self._states = args[0].detach()
+        if self._stop:
+            raise _HeadReached
+
+    @torch.no_grad()
+    def _forward(self, tokens: torch.Tensor, *, head: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Final states (n, d) float32 of one sequence (n,), and its logits (n, V) where the head shall run."""
+        self._stop = not head
+        logits = None
+        with Float32Compute(), contextlib.suppress(_HeadReached):
+            logits = self._model(input_ids=tokens[None], use_cache=False).logits[0].float()
+        if self._states is None:
+            raise RuntimeFailureError(f"{self._path}: the forward pass never reached the output head")
+        states = self._states
+        self._states = None
+        return states.reshape(-1, states.shape[-1]).float(), logits
+
+    def _prove_head(self) -> None:
+        """Check on a short prompt that transformed ``Z Hᵀ`` is what the model calls its logits.
+
+        Raises:
+            InvalidModelError: it is not; the architecture does something between states and logits we do not know.
+        """
+        tokens = torch.from_numpy(self.tokenize(_PROBE)[:16].astype(np.int64))
+        states, logits = self._forward(tokens, head=True)
+        if not torch.isfinite(states).all():
+            raise RuntimeFailureError(
+                f"{self._path}: undefined (NaN or infinite) hidden states; the weights are damaged"
+            )
+        assert logits is not None
+        made = self.output_head().all_logits(states)
+        if made.shape != logits.shape:
+            raise InvalidModelError(f"{self._path}: head gives {made.shape[1]} logits, the model {logits.shape[1]}")
+        error = float((made - logits).norm() / logits.norm())
+        if not error < _MAX_PROBE_ERROR:
+            raise InvalidModelError(
+                f"{self._path}: hidden states times output head miss the model's own logits by {error:.2%} "
+                f"({type(self._model).__name__}); its logit transform is not supported"
+            )
+
+    @property
+    def identity(self) -> ModelIdentity:
+        weight = self._head.weight
+        return ModelIdentity(
+            path=self._path,
+            kind="huggingface",
+            architecture=type(self._model).__name__,
+            dtype=str(weight.dtype).removeprefix("torch."),
+            hidden_size=weight.shape[1],
+            vocab_size=weight.shape[0],
+            tied=weight is self._model.get_input_embeddings().weight,
+        )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        special = self._tokenizer("a")["input_ids"]
+        bos = self._tokenizer.bos_token_id
+        wants_bos = bos is not None and special[:1] == [bos] and plain[:1] != [bos]
+        return Vocabulary(
+            tokenize=self.tokenize,
+            piece=lambda token: self._tokenizer.decode([token]),
+            n_tokens=len(self._tokenizer),
+            bos=bos if wants_bos else None,
+        )
+
+    def tokenize(self, text: str) -> np.ndarray:
+        """Token ids (n,) int32 of ``text``; markup of special tokens in it is read as plain text."""
+        # verbose=False: a text longer than the model's context is what we cut into windows, not a mistake.
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return np.array(ids, dtype=np.int32)
+
+    def output_head(self) -> OutputHead:
+        weight = self._head.weight.detach()
+        bias = getattr(self._head, "bias", None)
+        return OutputHead(
+            tensor=next(name for name, p in self._model.named_parameters() if p is self._head.weight),
+            type=str(weight.dtype).removeprefix("torch."),
+            n_rows=weight.shape[0],
+            width=weight.shape[1],
+            read_rows=lambda start, stop: weight[start:stop].float().numpy(),
+            bias=None if bias is None else bias.detach().float().numpy(),
+            transform=self._transform,
+        )
+
+    def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
+        """Run one window; yield the states of its scored positions (see ``adapters.Model``)."""
+        # The last token's successor lies outside the window: nothing is scored there.
+        states, all_logits = self._forward(torch.from_numpy(tokens[:-1].astype(np.int64)), head=logits)
+        hidden = states[first_scored:].numpy()
+        if not np.isfinite(hidden).all():
+            raise RuntimeFailureError(f"{self._path}: undefined (NaN or infinite) hidden states")
+        shown = None if all_logits is None else all_logits[first_scored:].numpy()
+        yield WindowStates(first_scored, len(tokens) - 1, hidden, shown)
+
+    def close(self) -> None:
+        self._hook.remove()
+
+    def __enter__(self) -> HuggingFaceModel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No advice and no progress bars from transformers while it loads; errors still raise."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

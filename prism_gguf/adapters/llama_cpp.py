@@ -1,0 +1,318 @@
+"""GGUF models through llama-cpp-python's low-level API, as llama.cpp really runs them."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as C
+import numpy as np
+import psutil
+import torch
+from gguf import GGMLQuantizationType
+
+from prism_gguf.adapters import ModelIdentity, WindowStates, ggml
+from prism_gguf.errors import InvalidModelError, RuntimeFailureError
+from prism_gguf.gguf_file import GgufFile
+from prism_gguf.output_head import LogitTransform, OutputHead
+from prism_gguf.text import Vocabulary
+
+# llama.cpp keeps logits of a whole batch: outputs × V × 4 bytes. Batches shrink so that this stays below the bound.
+_MAX_LOGIT_BYTES = 256 * 2**20
+_MAX_BATCH = 512
+# The graph node that enters the head (llama.cpp's src/models/*.cpp name it so in every causal architecture).
+_FINAL_STATES = "result_norm"
+# Z·Hᵀ with dequantized rows differs from runtime logits by the quantized head's kernel, which rounds activations to
+# 8 bits: a few per mille of the logits' norm. A wrong tensor or a missed transform is off by far more than this.
+_MAX_HEAD_DISAGREEMENT = 0.05
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How llama.cpp runs a model.
+
+    Attributes:
+        threads: None takes the physical cores.
+        n_gpu_layers: None leaves llama.cpp's own default (everything, where it was built with a GPU backend).
+        cache_type_k, cache_type_v: ggml type names of the KV cache, such as ``f16`` or ``q8_0``.
+    """
+
+    threads: int | None = None
+    n_gpu_layers: int | None = None
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+
+    @property
+    def n_threads(self) -> int:
+        return self.threads or psutil.cpu_count(logical=False) or 1
+
+
+_LOG_LEVEL_DEBUG = 1  # ggml.h: a line for every node of every graph
+
+
+class NativeLog:
+    """Passes llama.cpp's log lines to ``sys.stderr`` and keeps the last of them for error messages.
+
+    In a worker process stderr is a file that outlives an abort, unless the user asked to see it.
+    """
+
+    def __init__(self, *, keep: int = 40) -> None:
+        self._lines: deque[str] = deque(maxlen=keep)
+        # ctypes callbacks must outlive their registration: llama.cpp keeps only the pointer.
+        self._callback = C.llama_log_callback(self._receive)
+        C.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _receive(self, level: int, text: bytes, _: Any) -> None:
+        if level == _LOG_LEVEL_DEBUG:
+            return
+        line = text.decode("utf-8", "replace")
+        sys.stderr.write(line)
+        if line.strip(". \n"):
+            self._lines.append(line.strip())
+
+    def clear(self) -> None:
+        self._lines.clear()
+
+    def reason(self) -> str:
+        """The line that most likely says why: the last one that speaks of an error, else the last one."""
+        errors = [line for line in self._lines if "error" in line.lower() or "fail" in line.lower()]
+        # llama.cpp goes on to say "failed to load model" after the line that says why.
+        telling = [line for line in errors if not line.endswith("failed to load model")] or errors
+        return (telling or list(self._lines) or ["llama.cpp gave no reason"])[0 if telling else -1]
+
+
+_log: NativeLog | None = None
+
+
+def native_log() -> NativeLog:
+    """The process's one log sink, installed at first use; llama.cpp's logger is global."""
+    global _log
+    if _log is None:
+        C.llama_backend_init()
+        _log = NativeLog()
+    return _log
+
+
+def _logit_transform(gguf: GgufFile) -> LogitTransform:
+    """The transform that llama.cpp's graph applies after the head (src/models/*.cpp)."""
+    scale = gguf.metadata(f"{gguf.architecture}.logit_scale")
+    softcap = gguf.metadata(f"{gguf.architecture}.final_logit_softcapping")
+    factor = float(scale) if scale else 1.0
+    return LogitTransform(
+        scale=1.0 / factor if gguf.architecture.startswith("granite") else factor,
+        softcap=float(softcap) if softcap else None,
+    )
+
+
+def gguf_output_head(gguf: GgufFile) -> OutputHead:
+    """The output head of a GGUF, dequantized chunk by chunk from the mapped file."""
+    tensor = gguf.head_tensor
+    return OutputHead(
+        tensor=tensor.name,
+        type=tensor.type,
+        n_rows=gguf.vocab_size,
+        width=gguf.hidden_size,
+        read_rows=gguf.head_rows,
+        bias=gguf.head_bias(),
+        transform=_logit_transform(gguf),
+    )
+
+
+class LlamaCppModel:
+    """A GGUF loaded into llama.cpp, with a context for windows of ``n_ctx`` tokens.
+
+    Raises:
+        InvalidModelError: llama.cpp cannot load the file.
+        RuntimeFailureError: the context cannot be made, a decode fails, or states are undefined (NaN).
+    """
+
+    def __init__(self, path: str | Path, *, n_ctx: int, options: RuntimeOptions | None = None) -> None:
+        self.gguf = GgufFile(path)
+        self._options = options or RuntimeOptions()
+        self._log = native_log()
+        self._log.clear()
+        self._model: Any = None
+        self._ctx: Any = None
+        self._callback: Any = None
+        self._hidden: list[np.ndarray] = []
+        self._callback_error: Exception | None = None
+        self._head_checked = False
+        try:
+            self._load(n_ctx)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, n_ctx: int) -> None:
+        params = C.llama_model_default_params()
+        if self._options.n_gpu_layers is not None:
+            params.n_gpu_layers = self._options.n_gpu_layers
+        # The plain CPU kernels, on mapped weights. llama.cpp's repacked weight buffers (AMX, CPU_REPACK) cost a copy of the
+        # weights, and on CPUs with AMX they segfault in the first decode (ggml-org/llama.cpp issue 20824; seen here too).
+        params.use_extra_bufts = False
+        path = str(self.gguf.path).encode()
+        self._model = C.llama_model_load_from_file(path, params)
+        if not self._model:
+            raise InvalidModelError(f"{self.gguf.path}: llama.cpp cannot load it: {self._log.reason()}")
+        self._vocab = C.llama_model_get_vocab(self._model)
+        self.n_vocab = int(C.llama_vocab_n_tokens(self._vocab))
+        trained = int(C.llama_model_n_ctx_train(self._model))
+        if n_ctx > trained:
+            raise InvalidModelError(
+                f"{self.gguf.path}: was trained for a context of {trained} tokens; use --n-ctx {trained} or less"
+            )
+        self._n_batch = max(16, min(n_ctx, _MAX_BATCH, _MAX_LOGIT_BYTES // (4 * self.n_vocab)))
+        self._ctx = C.llama_init_from_model(self._model, self._context_params(n_ctx))
+        if not self._ctx:
+            raise RuntimeFailureError(f"{self.gguf.path}: llama.cpp cannot make a context: {self._log.reason()}")
+
+    def _context_params(self, n_ctx: int) -> Any:
+        options = self._options
+        params = C.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = self._n_batch
+        params.n_threads = params.n_threads_batch = options.n_threads
+        params.type_k = GGMLQuantizationType[options.cache_type_k.upper()].value
+        params.type_v = GGMLQuantizationType[options.cache_type_v.upper()].value
+        params.no_perf = True
+        self._callback = C.ggml_backend_sched_eval_callback(self._on_node)
+        params.cb_eval = self._callback
+        return params
+
+    def _on_node(self, tensor: int, ask: bool, _: Any) -> bool:
+        """Called for every graph node: first asked whether we want to see it, then shown it."""
+        if ggml.tensor_name(tensor) != _FINAL_STATES:
+            return not ask
+        if not ask:
+            try:
+                self._hidden.append(ggml.read_float32(tensor, self.gguf.hidden_size))
+            except Exception as error:  # an exception must not cross into C; it is raised after the decode
+                self._callback_error = error
+        return True
+
+    @property
+    def identity(self) -> ModelIdentity:
+        gguf = self.gguf
+        return ModelIdentity(
+            path=str(gguf.path),
+            kind="gguf",
+            architecture=gguf.architecture,
+            dtype=gguf.ftype or gguf.head_tensor.type,
+            hidden_size=gguf.hidden_size,
+            vocab_size=gguf.vocab_size,
+            tied=gguf.tied,
+        )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        wants_bos = bool(C.llama_vocab_get_add_bos(self._vocab))
+        return Vocabulary(
+            tokenize=self.tokenize,
+            piece=self.piece,
+            n_tokens=self.gguf.n_vocab_tokens or self.n_vocab,
+            bos=int(C.llama_vocab_bos(self._vocab)) if wants_bos else None,
+        )
+
+    def tokenize(self, text: str) -> np.ndarray:
+        """Token ids (n,) int32 of ``text``; markup of special tokens in it is read as plain text."""
+        data = text.encode("utf-8")
+        buffer = np.empty(len(data) + 8, dtype=np.int32)
+        pointer = buffer.ctypes.data_as(ctypes.POINTER(C.llama_token))
+        n = C.llama_tokenize(self._vocab, data, len(data), pointer, len(buffer), False, False)
+        if n < 0:
+            raise RuntimeFailureError(f"{self.gguf.path}: llama.cpp cannot tokenize the text (code {n})")
+        return buffer[:n].copy()
+
+    def piece(self, token: int) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        n = C.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[: max(n, 0)].decode("utf-8", "replace")
+
+    def output_head(self) -> OutputHead:
+        return gguf_output_head(self.gguf)
+
+    def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
+        """Decode one window; yield states of the scored positions, batch by batch (see ``adapters.Model``)."""
+        C.llama_memory_clear(C.llama_get_memory(self._ctx), True)
+        last = len(tokens) - 1  # its successor lies outside the window, so it is not scored
+        for begin in range(0, last, self._n_batch):
+            end = min(begin + self._n_batch, last)
+            start = max(begin, first_scored)
+            hidden, runtime_logits = self._decode(tokens[begin:end], begin, start)
+            if start < end:
+                self._check(hidden, runtime_logits, start)
+                yield WindowStates(start, end, hidden, runtime_logits if logits else None)
+
+    def _decode(self, tokens: np.ndarray, begin: int, first_output: int) -> tuple[np.ndarray, np.ndarray]:
+        """Run one batch; states (m, d) and logits (m, V) of its positions from ``first_output`` on."""
+        n = len(tokens)
+        n_outputs = max(0, begin + n - first_output)
+        batch = C.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            np.ctypeslib.as_array(batch.token, (n,))[:] = tokens
+            np.ctypeslib.as_array(batch.pos, (n,))[:] = np.arange(begin, begin + n)
+            np.ctypeslib.as_array(batch.n_seq_id, (n,))[:] = 1
+            for i in range(n):
+                batch.seq_id[i][0] = 0
+            np.ctypeslib.as_array(batch.logits, (n,))[:] = np.arange(begin, begin + n) >= first_output
+            self._hidden.clear()
+            self._callback_error = None
+            code = C.llama_decode(self._ctx, batch)
+        finally:
+            C.llama_batch_free(batch)
+        if code != 0:
+            raise RuntimeFailureError(
+                f"{self.gguf.path}: llama.cpp failed to decode (code {code}): {self._log.reason()}"
+            )
+        if self._callback_error is not None:
+            raise RuntimeFailureError(f"{self.gguf.path}: {self._callback_error}") from self._callback_error
+        if n_outputs == 0:
+            empty = np.empty((0, 0), dtype=np.float32)
+            return empty, empty
+        hidden = np.concatenate(self._hidden) if self._hidden else np.empty((0, 0), dtype=np.float32)
+        if len(hidden) != n_outputs:
+            raise RuntimeFailureError(
+                f"{self.gguf.path}: llama.cpp's graph of architecture '{self.gguf.architecture}' gave {len(hidden)} "
+                f"states named {_FINAL_STATES} for {n_outputs} tokens; this architecture is not supported"
+            )
+        return hidden, np.ctypeslib.as_array(C.llama_get_logits(self._ctx), (n_outputs, self.n_vocab))
+
+    def _check(self, hidden: np.ndarray, logits: np.ndarray, start: int) -> None:
+        if not np.isfinite(hidden).all():
+            raise RuntimeFailureError(
+                f"{self.gguf.path}: undefined (NaN or infinite) hidden states from position {start} on; "
+                "the weights are damaged, or their type overflows"
+            )
+        if self._head_checked:
+            return
+        # The adapter proves itself once: these states, through this head and transform, are the runtime's logits.
+        few = min(4, len(hidden))
+        made = self.output_head().all_logits(torch.from_numpy(hidden[:few])).numpy()
+        error = float(np.linalg.norm(made - logits[:few]) / np.linalg.norm(logits[:few]))
+        if not error < _MAX_HEAD_DISAGREEMENT:
+            raise RuntimeFailureError(
+                f"{self.gguf.path}: hidden states times output head miss llama.cpp's logits by {error:.1%} "
+                f"(architecture '{self.gguf.architecture}'); this architecture's logit transform is not supported"
+            )
+        self._head_checked = True
+
+    def close(self) -> None:
+        """Free native memory; safe to call twice."""
+        if self._ctx:
+            C.llama_free(self._ctx)
+            self._ctx = self._callback = None  # the callback holds us: without it we go when our last user does
+        if self._model:
+            C.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> LlamaCppModel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

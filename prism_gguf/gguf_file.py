@@ -1,0 +1,333 @@
+"""A GGUF as data: its tensors, types, output head, size and provenance, read without running the model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
+
+from prism_gguf.errors import InvalidModelError
+
+# Architectures that llama.cpp runs but that predict no next token.
+_NOT_CAUSAL = {
+    "bert",
+    "clip",
+    "dflash-draft",
+    "gemma-embedding",
+    "jina-bert-v2",
+    "jina-bert-v3",
+    "modern-bert",
+    "neo-bert",
+    "nomic-bert",
+    "nomic-bert-moe",
+    "t5encoder",
+    "wavtokenizer-dec",
+}
+
+# llama.cpp's src/llama-quant.cpp, tensor_type_fallback: the type it takes when rows are not a multiple of the wanted
+# type's block, and which wanted types that taken type stands for.
+_FALLBACK_STANDS_FOR = {
+    "IQ4_NL": ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"),
+    "Q4_0": ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"),
+    "Q5_0": ("Q4_K",),
+    "Q5_1": ("Q5_K",),
+    "Q8_0": ("Q6_K",),
+}
+
+_FTYPE_NAMES = {
+    member.value: member.name.removeprefix("MOSTLY_").removeprefix("ALL_").replace("_XXSC", "")
+    for member in LlamaFileType
+}
+_NAME_PATTERN = re.compile(
+    r"(?:^|[-._ ])((?:I?Q\d_(?:K_(?:XXS|XS|S|M|L|XL)|K|XXS|XS|S|M|NL|[01]))|BF16|F16|F32|TQ[12]_0|MXFP4(?:_MOE)?)"
+    r"(?=$|[-._ ])",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a GGUF. ``shape`` is in row-major order: (rows, row width)."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row_width(self) -> int:
+        return self.shape[-1]
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor that could not take the type its file's ftype stands for."""
+
+    tensor: str
+    type: str
+    wanted: tuple[str, ...]
+    row_width: int
+    block_size: int
+
+    @property
+    def reason(self) -> str:
+        return f"rows of {self.row_width} are not a multiple of {self.block_size}"
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """What llama-quantize recorded of the importance matrix it was given."""
+
+    file: str | None
+    dataset: str | None
+    entries: int | None
+    chunks: int | None
+
+
+def _field_value(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def split_parts(path: Path) -> list[Path]:
+    """All files of a split GGUF in order (``NAME-00001-of-00003.gguf`` …), or ``[path]`` for a whole one.
+
+    Raises:
+        InvalidModelError: ``path`` is not the first part, or a part is missing.
+    """
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None:
+        return [path]
+    prefix, number, count = match[1], int(match[2]), int(match[3])
+    if number != 1:
+        raise InvalidModelError(f"{path}: part {number} of a split GGUF; name the first part ({prefix}-00001-of-…)")
+    parts = [path.with_name(f"{prefix}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    missing = [p.name for p in parts if not p.is_file()]
+    if missing:
+        raise InvalidModelError(f"{path}: split GGUF with missing parts: {', '.join(missing)}")
+    return parts
+
+
+class _FastReader(GGUFReader):
+    """gguf-py's reader, with arrays read in one pass.
+
+    The original makes several numpy views for each token, merge and score of a vocabulary: seconds for 50,000 tokens.
+    """
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        item_type, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        kind = GGUFValueType(int(item_type[0]))
+        if kind in self.gguf_scalar_to_np:
+            values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], int(count[0]))
+            if len(values) != count[0]:
+                raise ValueError("an array runs past the end of the file")
+            return 12 + values.nbytes, [item_type, count, values], [2], [GGUFValueType.ARRAY, kind]
+        if kind != GGUFValueType.STRING:
+            return super()._get_field_parts(orig_offs, raw_type)
+        order: Literal["little", "big"] = "little" if self.endianess == GGUFEndian.LITTLE else "big"
+        data, at = memoryview(self.data), orig_offs + 12
+        parts: list[Any] = [item_type, count]
+        for _ in range(int(count[0])):
+            length = int.from_bytes(data[at : at + 8], order)
+            parts.append(data[at + 8 : at + 8 + length])
+            at += 8 + length
+            if at > len(data):
+                raise ValueError("an array of strings runs past the end of the file")
+        return at - orig_offs, parts, list(range(2, len(parts))), [GGUFValueType.ARRAY, GGUFValueType.STRING]
+
+
+class GgufFile:
+    """A causal language model's GGUF (or all parts of a split one), memory-mapped.
+
+    Raises:
+        InvalidModelError: the file is missing, truncated, not a GGUF, or not a causal language model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.is_dir():
+            raise InvalidModelError(f"{self.path}: is a folder; name a .gguf file")
+        if not self.path.is_file():
+            raise InvalidModelError(f"{self.path}: no such file")
+        self.parts = split_parts(self.path)
+        self._readers = [self._open(part) for part in self.parts]
+        self._tensors = {t.name: t for reader in self._readers for t in reader.tensors}
+        self._check_causal()
+
+    @staticmethod
+    def _open(path: Path) -> GGUFReader:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InvalidModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+        try:
+            return _FastReader(path)
+        except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, RuntimeError) as error:
+            # gguf-py maps the file and reads past its end when it was cut short; numpy then says so in its own words.
+            raise InvalidModelError(
+                f"{path}: cannot be read as GGUF, probably truncated or damaged: download or make it again "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def _check_causal(self) -> None:
+        kind = self.metadata("general.type")
+        if kind not in (None, "model"):
+            raise InvalidModelError(f"{self.path}: holds a {kind}, not a language model; name the model's own GGUF")
+        if not self.architecture:
+            raise InvalidModelError(f"{self.path}: has no general.architecture, so llama.cpp cannot run it")
+        causal = self.metadata(f"{self.architecture}.attention.causal")
+        if self.architecture in _NOT_CAUSAL or causal is False:
+            raise InvalidModelError(
+                f"{self.path}: architecture '{self.architecture}' is no causal language model "
+                "(an embedding, vision or encoder file); there is no next token to compare"
+            )
+        if "token_embd.weight" not in self._tensors:
+            raise InvalidModelError(f"{self.path}: has no token_embd.weight, so it is no complete language model")
+
+    def metadata(self, key: str) -> Any:
+        """A metadata value, or None where the file has no such key."""
+        return _field_value(self._readers[0], key)
+
+    @cached_property
+    def architecture(self) -> str:
+        return str(self.metadata("general.architecture") or "")
+
+    @cached_property
+    def hidden_size(self) -> int:
+        """Width of the final hidden states, which is the head's row width."""
+        return self.head_tensor.row_width
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows of the output head, padding rows included."""
+        return self.head_tensor.shape[0]
+
+    @cached_property
+    def tensors(self) -> list[TensorInfo]:
+        return [self._info(t.name) for t in self._tensors.values()]
+
+    def _info(self, name: str) -> TensorInfo:
+        tensor = self._tensors[name]
+        shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
+        return TensorInfo(name, tensor.tensor_type.name, shape, int(tensor.n_bytes))
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the token embedding serves as output head too."""
+        return "output.weight" not in self._tensors
+
+    @cached_property
+    def head_tensor(self) -> TensorInfo:
+        return self._info("token_embd.weight" if self.tied else "output.weight")
+
+    def head_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the output head, dequantized: (stop − start, hidden size) float32."""
+        tensor = self._tensors[self.head_tensor.name]
+        return dequantize(tensor.data[start:stop], tensor.tensor_type)
+
+    def head_bias(self) -> np.ndarray | None:
+        """The output head's bias (vocabulary,) float32, or None."""
+        tensor = self._tensors.get("output.bias")
+        return None if tensor is None else dequantize(tensor.data, tensor.tensor_type).reshape(-1)
+
+    @cached_property
+    def file_bytes(self) -> int:
+        return sum(part.stat().st_size for part in self.parts)
+
+    @cached_property
+    def n_parameters(self) -> int:
+        return sum(t.n_elements for t in self.tensors)
+
+    @cached_property
+    def bits_per_weight(self) -> float:
+        """Tensor bits per parameter, as llama.cpp prints it (metadata not counted)."""
+        return 8 * sum(t.n_bytes for t in self.tensors) / self.n_parameters
+
+    @cached_property
+    def types(self) -> dict[str, int]:
+        """Number of tensors of each type, most frequent first."""
+        return dict(Counter(t.type for t in self.tensors).most_common())
+
+    @cached_property
+    def recorded_ftype(self) -> str | None:
+        """The ftype that the file's metadata record, such as Q4_K_M."""
+        value = self.metadata("general.file_type")
+        return None if value is None else _FTYPE_NAMES.get(int(value), f"unknown ({value})")
+
+    @cached_property
+    def named_ftype(self) -> str | None:
+        """The ftype that the file's name promises."""
+        matches = _NAME_PATTERN.findall(self.path.name.removesuffix(".gguf"))
+        return matches[-1].upper() if matches else None
+
+    @property
+    def ftype(self) -> str | None:
+        return self.recorded_ftype or self.named_ftype
+
+    @cached_property
+    def imatrix(self) -> Imatrix | None:
+        keys = ("file", "dataset", "entries_count", "chunks_count")
+        values = [self.metadata(f"quantize.imatrix.{key}") for key in keys]
+        return None if all(v is None for v in values) else Imatrix(*values)
+
+    @cached_property
+    def fallbacks(self) -> list[Fallback]:
+        """Tensors that llama.cpp gave another type because their rows do not divide into the wanted type's blocks."""
+        return list(self._find_fallbacks())
+
+    def _find_fallbacks(self) -> Iterator[Fallback]:
+        promised = self.named_ftype or self.recorded_ftype or ""
+        if not re.match(r"(I?Q\d_(K|X|S|M)|TQ)", promised):
+            return  # The type's blocks are 32 wide, or it is not quantized: nothing that could fall back.
+        for tensor in self.tensors:
+            wanted = _FALLBACK_STANDS_FOR.get(tensor.type)
+            if wanted is None or len(tensor.shape) < 2:
+                continue
+            block = GGML_QUANT_SIZES[GGMLQuantizationType[wanted[0]]][0]
+            if tensor.row_width % block:
+                yield Fallback(tensor.name, tensor.type, wanted, tensor.row_width, block)
+
+    @cached_property
+    def n_vocab_tokens(self) -> int | None:
+        """Tokens in the vocabulary that are not mere padding of the embedding matrix, or None without a vocabulary."""
+        tokens = self._readers[0].get_field("tokenizer.ggml.tokens")
+        if tokens is None:
+            return None
+        count = len(tokens.data)
+        # Converters pad with "[PAD151936]" (convert_hf_to_gguf.py, get_vocab_base).
+        while count and re.fullmatch(rb"\[PAD-?\d+\]", bytes(tokens.parts[tokens.data[count - 1]])):
+            count -= 1
+        return count
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `prism-gguf inspect --json` prints."""
+        return {
+            "path": str(self.path),
+            "parts": len(self.parts),
+            "file_bytes": self.file_bytes,
+            "architecture": self.architecture,
+            "ftype": self.recorded_ftype,
+            "named_ftype": self.named_ftype,
+            "parameters": self.n_parameters,
+            "bits_per_weight": self.bits_per_weight,
+            "types": self.types,
+            "head": {**asdict(self.head_tensor), "tied": self.tied},
+            "imatrix": None if self.imatrix is None else asdict(self.imatrix),
+            "fallbacks": [{**asdict(f), "reason": f.reason} for f in self.fallbacks],
+            "tensors": [asdict(t) for t in self.tensors],
+        }
