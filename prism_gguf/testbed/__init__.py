@@ -1,0 +1,15 @@
+"""The embedded testbed: a small trained language model, its held-out text, and its F16 GGUF made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prism_gguf.text import EvaluationText, read_texts
+
+FOLDER = Path(__file__).parent
+MODEL = FOLDER / "model"
+
+
+def held_out_texts() -> list[EvaluationText]:
+    """The text that the testbed never saw in training, one domain per source. What `compare` uses by default."""
+    return read_texts([str(path) for path in sorted((FOLDER / "text").glob("*.txt"))])
