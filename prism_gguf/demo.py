@@ -1,0 +1,45 @@
+"""The embedded demonstration: the testbed's ladder, made and measured on the user's machine."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from prism_gguf.compare import CompareOptions, Steps, compare
+from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.profiles import load_profile
+from prism_gguf.results import Comparison
+from prism_gguf.testbed import MODEL
+from prism_gguf.text import EvaluationText
+
+
+def _make_f16(out: str, *, progress: Progress = no_progress) -> None:
+    from prism_gguf.testbed.gguf_export import write_f16
+
+    write_f16(MODEL, Path(out), name="prism-gguf testbed")
+
+
+def build_ladder(folder: Path, *, steps: Steps, threads: int = 0) -> list[Path]:
+    """Make the testbed's F16 GGUF and the demo profile's files in ``folder``; their paths, the F16 control first."""
+    from prism_gguf.quantize import quantize
+
+    folder.mkdir(parents=True, exist_ok=True)
+    profile = load_profile("demo")
+    base = folder / "testbed-F16.gguf"
+    paths = [base]
+    with NativeWorker() as worker:
+        worker.run(_make_f16, str(base))
+        for number, entry in enumerate(profile.entries):
+            steps("quantize", number, len(profile.entries))
+            out = folder / f"testbed-{entry.name}.gguf"
+            job = partial(quantize, output_type=entry.output_type, embedding_type=entry.embedding_type, threads=threads)
+            worker.run(job, str(base), str(out), entry.ftype)
+            paths.append(out)
+        steps("quantize", len(profile.entries), len(profile.entries))
+    return paths
+
+
+def run_demo(folder: Path, texts: list[EvaluationText] | None, options: CompareOptions, *, steps: Steps) -> Comparison:
+    """Build the ladder in ``folder`` and compare it with the testbed checkpoint."""
+    paths = build_ladder(folder, steps=steps, threads=options.threads or 0)
+    return compare(MODEL, paths, texts, options, steps=steps)

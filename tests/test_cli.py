@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from prism_gguf.cli import main
+from prism_gguf.testbed import MODEL
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from prism_gguf.cli import main\n"
+        "for command in ([], *([name] for name in main.commands)):\n"
+        "    assert CliRunner().invoke(main, [*command, '--help']).exit_code == 0\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'gguf', 'llama_cpp', 'rich', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_command_and_option_is_documented() -> None:
+    for name, command in main.commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_compare_prints_a_table_and_writes_json(ladder: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    result = run("compare", MODEL, ladder["Q8_0"], ladder["Q2_K"], "--windows", 2, "--json", out)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    assert "testbed-Q2_K" in result.stdout
+    data = json.loads(out.read_text())
+    assert [c["error"] for c in data["candidates"]] == [None, None]
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_named_texts_and_context(ladder: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    out = tmp_path / "r.json"
+    args = ["--text", f"fox={text}", "--n-ctx", 128, "--threads", 1, "--n-gpu-layers", 0, "--quiet", "--json", out]
+    result = run("compare", MODEL, ladder["Q8_0"], *args)
+    assert (result.exit_code, result.output) == (0, "")
+    found = json.loads(out.read_text())["text"]
+    assert (found["domains"], found["n_ctx"]) == (["fox"], 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "MODEL", "MISSING.gguf"], "MISSING.gguf: no such file"),
+        (["compare", "MISSING", "Q8_0"], "MISSING: no such checkpoint directory, hub id (owner/name) or .gguf file"),
+        (["compare", "MODEL", "Q8_0", "--text", "MISSING"], "MISSING: no such text file"),
+        (["compare", "MODEL", "Q8_0", "--text", "SHORT"], "less than one window of 512"),
+        (["compare", "MODEL", "Q8_0", "--n-ctx", "4096"], "trained for a context of 1024 tokens"),
+        (["inspect", "MISSING.gguf"], "MISSING.gguf: no such file"),
+        (["inspect", "SHORT"], "not a GGUF file"),
+        (["inspect", "CUT"], "probably truncated or damaged"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    arguments: list[str], message: str, ladder: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "SHORT").write_text("too short")
+    (tmp_path / "CUT").write_bytes(ladder["Q4_K_M"].read_bytes()[:1_000_000])
+    names = {"MODEL": str(MODEL), "Q8_0": str(ladder["Q8_0"])}
+    places = [names.get(a, str(tmp_path / a) if a.isupper() or a == "MISSING.gguf" else a) for a in arguments]
+    result = run(*places)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
+def test_json_into_nowhere_is_refused_before_the_run(ladder: dict[str, Path], tmp_path: Path) -> None:
+    result = run("compare", MODEL, ladder["Q8_0"], "--json", tmp_path / "none" / "r.json")
+    assert result.exit_code == 2
+    assert "no folder one can write to" in result.stderr
+
+
+def test_inspect(ladder: dict[str, Path]) -> None:
+    result = run("inspect", ladder["Q4_K_M"])
+    assert result.exit_code == 0
+    assert "Q4_K_M" in result.stdout and "output.weight, Q6_K, 4096 × 256" in result.stdout
+    data = json.loads(run("inspect", ladder["Q4_K_M"], "--json").stdout)
+    assert data["head"]["type"] == "Q6_K"
+    assert len(data["tensors"]) == 39
+
+
+def test_demo_keeps_its_files(tmp_path: Path) -> None:
+    result = run("demo", "--windows", 2, "--keep", tmp_path / "kept", "--json", tmp_path / "r.json")
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "kept").glob("*.gguf"))) == 8
+    assert len(json.loads((tmp_path / "r.json").read_text())["candidates"]) == 8
+    assert "KLD is what" in result.stdout
