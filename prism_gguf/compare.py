@@ -77,7 +77,7 @@ def compare(
         texts: evaluation text; None takes the testbed's held-out text.
 
     Raises:
-        PrismGgufError: the reference or the text cannot be used.
+        PrismGgufError: the reference, the text, or every one of the candidates cannot be used.
     """
     options = options or CompareOptions()
     is_default = texts is None
@@ -85,17 +85,24 @@ def compare(
         from prism_gguf.testbed import held_out_texts
 
         texts = held_out_texts()
-    texts = list(texts)
+    texts, names = list(texts), [str(path) for path in candidates]
     with (
         tempfile.TemporaryDirectory(prefix="prism-gguf-") as temporary,
         NativeWorker(verbose=options.verbose) as worker,
     ):
         folder = Path(temporary)
+        # Unreadable files are found before the reference takes its minutes.
+        failures = {path: failure for path in names if (failure := _failure(worker, read_header, path))}
+        if len(failures) == len(set(names)):
+            raise InvalidModelError("; ".join(failure.message for failure in failures.values()))
         described, k_feat = worker.run(
             capture_reference, folder, str(reference), texts, options, progress=partial(steps, "reference")
         )
         results = []
-        for path in map(str, candidates):
+        for path in names:
+            if path in failures:
+                results.append(CandidateResult(path, error=failures[path]))
+                continue
             started = time.monotonic()
             stage = partial(steps, Path(path).name)
             try:
@@ -112,6 +119,21 @@ def compare(
         reference=described["reference"],
         candidates=results,
     )
+
+
+def _failure(worker: NativeWorker, function: Callable[..., Any], *args: Any) -> Failure | None:
+    try:
+        worker.run(function, *args)
+    except PrismGgufError as error:
+        return Failure(type(error).__name__, str(error))
+    return None
+
+
+def read_header(path: str, *, progress: Progress = no_progress) -> None:
+    """Open a candidate as data, for the errors that this finds. Runs in the worker."""
+    from prism_gguf.gguf_file import GgufFile
+
+    GgufFile(path)
 
 
 def environment() -> dict[str, Any]:

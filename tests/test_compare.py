@@ -133,6 +133,13 @@ def test_a_failed_candidate_is_a_row_and_the_others_finish(ladder: dict[str, Pat
     finite_and_bounded(rows[3])
 
 
+def test_files_that_are_all_unreadable_stop_it_before_the_reference_runs(tmp_path: Path) -> None:
+    seen: list[str] = []
+    with pytest.raises(InvalidModelError, match=r"a\.gguf: no such file; .*b\.gguf: no such file"):
+        compare(MODEL, [tmp_path / "a.gguf", tmp_path / "b.gguf"], None, FEW, steps=lambda name, *_: seen.append(name))
+    assert seen == []
+
+
 def message(reference: str | Path, candidate: Path) -> str:
     row = compare(reference, [candidate], None, FEW).candidates[0]
     assert row.error is not None
