@@ -9,6 +9,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from prism_gguf.testbed.gguf_export import finish, metadata_entries
+
 Edit = Callable[[str, np.ndarray], np.ndarray]
 
 
@@ -18,7 +20,6 @@ def edited(
     *,
     architecture: str | None = None,
     metadata: dict[str, Any] | None = None,
-    drop: tuple[str, ...] = (),
     tensor: Edit = lambda _, data: data,
 ) -> Path:
     """Copy the unquantized GGUF ``source`` to ``out`` with other metadata values or tensors."""
@@ -26,19 +27,13 @@ def edited(
     metadata = dict(metadata or {})
     old = str(reader.fields["general.architecture"].contents())
     writer = gguf.GGUFWriter(out, architecture or old)
-    for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture" or key in drop:
-            continue
+    for key, value, kind, sub_type in metadata_entries(reader):
         name = key.replace(f"{old}.", f"{architecture or old}.", 1)
-        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, metadata.pop(key, field.contents()), field.types[0], sub_type)
+        writer.add_key_value(name, metadata.pop(key, value), kind, sub_type)
     for key, value in metadata.items():
         kinds = {bool: gguf.GGUFValueType.BOOL, float: gguf.GGUFValueType.FLOAT32, int: gguf.GGUFValueType.UINT32}
         writer.add_key_value(key, value, kinds.get(type(value), gguf.GGUFValueType.STRING))
     for item in reader.tensors:
         writer.add_tensor(item.name, np.ascontiguousarray(tensor(item.name, np.array(item.data))))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return out

@@ -9,6 +9,7 @@ from gguf_edit import edited
 
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.gguf_file import GgufFile
+from prism_gguf.testbed.gguf_export import finish, metadata_entries
 
 
 def test_reads_the_testbed(ladder: dict[str, Path]) -> None:
@@ -87,16 +88,11 @@ def split(source: Path, folder: Path, parts: int = 3) -> list[Path]:
     """Cut a GGUF into parts as llama-gguf-split names and marks them."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=len(reader.tensors) // parts + 1)
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type)
+    for entry in metadata_entries(reader):
+        writer.add_key_value(*entry)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return sorted(folder.glob("m-*.gguf"))
 
 

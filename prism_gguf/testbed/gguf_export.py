@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -87,18 +88,32 @@ def rewrite_f16(template: Path, out: Path, tensors: Callable[[], Iterator[tuple[
     """Write ``out`` as F16 with the metadata of the GGUF ``template`` and other tensors."""
     reader = gguf.GGUFReader(template)
     writer = gguf.GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
-    for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
-            continue
-        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, field.contents(), field.types[0], sub_type)
+    for key, value, kind, sub_type in metadata_entries(reader):
+        if key != "general.file_type":
+            writer.add_key_value(key, value, kind, sub_type)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     _write(writer, tensors())
+
+
+MetadataEntry = tuple[str, Any, gguf.GGUFValueType, gguf.GGUFValueType | None]
+
+
+def metadata_entries(reader: gguf.GGUFReader) -> Iterator[MetadataEntry]:
+    """(key, value, type, item type of an array) of all metadata but the architecture, which a writer is made with."""
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            yield key, field.contents(), field.types[0], sub_type
 
 
 def _write(writer: gguf.GGUFWriter, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     for name, array in tensors:
         writer.add_tensor(name, array)
+    finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write what was added to the writer, and close it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
