@@ -8,8 +8,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +21,9 @@ from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.results import CandidateResult, Comparison, Failure
 from prism_gguf.text import EvaluationText
 
-if TYPE_CHECKING:  # numpy, torch and llama.cpp are loaded in the child process only
-    from prism_gguf.adapters import ModelIdentity
+if TYPE_CHECKING:  # torch and llama.cpp are loaded in the child process only
     from prism_gguf.adapters.llama_cpp import RuntimeOptions
+    from prism_gguf.output_head import OutputHead
 
 Steps = Callable[[str, int, int], None]
 """Called with (what is being done, windows done, windows in all)."""
@@ -92,24 +92,22 @@ def compare(
     ):
         folder = Path(temporary)
         # Unreadable files are found before the reference takes its minutes.
-        failures = {path: failure for path in names if (failure := _failure(worker, read_header, path))}
-        if len(failures) == len(set(names)):
-            raise InvalidModelError("; ".join(failure.message for failure in failures.values()))
+        unreadable = {path: row for path in names if (row := _attempt(worker, path, read_header))}
+        if len(unreadable) == len(set(names)):
+            raise InvalidModelError("; ".join(row.error.message for row in unreadable.values() if row.error))
         described, k_feat = worker.run(
             capture_reference, folder, str(reference), texts, options, progress=partial(steps, "reference")
         )
         results = []
         for path in names:
-            if path in failures:
-                results.append(CandidateResult(path, error=failures[path]))
+            if path in unreadable:
+                results.append(unreadable[path])
                 continue
             started = time.monotonic()
             stage = partial(steps, Path(path).name)
-            try:
-                result = worker.run(measure_candidate, folder, path, texts, options, k_feat, progress=stage)
-            except PrismGgufError as error:
-                result = CandidateResult(path, error=Failure(type(error).__name__, str(error)))
-            results.append(replace(result, seconds=round(time.monotonic() - started, 3)))
+            row = _attempt(worker, path, measure_candidate, folder, texts, options, k_feat, progress=stage)
+            assert row is not None
+            results.append(replace(row, seconds=round(time.monotonic() - started, 3)))
     return Comparison(
         tool_version=__version__,
         command=sys.argv,
@@ -121,12 +119,18 @@ def compare(
     )
 
 
-def _failure(worker: NativeWorker, function: Callable[..., Any], *args: Any) -> Failure | None:
+def _attempt(
+    worker: NativeWorker,
+    path: str,
+    function: Callable[..., CandidateResult | None],
+    *args: Any,
+    progress: Progress = no_progress,
+) -> CandidateResult | None:
+    """What ``function`` makes of a candidate, or a row that says why it failed."""
     try:
-        worker.run(function, *args)
+        return worker.run(function, path, *args, progress=progress)
     except PrismGgufError as error:
-        return Failure(type(error).__name__, str(error))
-    return None
+        return CandidateResult(path, error=Failure(type(error).__name__, str(error)))
 
 
 def read_header(path: str, *, progress: Progress = no_progress) -> None:
@@ -166,18 +170,16 @@ def capture_reference(
     progress: Progress = no_progress,
 ) -> tuple[dict[str, Any], float]:
     """Run the reference over the text into ``folder``; its description and K_feat. Runs in the worker."""
-    from dataclasses import asdict
-
     from prism_gguf.capture import read_capture, write_capture
 
     _limit_threads(options)
     with _open_reference(reference, options) as model:
         write_capture(folder, model, texts, n_ctx=options.n_ctx, max_windows=options.windows, progress=progress)
-        identity: ModelIdentity = model.identity
-    del model
-    windows = read_capture(folder).windows
+    del model  # its weights are not needed any more, and the candidates want the memory
+    capture = read_capture(folder)
+    windows = capture.windows
     described = {
-        "reference": asdict(identity),
+        "reference": asdict(capture.identity),
         "text": {
             "fingerprint": windows.fingerprint,
             "n_windows": windows.n_windows,
@@ -186,7 +188,7 @@ def capture_reference(
             "domains": windows.domain_names,
         },
     }
-    return described, feature_constant(folder)
+    return described, feature_constant(capture.head)
 
 
 def _limit_threads(options: CompareOptions) -> None:
@@ -208,21 +210,18 @@ def _open_reference(reference: str, options: CompareOptions) -> Any:
     return HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code)
 
 
-def feature_constant(folder: Path) -> float:
-    """K_feat of a captured reference: how fast its loss can change with a hidden state, in nats per unit.
+def feature_constant(head: OutputHead) -> float:
+    """K_feat of a reference's head: how fast its loss can change with a hidden state, in nats per unit.
 
     The loss's gradient is Σ_k (p_k − e_y,k) f'_k h_k. Without a soft cap f' is one constant and the gradient is a
     difference of two averages of rows: at most the rows' diameter. A soft cap has f' between 0 and 1, row by row, which
     adds the origin to what the averages are taken over.
     """
-    from prism_gguf.capture import read_capture
+    import torch
+
     from prism_gguf.metrics.diameter import diameter
 
-    head = read_capture(folder).head
-
-    def chunks() -> Any:
-        import torch
-
+    def chunks() -> Iterator[tuple[int, int, torch.Tensor]]:
         yield from head.chunks()
         if head.transform.softcap is not None:
             yield head.n_rows, head.n_rows + 1, torch.zeros(1, head.width)
@@ -231,8 +230,8 @@ def feature_constant(folder: Path) -> float:
 
 
 def measure_candidate(
-    folder: Path,
     path: str,
+    folder: Path,
     texts: list[EvaluationText],
     options: CompareOptions,
     k_feat: float,
@@ -242,13 +241,12 @@ def measure_candidate(
     """Run one GGUF over the captured windows and measure it. Runs in the worker."""
     from prism_gguf.adapters.llama_cpp import LlamaCppModel
     from prism_gguf.capture import read_capture
-    from prism_gguf.gguf_file import GgufFile
     from prism_gguf.measure import check_pair, measure
     from prism_gguf.text import check_same_reading
 
     _limit_threads(options)
     capture = read_capture(folder)
-    shared, notes = check_pair(capture, GgufFile(path))
     with LlamaCppModel(path, n_ctx=options.n_ctx, options=options.runtime()) as model:
+        shared, notes = check_pair(capture, model.gguf)
         check_same_reading(texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
         return measure(capture, model, k_feat, shared_rows=shared, notes=notes, progress=progress)

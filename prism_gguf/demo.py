@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from prism_gguf.compare import CompareOptions, Steps, compare
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
-from prism_gguf.profiles import load_profile
+from prism_gguf.profiles import ProfileEntry, load_profile
 from prism_gguf.results import Comparison
 from prism_gguf.testbed import MODEL
 from prism_gguf.text import EvaluationText
@@ -19,10 +18,22 @@ def _make_f16(out: str, *, progress: Progress = no_progress) -> None:
     write_f16(MODEL, Path(out), name="prism-gguf testbed")
 
 
-def build_ladder(folder: Path, *, steps: Steps, threads: int = 0) -> list[Path]:
-    """Make the testbed's F16 GGUF and the demo profile's files in ``folder``; their paths, the F16 control first."""
+def _quantize(base: str, out: str, entry: ProfileEntry, threads: int, *, progress: Progress = no_progress) -> None:
     from prism_gguf.quantize import quantize
 
+    quantize(
+        base,
+        out,
+        entry.ftype,
+        output_type=entry.output_type,
+        embedding_type=entry.embedding_type,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def build_ladder(folder: Path, *, steps: Steps, threads: int = 0) -> list[Path]:
+    """Make the testbed's F16 GGUF and the demo profile's files in ``folder``; their paths, the F16 control first."""
     folder.mkdir(parents=True, exist_ok=True)
     profile = load_profile("demo")
     base = folder / "testbed-F16.gguf"
@@ -32,8 +43,7 @@ def build_ladder(folder: Path, *, steps: Steps, threads: int = 0) -> list[Path]:
         for number, entry in enumerate(profile.entries):
             steps("quantize", number, len(profile.entries))
             out = folder / f"testbed-{entry.name}.gguf"
-            job = partial(quantize, output_type=entry.output_type, embedding_type=entry.embedding_type, threads=threads)
-            worker.run(job, str(base), str(out), entry.ftype)
+            worker.run(_quantize, str(base), str(out), entry, threads)
             paths.append(out)
         steps("quantize", len(profile.entries), len(profile.entries))
     return paths

@@ -98,11 +98,6 @@ class Imatrix:
     chunks: int | None
 
 
-def _field_value(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
-
-
 def split_parts(path: Path) -> list[Path]:
     """All files of a split GGUF in order (``NAME-00001-of-00003.gguf`` …), or ``[path]`` for a whole one.
 
@@ -201,7 +196,8 @@ class GgufFile:
 
     def metadata(self, key: str) -> Any:
         """A metadata value, or None where the file has no such key."""
-        return _field_value(self._readers[0], key)
+        field = self._readers[0].get_field(key)
+        return None if field is None else field.contents()
 
     @cached_property
     def architecture(self) -> str:

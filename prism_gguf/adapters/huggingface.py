@@ -115,7 +115,6 @@ class HuggingFaceModel:
         self._head = self._model.get_output_embeddings()
         if self._head is None or not hasattr(self._head, "weight"):
             raise InvalidModelError(f"{self._path}: {type(self._model).__name__} has no output head")
-        self._config = config
         self._transform = _logit_transform(config)
         self._states: torch.Tensor | None = None
         self._stop = False

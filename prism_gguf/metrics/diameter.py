@@ -3,7 +3,7 @@
 Two upper bounds on a pair's distance leave few pairs to measure, and none of them is lost:
 
 1. Around any centre c, ‖h_j − h_k‖ ≤ r_j + r_k with r = ‖h − c‖. With c near the centre of the smallest enclosing ball
-   (Bădoiu & Clarkson 2003) a few hundred pairs of most heads remain.
+   (Bădoiu & Clarkson 2003) a few thousand pairs of most heads remain.
 2. Some heads have rows of one length (Gemma 3), where that drops nothing. There, on an orthonormal basis of k directions
    with residuals e = ‖(I − P)(h − c)‖, ‖h_j − h_k‖² ≤ ‖P h_j − P h_k‖² + (e_j + e_k)². The right side is one matrix
    product of width k + 3, k < d, over blocks of rows.

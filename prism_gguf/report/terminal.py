@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from prism_gguf.compare import Steps
-from prism_gguf.gguf_file import GgufFile
 from prism_gguf.results import CandidateResult, Comparison
+
+if TYPE_CHECKING:  # gguf-py is loaded where a file is inspected
+    from prism_gguf.gguf_file import GgufFile
 
 WIDTH = 100
 HOW_TO_READ = (
