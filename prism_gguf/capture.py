@@ -1,24 +1,34 @@
-"""A reference's hidden states, token windows, identity and output head as files, for every candidate to read."""
+"""A capture: a reference's hidden states, token windows, identity and K_feat in a folder, made once and read ever after."""
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from prism_gguf import __version__
 from prism_gguf.adapters import Model, ModelIdentity
+from prism_gguf.cache import KEY, MANIFEST, recorded_key
+from prism_gguf.environment import environment
+from prism_gguf.errors import InvalidCaptureError
+from prism_gguf.files import write_whole, written_whole
 from prism_gguf.isolation import Progress, no_progress
+from prism_gguf.metrics.diameter import diameter
 from prism_gguf.output_head import LogitTransform, OutputHead
-from prism_gguf.text import EvaluationText, TokenWindows, Vocabulary, make_windows
+from prism_gguf.reading import Reading
+from prism_gguf.state_file import StateFile
+from prism_gguf.text import EvaluationText, Score, TokenWindows
 
-_MANIFEST = "manifest.json"
-_HIDDEN = "hidden.npy"
+SCHEMA = "prism-gguf/capture/1"
 _TOKENS = "tokens.npy"
 _HEAD = "head.safetensors"
 
@@ -28,19 +38,25 @@ class Capture:
     """What a reference computed on token windows.
 
     Attributes:
+        folder: where it lies.
         identity: the reference.
         windows: what it read.
-        hidden: (n_windows · scored_per_window, d) float32, memory-mapped, in window order.
+        texts: the texts behind the windows; empty where only token ids were given.
+        states: hidden states of the scored positions, in window order, read by slice.
         head: its output head, read from disk chunk by chunk.
+        k_feat: see ``feature_constant``.
         n_tokens: real tokens of its vocabulary.
         bos: id that begins each window, or None.
         pieces: the text of each token id in the windows, as the reference's vocabulary has it.
     """
 
+    folder: Path
     identity: ModelIdentity
     windows: TokenWindows
-    hidden: np.ndarray
+    texts: list[EvaluationText]
+    states: StateFile
     head: OutputHead
+    k_feat: float
     n_tokens: int
     bos: int | None
     pieces: dict[int, str]
@@ -48,86 +64,178 @@ class Capture:
 
 def write_capture(
     folder: Path,
+    key: str,
     model: Model,
-    texts: list[EvaluationText],
+    reading: Reading,
     *,
-    n_ctx: int,
-    max_windows: int | None,
+    self_contained: bool = False,
     progress: Progress = no_progress,
 ) -> None:
-    """Cut the texts with the model's own tokenizer, run it over the windows, and keep what a comparison needs."""
-    vocabulary = model.vocabulary
-    windows = make_windows(texts, vocabulary, n_ctx=n_ctx, max_windows=max_windows)
-    width = model.identity.hidden_size
-    hidden = np.lib.format.open_memmap(folder / _HIDDEN, "w+", np.float32, (windows.n_scored, width))
-    row = 0
+    """Run ``model`` over what it shall read, and keep the result in ``folder``, going on where an earlier run was cut off.
+
+    Args:
+        key: what the capture depends on; windows that an earlier run left under the same key are kept.
+        self_contained: keep the head's rows too, rather than where to find them in the model's own file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    windows, texts = reading.windows(model)
+    shape = (windows.n_windows, windows.scored_per_window, model.identity.hidden_size)
+    if recorded_key(folder) != key:
+        for leftover in folder.glob("*.npy"):
+            leftover.unlink()
+        write_whole(folder / KEY, key)
+    states = StateFile(folder, shape, writable=True)
     for number, tokens in enumerate(windows.tokens):
         progress(number, windows.n_windows)
-        for states in model.window_states(tokens, windows.first_scored):
-            hidden[row : row + len(states.hidden)] = states.hidden
-            row += len(states.hidden)
+        if not states.has(number):
+            parts = [s.hidden for s in model.window_states(tokens, windows.first_scored)]
+            states.write(number, np.concatenate(parts))
     progress(windows.n_windows, windows.n_windows)
-    hidden.flush()
-    np.save(folder / _TOKENS, windows.tokens)
-    _write_manifest(folder, model, vocabulary, windows)
-
-
-def _write_manifest(folder: Path, model: Model, vocabulary: Vocabulary, windows: TokenWindows) -> None:
-    head = model.output_head()
-    if model.identity.kind == "huggingface":
-        _save_head(folder / _HEAD, head)
+    with written_whole(folder / _TOKENS) as partial, partial.open("wb") as stream:
+        np.save(stream, windows.tokens)
+    vocabulary, head = model.vocabulary, model.output_head()
+    source = None if self_contained else model.head_source()
     manifest = {
+        "schema": SCHEMA,
+        "tool_version": __version__,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(),
         "identity": asdict(model.identity),
-        "domains": windows.domains,
+        "windows": {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint},
+        "texts": [asdict(text) for text in texts],
         "n_tokens": vocabulary.n_tokens,
         "bos": vocabulary.bos,
         "pieces": {int(t): vocabulary.piece(int(t)) for t in np.unique(windows.tokens)},
-        "head": {"tensor": head.tensor, "type": head.type, "transform": asdict(head.transform)},
+        "head": {
+            "tensor": head.tensor,
+            "type": head.type,
+            "transform": asdict(head.transform),
+            "source": source,
+            "digest": _digest(head),
+        },
+        "k_feat": feature_constant(head),
     }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+    if source is None:
+        _save_head(folder / _HEAD, head)
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def feature_constant(head: OutputHead) -> float:
+    """K_feat of a reference's head: how fast its loss can change with a hidden state, in nats per unit.
+
+    The loss's gradient is Σ_k (p_k − e_y,k) f'_k h_k. Without a soft cap f' is one constant and the gradient is a
+    difference of two averages of rows: at most the rows' diameter. A soft cap has f' between 0 and 1, row by row, which
+    adds the origin to what the averages are taken over.
+    """
+
+    def chunks() -> Iterator[tuple[int, int, torch.Tensor]]:
+        yield from head.chunks()
+        if head.transform.softcap is not None:
+            yield head.n_rows, head.n_rows + 1, torch.zeros(1, head.width)
+
+    return abs(head.transform.scale) * diameter(chunks).value
+
+
+def _digest(head: OutputHead) -> str:
+    """SHA-256 over some rows from each part of a head: enough to know it again."""
+    digest = hashlib.sha256(f"{head.n_rows} {head.width}".encode())
+    for start in np.linspace(0, max(0, head.n_rows - 8), 16).astype(int):
+        digest.update(np.ascontiguousarray(head.read_rows(start, min(start + 8, head.n_rows)), dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _save_head(path: Path, head: OutputHead) -> None:
-    """The rows as the checkpoint stores them: widened to float32 and narrowed again, which is exact."""
-    dtype = getattr(torch, head.type)
+    """The rows as the model stores them where that is a plain type, which is exact; float32 otherwise."""
+    dtype = _STORED.get(head.type, torch.float32)
     rows = torch.empty(head.n_rows, head.width, dtype=dtype)
     for start, stop, chunk in head.chunks():
         rows[start:stop] = chunk.to(dtype)
     tensors = {"rows": rows}
     if head.bias is not None:
         tensors["bias"] = torch.from_numpy(head.bias)
-    save_file(tensors, path)
+    with written_whole(path) as partial:
+        save_file(tensors, partial)
 
 
 def read_capture(folder: Path) -> Capture:
-    """Open what ``write_capture`` wrote; hidden states and head stay on disk until they are used."""
-    manifest = json.loads((folder / _MANIFEST).read_text())
-    identity = ModelIdentity(**manifest["identity"])
-    return Capture(
-        identity=identity,
-        windows=TokenWindows(np.load(folder / _TOKENS), tuple(manifest["domains"])),
-        hidden=np.load(folder / _HIDDEN, mmap_mode="r"),
-        head=_read_head(folder, identity, manifest["head"]),
-        n_tokens=manifest["n_tokens"],
-        bos=manifest["bos"],
-        pieces={int(token): piece for token, piece in manifest["pieces"].items()},
-    )
+    """Open what ``write_capture`` wrote; hidden states and head stay on disk until they are used.
+
+    Raises:
+        InvalidCaptureError: it is none, a window in it is damaged, or the model file that its head is read from is gone
+            or another.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("schema") != SCHEMA:
+            raise InvalidCaptureError(f"{folder}: not a capture of this version ({SCHEMA}); capture again")
+        identity = ModelIdentity(**manifest["identity"])
+        recorded = manifest["windows"]
+        windows = TokenWindows(np.load(folder / _TOKENS), tuple(recorded["domains"]), Score(recorded["score"]))
+        states = StateFile(folder, (windows.n_windows, windows.scored_per_window, identity.hidden_size))
+        head = _read_head(folder, identity, manifest["head"])
+        capture = Capture(
+            folder=folder,
+            identity=identity,
+            windows=windows,
+            texts=[EvaluationText(**text) for text in manifest["texts"]],
+            states=states,
+            head=head,
+            k_feat=manifest["k_feat"],
+            n_tokens=manifest["n_tokens"],
+            bos=manifest["bos"],
+            pieces={int(token): piece for token, piece in manifest["pieces"].items()},
+        )
+    except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InvalidCaptureError(f"{folder}: damaged capture ({error}); delete it and capture again") from error
+    if windows.fingerprint != recorded["fingerprint"]:
+        raise InvalidCaptureError(f"{folder}: damaged capture (token windows); delete it and capture again")
+    damaged = next((w for w in range(windows.n_windows) if not states.has(w)), None)
+    if damaged is not None:
+        raise InvalidCaptureError(
+            f"{folder}: damaged capture (states of window {damaged}); delete it and capture again"
+        )
+    return capture
+
+
+def adopt_head(folder: Path, model: Path) -> None:
+    """Point a capture whose model file is gone to the same content elsewhere: a GGUF or a checkpoint folder."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    source = manifest["head"]["source"]
+    if source is not None and not Path(source["file"]).is_file():
+        source["file"] = str((model if model.is_file() else model / Path(source["file"]).name).resolve())
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _read_head(folder: Path, identity: ModelIdentity, recorded: dict[str, Any]) -> OutputHead:
-    if identity.kind == "gguf":
+    source = recorded["source"]
+    if source is not None and not Path(source["file"]).is_file():
+        raise InvalidCaptureError(
+            f"{folder}: its output head is read from {source['file']}, which is gone; "
+            "capture again, with --self-contained to hand a capture to someone without the model"
+        )
+    if source is not None and source["file"].endswith(".gguf"):
         from prism_gguf.adapters.llama_cpp import gguf_output_head
         from prism_gguf.gguf_file import GgufFile
 
-        return gguf_output_head(GgufFile(identity.path))
-    file = safe_open(folder / _HEAD, "pt")
-    rows = file.get_slice("rows")
-    return OutputHead(
-        tensor=recorded["tensor"],
-        type=recorded["type"],
-        n_rows=identity.vocab_size,
-        width=identity.hidden_size,
-        read_rows=lambda start, stop: rows[start:stop].float().numpy(),
-        bias=file.get_tensor("bias").numpy() if "bias" in file.keys() else None,  # noqa: SIM118 (not a mapping)
-        transform=LogitTransform(**recorded["transform"]),
-    )
+        head = gguf_output_head(GgufFile(source["file"]))
+    else:
+        place = source or {"file": folder / _HEAD, "tensor": "rows", "bias": "bias"}
+        file = safe_open(place["file"], "pt")
+        rows, names = file.get_slice(place["tensor"]), set(file.keys())
+        head = OutputHead(
+            tensor=recorded["tensor"],
+            type=recorded["type"],
+            n_rows=identity.vocab_size,
+            width=identity.hidden_size,
+            read_rows=lambda start, stop: rows[start:stop].float().numpy(),
+            bias=file.get_tensor(place["bias"]).float().numpy() if place["bias"] in names else None,
+            transform=LogitTransform(**recorded["transform"]),
+        )
+    if _digest(head) != recorded["digest"]:
+        raise InvalidCaptureError(
+            f"{folder}: the head in {source['file'] if source else _HEAD} has changed; capture again"
+        )
+    return head

@@ -1,32 +1,32 @@
-"""Candidates against one reference: what a GGUF is, and how far it is from its reference along each axis."""
+"""Candidates against one reference: what a GGUF is, how far it is from its reference, and why."""
 
 from __future__ import annotations
 
 import datetime
-import os
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf import __version__
-from prism_gguf.errors import InvalidModelError, PrismGgufError
+from prism_gguf.cache import is_capture
+from prism_gguf.environment import environment
+from prism_gguf.errors import InvalidModelError, InvalidTextError, PrismGgufError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
-from prism_gguf.results import CandidateResult, Comparison, Failure
-from prism_gguf.text import EvaluationText
+from prism_gguf.reading import Reading, Source
+from prism_gguf.reference import CaptureOptions, Steps, ensure_capture, no_steps
+from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, Ranking, ReferenceInfo, TextInfo
+from prism_gguf.text import EvaluationText, Score, read_folder
 
-if TYPE_CHECKING:  # torch and llama.cpp are loaded in the child process only
+if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
     from prism_gguf.adapters.llama_cpp import RuntimeOptions
-    from prism_gguf.output_head import OutputHead
+    from prism_gguf.gates import Gate
 
-Steps = Callable[[str, int, int], None]
-"""Called with (what is being done, windows done, windows in all)."""
+_UNQUANTIZED = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class CompareOptions:
     Attributes:
         n_ctx: tokens per window.
         windows: how many windows at most, shared between the texts; None takes all.
+        score: which tokens of a window are scored.
+        attribution: split each divergence between its causes.
+        attribution_tokens: of so many tokens at most; None takes as many as are affordable.
+        split_kernels: run each candidate's weights as F16 too.
+        control: an unquantized GGUF that sets the noise floor; None takes the first among the candidates.
+        fail_on: limits such as ``kld_mean>0.05``.
+        confidence: compare confidence bounds with the limits, at this one-sided level.
+        cache: folder for captures; None takes the user's cache folder.
         threads: None takes the physical cores.
         n_gpu_layers, cache_type_k, cache_type_v: passed to llama.cpp (see ``adapters.llama_cpp.RuntimeOptions``).
         trust_remote_code: let transformers run code that comes with the reference.
@@ -44,6 +52,14 @@ class CompareOptions:
 
     n_ctx: int = 512
     windows: int | None = 32
+    score: Score = Score.HALF
+    attribution: bool = True
+    attribution_tokens: int | None = None
+    split_kernels: bool = False
+    control: str | None = None
+    fail_on: tuple[str, ...] = ()
+    confidence: float | None = None
+    cache: Path | None = None
     threads: int | None = None
     n_gpu_layers: int | None = None
     cache_type_k: str = "f16"
@@ -51,81 +67,153 @@ class CompareOptions:
     trust_remote_code: bool = False
     verbose: bool = False
 
+    def capture_options(self) -> CaptureOptions:
+        """What of these decides how a reference runs."""
+        return CaptureOptions(
+            cache=self.cache,
+            threads=self.threads,
+            n_gpu_layers=self.n_gpu_layers,
+            cache_type_k=self.cache_type_k,
+            cache_type_v=self.cache_type_v,
+            trust_remote_code=self.trust_remote_code,
+        )
+
     def runtime(self) -> RuntimeOptions:
-        from prism_gguf.adapters.llama_cpp import RuntimeOptions
-
-        return RuntimeOptions(self.threads, self.n_gpu_layers, self.cache_type_k, self.cache_type_v)
-
-
-def _no_steps(name: str, done: int, total: int) -> None:
-    """For callers that show none."""
+        return self.capture_options().runtime()
 
 
 def compare(
     reference: str | Path,
     candidates: Sequence[str | Path],
-    texts: Sequence[EvaluationText] | None = None,
+    texts: Sequence[Source] | None = None,
     options: CompareOptions | None = None,
     *,
-    steps: Steps = _no_steps,
+    steps: Steps = no_steps,
 ) -> Comparison:
-    """Compare GGUF candidates with a reference: a checkpoint directory, a hub id, or an F16/BF16 GGUF.
+    """Compare GGUF candidates with a reference: a checkpoint directory, a hub id, an F16/BF16 GGUF, or a capture of one.
 
     A candidate that fails becomes a row that says why; the others still finish.
 
     Args:
-        texts: evaluation text; None takes the testbed's held-out text.
+        texts: evaluation text and chats; None takes the packaged text, or what a given capture has read.
 
     Raises:
-        PrismGgufError: the reference, the text, or every one of the candidates cannot be used.
+        PrismGgufError: the reference, the text, a limit, or every one of the candidates cannot be used.
     """
-    options = options or CompareOptions()
-    is_default = texts is None
-    if texts is None:
-        from prism_gguf.testbed import held_out_texts
+    from prism_gguf.gates import parse_gates
 
-        texts = held_out_texts()
-    texts, names = list(texts), [str(path) for path in candidates]
-    with (
-        tempfile.TemporaryDirectory(prefix="prism-gguf-") as temporary,
-        NativeWorker(verbose=options.verbose) as worker,
-    ):
-        folder = Path(temporary)
+    options = options or CompareOptions()
+    gates = parse_gates(options.fail_on)
+    reading = Reading(default_texts() if texts is None else texts, options.n_ctx, options.windows, options.score)
+    with NativeWorker(verbose=options.verbose) as worker:
         # Unreadable files are found before the reference takes its minutes.
-        unreadable = {path: row for path in names if (row := _attempt(worker, path, read_header))}
-        if len(unreadable) == len(set(names)):
-            raise InvalidModelError("; ".join(row.error.message for row in unreadable.values() if row.error))
-        described, k_feat = worker.run(
-            capture_reference, folder, str(reference), texts, options, progress=partial(steps, "reference")
-        )
-        results = []
-        for path in names:
-            if path in unreadable:
-                results.append(unreadable[path])
+        given = _given_capture(reference, texts)
+        n_ctx = options.n_ctx if given is None else 0
+        paths = _paths(candidates, options.control)
+        headers = {path: _attempt(worker, path, read_header, n_ctx) for path in paths}
+        if all(isinstance(header, CandidateResult) for header in headers.values()):
+            raise InvalidModelError("; ".join(_message(header) for header in headers.values()))
+        control = _control(headers, options.control)
+        folder = given
+        if folder is None:
+            folder = worker.run(
+                ensure_capture, str(reference), reading, options.capture_options(), progress=partial(steps, "reference")
+            )
+        described, text = worker.run(describe_capture, str(folder), texts is None and given is None)
+        rows: dict[str, CandidateResult] = {}
+        for path in sorted(headers, key=lambda p: p != control):
+            header, started = headers[path], time.monotonic()
+            if isinstance(header, CandidateResult):
+                rows[path] = header
                 continue
-            started = time.monotonic()
-            stage = partial(steps, Path(path).name)
-            row = _attempt(worker, path, measure_candidate, folder, texts, options, k_feat, progress=stage)
-            assert row is not None
-            results.append(replace(row, seconds=round(time.monotonic() - started, 3)))
+            row = _attempt(worker, path, measure_candidate, folder, options, progress=partial(steps, Path(path).name))
+            assert isinstance(row, CandidateResult)
+            rows[path] = replace(row, seconds=round(time.monotonic() - started, 3))
+    floor, results = _judged(rows, control, gates, text.n_windows, options)
+    measured = [results[str(path)] for path in paths]
     return Comparison(
         tool_version=__version__,
         command=sys.argv,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         environment=environment(),
-        text={**described["text"], "is_default": is_default},
-        reference=described["reference"],
-        candidates=results,
+        text=text,
+        reference=described,
+        candidates=measured,
+        noise_floor=floor,
+        ranking=_ranking(measured),
     )
 
 
+def default_texts() -> list[EvaluationText]:
+    """The packaged text: technical prose, code, dialogue, German, Chinese."""
+    return read_folder(Path(__file__).parent / "default_text")
+
+
+def _paths(candidates: Sequence[str | Path], control: str | None) -> list[str]:
+    """All files to measure, the control among them, each once per mention."""
+    paths = [str(path) for path in candidates]
+    return paths if control is None or control in paths else [control, *paths]
+
+
+def _given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path | None:
+    """The reference's folder where it is a capture, which has its own text."""
+    if not is_capture(Path(reference)):
+        return None
+    if texts is not None:
+        raise InvalidTextError(f"{reference}: a capture has its own text; leave out --text and --chat")
+    return Path(reference)
+
+
+def _control(headers: dict[str, Any], named: str | None) -> str | None:
+    """The file that sets the noise floor: the one named, or the first unquantized one."""
+    if named is not None:
+        if isinstance(headers[named], CandidateResult):
+            raise InvalidModelError(_message(headers[named]))
+        if headers[named] not in _UNQUANTIZED:
+            raise InvalidModelError(f"{named}: a control is F32, F16 or BF16; this is {headers[named]}")
+        return named
+    return next((path for path, header in headers.items() if header in _UNQUANTIZED), None)
+
+
+def _message(row: CandidateResult) -> str:
+    assert row.error is not None
+    return row.error.message
+
+
+def _judged(
+    rows: dict[str, CandidateResult],
+    control: str | None,
+    gates: Sequence[Gate],
+    n_windows: int,
+    options: CompareOptions,
+) -> tuple[NoiseFloor | None, dict[str, CandidateResult]]:
+    """Verdicts for all that was measured, and the noise floor they rest on."""
+    from prism_gguf.verdict import judge, noise_floor
+
+    floor = noise_floor(rows[control]) if control is not None and rows[control].error is None else None
+    judged = {
+        path: row
+        if row.error is not None
+        else replace(row, verdict=judge(row, floor, gates, n_windows, options.confidence))
+        for path, row in rows.items()
+    }
+    return floor, judged
+
+
+def _ranking(candidates: Sequence[CandidateResult]) -> Ranking:
+    from scipy.stats import spearmanr
+
+    klds = {c.path: c.divergence.kld_mean for c in candidates if c.divergence is not None}
+    bounds = {c.path: row.bound for c in candidates for row in c.geometry_alternatives if row.alignment == "procrustes"}
+    spearman = None
+    if min(len(set(klds.values())), len(set(bounds.values()))) >= 3:
+        spearman = float(spearmanr(list(klds.values()), [bounds[path] for path in klds]).statistic)
+    return Ranking(sorted(klds, key=klds.__getitem__), sorted(bounds, key=bounds.__getitem__), spearman)
+
+
 def _attempt(
-    worker: NativeWorker,
-    path: str,
-    function: Callable[..., CandidateResult | None],
-    *args: Any,
-    progress: Progress = no_progress,
-) -> CandidateResult | None:
+    worker: NativeWorker, path: str, function: Callable[..., Any], *args: Any, progress: Progress = no_progress
+) -> Any:
     """What ``function`` makes of a candidate, or a row that says why it failed."""
     try:
         return worker.run(function, path, *args, progress=progress)
@@ -133,120 +221,58 @@ def _attempt(
         return CandidateResult(path, error=Failure(type(error).__name__, str(error)))
 
 
-def read_header(path: str, *, progress: Progress = no_progress) -> None:
-    """Open a candidate as data, for the errors that this finds. Runs in the worker."""
+def read_header(path: str, n_ctx: int, *, progress: Progress = no_progress) -> str | None:
+    """Open a candidate as data, for the errors that this finds; its ftype. Runs in the worker."""
     from prism_gguf.gguf_file import GgufFile
 
-    GgufFile(path)
+    gguf = GgufFile(path)
+    gguf.check_context(n_ctx)
+    return gguf.ftype
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware that a published number should carry."""
-    packages = ("llama-cpp-python", "gguf", "transformers", "torch", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpu": _cpu_name(),
-        "cpus": os.cpu_count(),
-    }
+def describe_capture(
+    folder: str, is_default: bool, *, progress: Progress = no_progress
+) -> tuple[ReferenceInfo, TextInfo]:
+    """What the result says of its reference and text. Runs in the worker."""
+    from prism_gguf.capture import read_capture
 
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def capture_reference(
-    folder: Path,
-    reference: str,
-    texts: list[EvaluationText],
-    options: CompareOptions,
-    *,
-    progress: Progress = no_progress,
-) -> tuple[dict[str, Any], float]:
-    """Run the reference over the text into ``folder``; its description and K_feat. Runs in the worker."""
-    from prism_gguf.capture import read_capture, write_capture
-
-    _limit_threads(options)
-    with _open_reference(reference, options) as model:
-        write_capture(folder, model, texts, n_ctx=options.n_ctx, max_windows=options.windows, progress=progress)
-    del model  # its weights are not needed any more, and the candidates want the memory
-    capture = read_capture(folder)
+    capture = read_capture(Path(folder))
     windows = capture.windows
-    described = {
-        "reference": asdict(capture.identity),
-        "text": {
-            "fingerprint": windows.fingerprint,
-            "n_windows": windows.n_windows,
-            "n_ctx": windows.n_ctx,
-            "n_scored": windows.n_scored,
-            "domains": windows.domain_names,
-        },
-    }
-    return described, feature_constant(capture.head)
-
-
-def _limit_threads(options: CompareOptions) -> None:
-    import torch
-
-    torch.set_num_threads(options.runtime().n_threads)
-
-
-def _open_reference(reference: str, options: CompareOptions) -> Any:
-    path = Path(reference)
-    if path.suffix == ".gguf":
-        from prism_gguf.adapters.llama_cpp import LlamaCppModel
-
-        return LlamaCppModel(path, n_ctx=options.n_ctx, options=options.runtime())
-    if not path.is_dir() and (path.exists() or reference.count("/") != 1 or reference.startswith((".", "/", "~"))):
-        raise InvalidModelError(f"{reference}: no such checkpoint directory, hub id (owner/name) or .gguf file")
-    from prism_gguf.adapters.huggingface import HuggingFaceModel
-
-    return HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code)
-
-
-def feature_constant(head: OutputHead) -> float:
-    """K_feat of a reference's head: how fast its loss can change with a hidden state, in nats per unit.
-
-    The loss's gradient is Σ_k (p_k − e_y,k) f'_k h_k. Without a soft cap f' is one constant and the gradient is a
-    difference of two averages of rows: at most the rows' diameter. A soft cap has f' between 0 and 1, row by row, which
-    adds the origin to what the averages are taken over.
-    """
-    import torch
-
-    from prism_gguf.metrics.diameter import diameter
-
-    def chunks() -> Iterator[tuple[int, int, torch.Tensor]]:
-        yield from head.chunks()
-        if head.transform.softcap is not None:
-            yield head.n_rows, head.n_rows + 1, torch.zeros(1, head.width)
-
-    return abs(head.transform.scale) * diameter(chunks).value
+    text = TextInfo(
+        fingerprint=windows.fingerprint,
+        n_windows=windows.n_windows,
+        n_ctx=windows.n_ctx,
+        n_scored=windows.n_scored,
+        score=windows.score.value,
+        domains=windows.domain_names,
+        is_default=is_default,
+    )
+    return ReferenceInfo(**asdict(capture.identity)), text
 
 
 def measure_candidate(
-    path: str,
-    folder: Path,
-    texts: list[EvaluationText],
-    options: CompareOptions,
-    k_feat: float,
-    *,
-    progress: Progress = no_progress,
+    path: str, folder: Path, options: CompareOptions, *, progress: Progress = no_progress
 ) -> CandidateResult:
     """Run one GGUF over the captured windows and measure it. Runs in the worker."""
+    import torch
+
     from prism_gguf.adapters.llama_cpp import LlamaCppModel
     from prism_gguf.capture import read_capture
-    from prism_gguf.measure import check_pair, measure
-    from prism_gguf.text import check_same_reading
+    from prism_gguf.measure import MeasureOptions, check_pair, measure
+    from prism_gguf.text import check_same_pieces, check_same_reading
 
-    _limit_threads(options)
+    torch.set_num_threads(options.runtime().n_threads)
     capture = read_capture(folder)
-    with LlamaCppModel(path, n_ctx=options.n_ctx, options=options.runtime()) as model:
+    wanted = MeasureOptions(
+        options.attribution, options.attribution_tokens, options.split_kernels, options.runtime().n_threads
+    )
+    with (
+        LlamaCppModel(path, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model,
+        tempfile.TemporaryDirectory(prefix="prism-gguf-") as temporary,
+    ):
         shared, notes = check_pair(capture, model.gguf)
-        check_same_reading(texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
-        return measure(capture, model, k_feat, shared_rows=shared, notes=notes, progress=progress)
+        if capture.texts:
+            check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
+        else:
+            check_same_pieces(capture.pieces, model.vocabulary, path)
+        return measure(capture, model, Path(temporary), wanted, shared_rows=shared, notes=notes, progress=progress)

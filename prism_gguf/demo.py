@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prism_gguf.compare import CompareOptions, Steps, compare
+from prism_gguf.compare import CompareOptions, compare
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.profiles import ProfileEntry, load_profile
+from prism_gguf.reading import Source
+from prism_gguf.reference import Steps
 from prism_gguf.results import Comparison
-from prism_gguf.testbed import MODEL
-from prism_gguf.text import EvaluationText
+from prism_gguf.testbed import MODEL, held_out_texts
 
 
 def _make_f16(out: str, *, progress: Progress = no_progress) -> None:
@@ -49,7 +50,7 @@ def build_ladder(folder: Path, *, steps: Steps, threads: int = 0) -> list[Path]:
     return paths
 
 
-def run_demo(folder: Path, texts: list[EvaluationText] | None, options: CompareOptions, *, steps: Steps) -> Comparison:
-    """Build the ladder in ``folder`` and compare it with the testbed checkpoint."""
+def run_demo(folder: Path, texts: list[Source] | None, options: CompareOptions, *, steps: Steps) -> Comparison:
+    """Build the ladder in ``folder`` and compare it with the testbed checkpoint, on text that it was not trained on."""
     paths = build_ladder(folder, steps=steps, threads=options.threads or 0)
-    return compare(MODEL, paths, texts, options, steps=steps)
+    return compare(MODEL, paths, texts or held_out_texts(), options, steps=steps)

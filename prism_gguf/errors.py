@@ -27,5 +27,13 @@ class UndefinedMetricError(PrismGgufError):
     """A quantity that has no value for the given data, such as the similarity to an all-zero matrix."""
 
 
+class InvalidCaptureError(PrismGgufError):
+    """A capture that is none, is damaged, or whose model has gone."""
+
+
+class InvalidGateError(PrismGgufError):
+    """A limit that names no number of the result, or cannot be read."""
+
+
 class InvalidProfileError(PrismGgufError):
     """A quantization profile that names unknown types or misses required keys."""

@@ -203,6 +203,18 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self.metadata("general.architecture") or "")
 
+    def check_context(self, n_ctx: int) -> None:
+        """Refuse windows that are longer than what the model was trained for.
+
+        Raises:
+            InvalidModelError: with the longest that will do.
+        """
+        trained = self.metadata(f"{self.architecture}.context_length")
+        if trained is not None and n_ctx > int(trained):
+            raise InvalidModelError(
+                f"{self.path}: was trained for a context of {trained} tokens; use --n-ctx {trained} or less"
+            )
+
     @cached_property
     def hidden_size(self) -> int:
         """Width of the final hidden states, which is the head's row width."""
@@ -231,10 +243,13 @@ class GgufFile:
     def head_tensor(self) -> TensorInfo:
         return self._info("token_embd.weight" if self.tied else "output.weight")
 
+    @property
+    def head_type(self) -> GGMLQuantizationType:
+        return self._tensors[self.head_tensor.name].tensor_type
+
     def head_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of the output head, dequantized: (stop − start, hidden size) float32."""
-        tensor = self._tensors[self.head_tensor.name]
-        return dequantize(tensor.data[start:stop], tensor.tensor_type)
+        """Rows [start, stop) of the output head as stored: (stop − start, bytes per row) uint8."""
+        return self._tensors[self.head_tensor.name].data[start:stop].view(np.uint8)
 
     def head_bias(self) -> np.ndarray | None:
         """The output head's bias (vocabulary,) float32, or None."""

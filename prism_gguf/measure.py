@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from prism_gguf.adapters import WindowStates
 from prism_gguf.adapters.llama_cpp import LlamaCppModel
+from prism_gguf.attribute import attribute
 from prism_gguf.capture import Capture
+from prism_gguf.decode import BLOCK, decode_windows
 from prism_gguf.errors import IncompatibleModelsError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.metrics.bound import K_PRED, Bound, HeadMoments, head_divergence, head_moments
-from prism_gguf.metrics.divergence import TokenDivergence, clustered_mean, token_divergence
+from prism_gguf.metrics.divergence import clustered_mean
 from prism_gguf.metrics.geometry import (
     FeatureGeometry,
     FeatureMoments,
@@ -23,8 +26,10 @@ from prism_gguf.metrics.geometry import (
     procrustes_geometry,
     scale_absorbed,
 )
-from prism_gguf.output_head import OutputHead
-from prism_gguf.results import CandidateResult, Divergence, Geometry, Risk
+from prism_gguf.metrics.statistics import divergence_statistics
+from prism_gguf.output_head import OutputHead, paired_chunks
+from prism_gguf.parts import split_parts
+from prism_gguf.results import CandidateResult, Divergence, FallbackInfo, Geometry, HeadInfo, Risk
 
 # Nats. The bound is zero for identical models, where the measured gap still has the rounding of float32 products.
 _SLACK = 1e-5
@@ -57,16 +62,37 @@ def check_pair(capture: Capture, gguf: GgufFile) -> tuple[int, list[str]]:
     ]
 
 
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What of a candidate is measured beside its divergence.
+
+    Attributes:
+        attribution: whether the divergence is split between its causes.
+        attribution_tokens: attribute a random sample of so many tokens; None takes as many as ``n · V`` allows.
+        split_kernels: run the candidate's weights as F16 too, and so tell the body's weights from its kernels.
+        threads: for making that F16 file; 0 takes all.
+    """
+
+    attribution: bool = True
+    attribution_tokens: int | None = None
+    split_kernels: bool = False
+    threads: int = 0
+
+
 def measure(
     capture: Capture,
     model: LlamaCppModel,
-    k_feat: float,
+    folder: Path,
+    options: MeasureOptions,
     *,
     shared_rows: int,
     notes: list[str],
     progress: Progress = no_progress,
 ) -> CandidateResult:
     """Run the candidate over the capture's windows; everything that a row of the result says.
+
+    Args:
+        folder: for temporary files.
 
     Raises:
         RuntimeFailureError: the model did not run or gave undefined states.
@@ -78,10 +104,18 @@ def measure(
             f"{model.gguf.path}: logits are made with {candidate_head.transform}, in the reference with {head.transform}; "
             "the conversion lost or changed it"
         )
-    features, tokens, clusters = _run(capture, model, shared_rows, progress)
+    decoded = decode_windows(capture, model, folder, shared_rows, progress)
+    features = _feature_moments(capture, decoded.hidden)
     heads = _head_moments(head, candidate_head, shared_rows)
+    tokens, clusters = decoded.tokens, capture.windows.window_of_token
     gap, gap_se = clustered_mean(tokens.nll_candidate - tokens.nll_reference, clusters)
-    geometries = [_geometry_row(name, bound, gap) for name, bound in _bounds(features, heads, k_feat)]
+    geometries = [_geometry_row(name, bound, gap) for name, bound in _bounds(features, heads, capture.k_feat)]
+    attribution = risk_attribution = None
+    if options.attribution:
+        weights = _weights_only_states(capture, model, folder, options.threads) if options.split_kernels else None
+        attribution, risk_attribution = attribute(
+            capture, decoded, candidate_head, shared_rows, weights, options.attribution_tokens
+        )
     gguf = model.gguf
     return CandidateResult(
         path=str(gguf.path),
@@ -89,47 +123,44 @@ def measure(
         bits_per_weight=gguf.bits_per_weight,
         ftype=gguf.ftype,
         types=gguf.types,
-        fallbacks=[
-            {"tensor": f.tensor, "type": f.type, "wanted": f.wanted, "reason": f.reason} for f in gguf.fallbacks
-        ],
-        head={"tensor": candidate_head.tensor, "type": candidate_head.type, "tied": gguf.tied},
+        fallbacks=[FallbackInfo(f.tensor, f.type, f.wanted, f.reason) for f in gguf.fallbacks],
+        head=HeadInfo(candidate_head.tensor, candidate_head.type, gguf.tied),
         geometry=geometries[0],
         geometry_alternatives=geometries[1:],
         risk=Risk(float(tokens.nll_reference.mean()), float(tokens.nll_candidate.mean()), gap, gap_se),
-        divergence=_divergence(tokens, clusters),
+        divergence=Divergence(**divergence_statistics(tokens, clusters)),  # type: ignore[arg-type]
+        parts=split_parts(tokens, capture.windows),
+        attribution=attribution,
+        risk_attribution=risk_attribution,
+        logits=decoded.logits,
         notes=notes,
     )
 
 
-def _run(
-    capture: Capture, model: LlamaCppModel, shared_rows: int, progress: Progress
-) -> tuple[FeatureMoments, TokenDivergence, np.ndarray]:
-    """Decode every window; feature moments, per-token divergence, and the window number of each token."""
-    windows = capture.windows
-    moments = MomentAccumulator(capture.identity.hidden_size)
-    parts: list[TokenDivergence] = []
-    for number, tokens in enumerate(windows.tokens):
-        progress(number, windows.n_windows)
-        first = number * windows.scored_per_window - windows.first_scored
-        for states in model.window_states(tokens, windows.first_scored, logits=True):
-            reference = np.array(capture.hidden[first + states.start : first + states.stop])
-            moments.add(reference, states.hidden)
-            targets = tokens[states.start + 1 : states.stop + 1]
-            pairs = _logit_chunks(capture.head, reference, states, shared_rows)
-            parts.append(token_divergence(pairs, targets))
-    progress(windows.n_windows, windows.n_windows)
-    clusters = np.repeat(np.arange(windows.n_windows), windows.scored_per_window)
-    return moments.moments(), TokenDivergence.concatenate(parts), clusters
+def _feature_moments(capture: Capture, hidden: np.ndarray) -> FeatureMoments:
+    moments = MomentAccumulator(hidden.shape[1])
+    for at in range(0, len(hidden), BLOCK):
+        moments.add(capture.states[at : at + BLOCK], hidden[at : at + BLOCK])
+    return moments.moments()
 
 
-def _logit_chunks(
-    head: OutputHead, reference: np.ndarray, states: WindowStates, shared_rows: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(start, reference logits, candidate logits) per vocabulary chunk; the reference's never exist as a whole."""
-    assert states.logits is not None
-    hidden, candidate = torch.from_numpy(reference), torch.from_numpy(states.logits)
-    for start, stop, rows in head.chunks(shared_rows):
-        yield start, head.logits(hidden, start, stop, rows), candidate[:, start:stop]
+def _weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, threads: int) -> np.ndarray:
+    """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
+    from prism_gguf.quantize import quantize
+
+    windows, path = capture.windows, folder / "weights-F16.gguf"
+    quantize(model.gguf.path, path, "F16", requantize=True, threads=threads)
+    hidden = np.lib.format.open_memmap(
+        folder / "weights.npy", mode="w+", dtype=np.float32, shape=(windows.n_scored, capture.identity.hidden_size)
+    )
+    with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options) as unquantized:
+        row = 0
+        for tokens in windows.tokens:
+            for states in unquantized.window_states(tokens, windows.first_scored):
+                hidden[row : row + len(states.hidden)] = states.hidden
+                row += len(states.hidden)
+    path.unlink()
+    return hidden
 
 
 def _head_moments(reference: OutputHead, candidate: OutputHead, shared_rows: int) -> HeadMoments:
@@ -142,8 +173,11 @@ def _head_moments(reference: OutputHead, candidate: OutputHead, shared_rows: int
             chunk = torch.cat([chunk, bias[:, None]], dim=1)
         return chunk * scale if scale != 1.0 else chunk
 
-    pairs = zip(reference.chunks(shared_rows), candidate.chunks(shared_rows), strict=True)
-    return head_moments(((rows(reference, *a), rows(candidate, *b)) for a, b in pairs), biased=biased)
+    pairs = (
+        (rows(reference, start, stop, one), rows(candidate, start, stop, other))
+        for start, stop, one, other in paired_chunks(reference, candidate, shared_rows)
+    )
+    return head_moments(pairs, biased=biased)
 
 
 def _bounds(features: FeatureMoments, heads: HeadMoments, k_feat: float) -> Iterator[tuple[str, Bound]]:
@@ -169,26 +203,4 @@ def _geometry_row(alignment: str, bound: Bound, gap: float) -> Geometry:
         k_pred=K_PRED,
         bound=bound.value,
         bound_holds=bound.value + _SLACK >= abs(gap),
-    )
-
-
-def _divergence(tokens: TokenDivergence, clusters: np.ndarray) -> Divergence:
-    kld, kld_se = clustered_mean(tokens.kld, clusters)
-    same, same_se = clustered_mean(tokens.same_top, clusters)
-    median, p90, p95, p99, p999 = (float(x) for x in np.quantile(tokens.kld, [0.5, 0.9, 0.95, 0.99, 0.999]))
-    reference, candidate = float(tokens.nll_reference.mean()), float(tokens.nll_candidate.mean())
-    return Divergence(
-        kld_mean=kld,
-        kld_mean_se=kld_se,
-        kld_median=median,
-        kld_p90=p90,
-        kld_p95=p95,
-        kld_p99=p99,
-        kld_p999=p999,
-        kld_max=float(tokens.kld.max()),
-        same_top=same,
-        same_top_se=same_se,
-        ppl_reference=float(np.exp(reference)),
-        ppl_candidate=float(np.exp(candidate)),
-        ppl_ratio=float(np.exp(candidate - reference)),
     )

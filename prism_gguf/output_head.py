@@ -52,6 +52,8 @@ class OutputHead:
         read_rows: ``(start, stop) -> (stop − start, d)`` float32, dequantized.
         bias: (V,) float32 or None.
         transform: what follows the product.
+        round_activations: (n, d) float32 hidden states as the runtime's kernel rounds them before it multiplies; None for
+            the exact product of the rows.
     """
 
     tensor: str
@@ -61,6 +63,11 @@ class OutputHead:
     read_rows: Callable[[int, int], np.ndarray]
     bias: np.ndarray | None = None
     transform: LogitTransform = LogitTransform()
+    round_activations: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def enter(self, hidden: np.ndarray) -> torch.Tensor:
+        """Hidden states (n, d) float32 as the product takes them."""
+        return torch.from_numpy(hidden if self.round_activations is None else self.round_activations(hidden))
 
     def chunks(self, n_rows: int | None = None, size: int = ROWS_PER_CHUNK) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(start, stop, rows) over the first ``n_rows`` rows; rows are (stop − start, d) float32."""
@@ -70,12 +77,24 @@ class OutputHead:
             yield start, stop, torch.from_numpy(np.ascontiguousarray(self.read_rows(start, stop), dtype=np.float32))
 
     def logits(self, hidden: torch.Tensor, start: int, stop: int, rows: torch.Tensor) -> torch.Tensor:
-        """Logits (n, stop − start) of one chunk of rows for hidden states (n, d) float32."""
-        products = hidden @ rows.T
+        """Logits (n, stop − start) of one chunk of rows for hidden states (n, d) that ``enter`` gave."""
+        return self.finish(hidden @ rows.T, start, stop)
+
+    def finish(self, products: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Logits from products (n, stop − start) of one chunk of rows, in place."""
         if self.bias is not None:
             products += torch.from_numpy(self.bias[start:stop])
         return self.transform.apply(products)
 
-    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def all_logits(self, hidden: np.ndarray) -> torch.Tensor:
         """Logits (n, V). For a handful of positions only: nothing here may hold n × V for a whole window."""
-        return torch.cat([self.logits(hidden, *chunk) for chunk in self.chunks()], dim=1)
+        entered = self.enter(hidden)
+        return torch.cat([self.logits(entered, *chunk) for chunk in self.chunks()], dim=1)
+
+
+def paired_chunks(
+    first: OutputHead, second: OutputHead, n_rows: int
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """(start, stop, rows of one head, rows of the other) over the ``n_rows`` that both have."""
+    for (start, stop, rows), (_, _, other) in zip(first.chunks(n_rows), second.chunks(n_rows), strict=True):
+        yield start, stop, rows, other

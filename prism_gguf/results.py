@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any
 
 SCHEMA = "prism-gguf/comparison/1"
@@ -46,21 +47,257 @@ class Risk:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KLD(reference ‖ candidate) over the scored tokens, nats per token, and what goes with it."""
+    """Everything that ``llama-perplexity --kl-divergence`` prints, over the scored tokens.
+
+    KLD(reference ‖ candidate) in nats per token; Δp is the change in the probability of the token that follows; ``pNN`` are
+    percentiles, ``p999`` the 99.9th and ``p001`` the 0.1th. Standard errors (``_se``) are clustered by window and None with
+    a single one. ``ln_ppl_correlation`` is None where a model's loss is the same on all tokens.
+    """
 
     kld_mean: float
     kld_mean_se: float | None
-    kld_median: float
-    kld_p90: float
-    kld_p95: float
-    kld_p99: float
-    kld_p999: float
     kld_max: float
+    kld_p999: float
+    kld_p99: float
+    kld_p95: float
+    kld_p90: float
+    kld_median: float
+    kld_p10: float
+    kld_p05: float
+    kld_p01: float
+    kld_p001: float
+    kld_min: float
     same_top: float
     same_top_se: float | None
     ppl_reference: float
+    ppl_reference_se: float | None
     ppl_candidate: float
+    ppl_candidate_se: float | None
     ppl_ratio: float
+    ppl_ratio_se: float | None
+    ppl_difference: float
+    ppl_difference_se: float | None
+    ln_ppl_ratio: float
+    ln_ppl_ratio_se: float | None
+    ln_ppl_correlation: float | None
+    delta_p_mean: float
+    delta_p_mean_se: float | None
+    delta_p_rms: float
+    delta_p_rms_se: float | None
+    delta_p_max: float
+    delta_p_p999: float
+    delta_p_p99: float
+    delta_p_p95: float
+    delta_p_p90: float
+    delta_p_p75: float
+    delta_p_median: float
+    delta_p_p25: float
+    delta_p_p10: float
+    delta_p_p05: float
+    delta_p_p01: float
+    delta_p_p001: float
+    delta_p_min: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """The same question for some of the tokens: one domain, one stretch of positions, or one range of confidence."""
+
+    n_tokens: int
+    kld_mean: float
+    kld_mean_se: float | None
+    kld_median: float
+    kld_p99: float
+    same_top: float
+    same_top_se: float | None
+    ln_ppl_ratio: float
+    ln_ppl_ratio_se: float | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Scored tokens split three ways; keys name the parts, and a part without tokens is left out.
+
+    Attributes:
+        domain: by text.
+        position: by place in the window, ``first-last`` position.
+        confidence: by the reference's probability of its most likely token, ``from-to``. Near-ties amplify any
+            perturbation; what is lost on confident tokens is damage.
+    """
+
+    domain: dict[str, Part]
+    position: dict[str, Part]
+    confidence: dict[str, Part]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A total in nats per token, split between its causes; the causes add up to it.
+
+    Attributes:
+        scale, shape: drift of the hidden states (with ``body_kernel``, of the weights' part of it).
+        head_weights: error of the output head's weights.
+        head_kernel: rounding of activations in llama.cpp's product with the head.
+        body_kernel: the same in the body's products; None unless weights and kernels were run apart.
+        total: on the ``n_tokens`` that were attributed.
+        sampled: whether these are a random sample of the scored tokens.
+    """
+
+    scale: float
+    scale_se: float | None
+    shape: float
+    shape_se: float | None
+    head_weights: float
+    head_weights_se: float | None
+    head_kernel: float
+    head_kernel_se: float | None
+    body_kernel: float | None
+    body_kernel_se: float | None
+    total: float
+    total_se: float | None
+    n_tokens: int
+    sampled: bool
+
+
+class Status(str, Enum):
+    """What a candidate's divergence amounts to."""
+
+    LOSSLESS = "lossless"
+    SCALE = "scale-dominated"
+    SHAPE = "shape-dominated"
+    HEAD = "head-dominated"
+    BODY_KERNEL = "kernel-dominated"
+    MIXED = "mixed"
+    UNATTRIBUTED = "unattributed"  # the causes were not asked for
+    CONVERSION = "conversion-problem"  # the unquantized control is far from zero: nothing else can be judged
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One limit, and what was compared with it.
+
+    Attributes:
+        key: the number's full path in a candidate's JSON.
+        value: the number; None where this candidate has none, which fails the gate.
+        compared: the number, or its confidence bound on the losing side.
+    """
+
+    gate: str
+    key: str
+    value: float | None
+    compared: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the numbers mean, and what to do about it.
+
+    Attributes:
+        axis: the largest share: ``scale``, ``shape``, ``head_weights``, ``head_kernel`` or ``body_kernel``.
+        passed: whether every gate was passed.
+    """
+
+    status: Status
+    axis: str | None
+    gates: list[GateResult]
+    passed: bool
+    remedies: list[str]
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The unquantized control: what the path itself costs.
+
+    Attributes:
+        limit: above this, in nats, the conversion is to blame.
+    """
+
+    path: str
+    kld_mean: float
+    kld_mean_se: float | None
+    limit: float
+    conversion_problem: bool
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Where the candidate's distribution comes from.
+
+    Attributes:
+        source: ``runtime`` (llama.cpp's own logits), or ``emulated`` (its hidden states through its head's kernel, after a
+            check against its logits in the same run).
+        emulation_kld: mean KLD(runtime ‖ emulated) in that check, nats; None where the kernel is not known.
+    """
+
+    source: str
+    emulation_kld: float | None
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """What was read, and which of it was scored.
+
+    Attributes:
+        fingerprint: SHA-256 over the token ids and how they are scored.
+        score: ``half`` or ``all`` tokens of a window.
+        is_default: whether this is the packaged text.
+    """
+
+    fingerprint: str
+    n_windows: int
+    n_ctx: int
+    n_scored: int
+    score: str
+    domains: list[str]
+    is_default: bool
+
+
+@dataclass(frozen=True)
+class ReferenceInfo:
+    """The reference, as ``adapters.ModelIdentity`` has it."""
+
+    path: str
+    kind: str
+    architecture: str
+    dtype: str
+    hidden_size: int
+    vocab_size: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """The tensor that serves as output head, and its type."""
+
+    tensor: str
+    type: str
+    tied: bool
+
+
+@dataclass(frozen=True)
+class FallbackInfo:
+    """A tensor that could not take the type its file's ftype stands for."""
+
+    tensor: str
+    type: str
+    wanted: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates in order, best first, by path; those without numbers are left out.
+
+    Attributes:
+        kld_mean: by measured divergence.
+        bound: by PRISM's bound with W = Procrustes, the form that the paper ranks with.
+        spearman: rank correlation of the bound with the divergence; None for less than three candidates.
+    """
+
+    kld_mean: list[str]
+    bound: list[str]
+    spearman: float | None
 
 
 @dataclass(frozen=True)
@@ -80,12 +317,17 @@ class CandidateResult:
     bits_per_weight: float | None = None
     ftype: str | None = None
     types: dict[str, int] | None = None
-    fallbacks: list[dict[str, Any]] | None = None
-    head: dict[str, Any] | None = None
+    fallbacks: list[FallbackInfo] | None = None
+    head: HeadInfo | None = None
     geometry: Geometry | None = None
     geometry_alternatives: list[Geometry] = field(default_factory=list)
     risk: Risk | None = None
     divergence: Divergence | None = None
+    parts: Parts | None = None
+    attribution: Attribution | None = None
+    risk_attribution: Attribution | None = None
+    logits: Logits | None = None
+    verdict: Verdict | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
     error: Failure | None = None
@@ -99,9 +341,17 @@ class Comparison:
     command: list[str]
     created: str
     environment: dict[str, Any]
-    text: dict[str, Any]
-    reference: dict[str, Any]
+    text: TextInfo
+    reference: ReferenceInfo
     candidates: list[CandidateResult]
+    noise_floor: NoiseFloor | None
+    ranking: Ranking
+
+    @property
+    def passed(self) -> bool:
+        """Whether every candidate that was measured passed its gates, and the control did."""
+        problem = self.noise_floor is not None and self.noise_floor.conversion_problem
+        return not problem and all(c.verdict is None or c.verdict.passed for c in self.candidates)
 
     @property
     def failed(self) -> list[CandidateResult]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
 
 from prism_gguf.errors import IncompatibleModelsError, InvalidTextError
+
+# A first guess of how much of a long text the windows will need.
+_CHARACTERS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,14 @@ class Vocabulary:
     """How a model reads text.
 
     Attributes:
-        tokenize: text to token ids (n,) int32, without special tokens of its own accord.
+        tokenize: (text, special) to token ids (n,) int32, without special tokens of its own accord; markup of special
+            tokens in the text is read as those tokens where ``special``, else as plain text.
         piece: the text of one token id, for messages.
         n_tokens: real tokens, padding rows of the embedding not counted.
         bos: id that begins a window, or None where the vocabulary asks for none.
     """
 
-    tokenize: Callable[[str], np.ndarray]
+    tokenize: Callable[[str, bool], np.ndarray]
     piece: Callable[[int], str]
     n_tokens: int
     bos: int | None
@@ -31,10 +36,23 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Text of one domain, such as code or prose."""
+    """Text of one domain, such as code or prose; ``special`` where markup in it stands for special tokens."""
 
     domain: str
     text: str
+    special: bool = False
+
+    def read(self, vocabulary: Vocabulary) -> np.ndarray:
+        """Token ids (n,) int32, BOS first where the vocabulary asks for one."""
+        tokens = vocabulary.tokenize(self.text, self.special)
+        return tokens if vocabulary.bos is None else np.concatenate([[vocabulary.bos], tokens]).astype(np.int32)
+
+
+class Score(str, Enum):
+    """Which tokens of a window are scored."""
+
+    HALF = "half"  # llama-perplexity's way: the second half, so that each has at least n_ctx / 2 tokens of context
+    ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -43,15 +61,17 @@ class TokenWindows:
 
     The protocol is llama-perplexity's (tools/perplexity/perplexity.cpp): each domain's tokens are cut into windows of
     ``n_ctx``, the first token of each is replaced by BOS where the vocabulary asks for one, and the tokens of the second
-    half are scored: positions ``first_scored`` … n_ctx − 2 each predict the token that follows.
+    half (or all) are scored: positions ``first_scored`` … n_ctx − 2 each predict the token that follows.
 
     Attributes:
         tokens: (n_windows, n_ctx) int32.
         domains: name of each window's domain, n_windows of them.
+        score: which of their tokens are scored.
     """
 
     tokens: np.ndarray
     domains: tuple[str, ...]
+    score: Score = Score.HALF
 
     @property
     def n_windows(self) -> int:
@@ -63,7 +83,7 @@ class TokenWindows:
 
     @property
     def first_scored(self) -> int:
-        return self.n_ctx // 2
+        return self.n_ctx // 2 if self.score is Score.HALF else 0
 
     @property
     def scored_per_window(self) -> int:
@@ -74,13 +94,28 @@ class TokenWindows:
         return self.n_windows * self.scored_per_window
 
     @property
+    def targets(self) -> np.ndarray:
+        """The token that follows each scored position, (n_scored,) int32, in window order."""
+        return self.tokens[:, self.first_scored + 1 :].reshape(-1)
+
+    @property
+    def window_of_token(self) -> np.ndarray:
+        """Number of the window of each scored position, (n_scored,) int64."""
+        return np.repeat(np.arange(self.n_windows), self.scored_per_window)
+
+    @property
+    def position_of_token(self) -> np.ndarray:
+        """Position within its window of each scored position, (n_scored,) int64."""
+        return np.tile(np.arange(self.first_scored, self.n_ctx - 1), self.n_windows)
+
+    @property
     def domain_names(self) -> list[str]:
         return list(dict.fromkeys(self.domains))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the token ids, their shape and their domains."""
-        digest = hashlib.sha256(f"{self.tokens.shape} {self.domains} ".encode())
+        """SHA-256 over the token ids, their shape, their domains, and which are scored."""
+        digest = hashlib.sha256(f"{self.tokens.shape} {self.domains} {self.score.value} ".encode())
         digest.update(np.ascontiguousarray(self.tokens, dtype="<i4").tobytes())
         return digest.hexdigest()
 
@@ -111,25 +146,37 @@ def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
     return list(texts.values())
 
 
-def _cut(vocabulary: Vocabulary, text: EvaluationText, n_ctx: int) -> np.ndarray:
-    """All whole windows of one text: (windows, n_ctx) int32."""
-    tokens = vocabulary.tokenize(text.text)
-    if vocabulary.bos is not None:
-        tokens = np.concatenate([[vocabulary.bos], tokens])
-    n_windows = len(tokens) // n_ctx
+def read_folder(folder: Path) -> list[EvaluationText]:
+    """All ``*.txt`` files of a folder, one domain each."""
+    return read_texts([str(path) for path in sorted(folder.glob("*.txt"))])
+
+
+def _cut(vocabulary: Vocabulary, text: EvaluationText, n_ctx: int, most: int | None) -> np.ndarray:
+    """Whole windows of one text, at most ``most`` of them: (windows, n_ctx) int32."""
+    length = len(text.text) if most is None else most * n_ctx * _CHARACTERS_PER_TOKEN
+    tokens = replace(text, text=text.text[:length]).read(vocabulary)
+    while most is not None and len(tokens) < most * n_ctx and length < len(text.text):
+        length *= 2
+        tokens = replace(text, text=text.text[:length]).read(vocabulary)
+    n_windows = len(tokens) // n_ctx if most is None else min(len(tokens) // n_ctx, most)
     if n_windows == 0:
         raise InvalidTextError(
             f"text '{text.domain}' has {len(tokens)} tokens, less than one window of {n_ctx}: "
             "give a longer text or a smaller --n-ctx"
         )
-    windows = tokens[: n_windows * n_ctx].reshape(n_windows, n_ctx).astype(np.int32)
+    windows = tokens[: n_windows * n_ctx].reshape(n_windows, n_ctx)
     if vocabulary.bos is not None:
         windows[:, 0] = vocabulary.bos
     return windows
 
 
 def make_windows(
-    texts: Sequence[EvaluationText], vocabulary: Vocabulary, *, n_ctx: int, max_windows: int | None
+    texts: Sequence[EvaluationText],
+    vocabulary: Vocabulary,
+    *,
+    n_ctx: int,
+    max_windows: int | None,
+    score: Score = Score.HALF,
 ) -> TokenWindows:
     """Cut texts into token windows, at most ``max_windows`` of them, shared evenly between the domains.
 
@@ -140,12 +187,24 @@ def make_windows(
         raise InvalidTextError(f"--n-ctx {n_ctx}: a window needs at least 8 tokens")
     if max_windows is not None and max_windows < len(texts):
         raise InvalidTextError(f"--windows {max_windows}: {len(texts)} texts need at least one window each")
-    cut = [_cut(vocabulary, text, n_ctx) for text in texts]
+    cut = [_cut(vocabulary, text, n_ctx, max_windows) for text in texts]
     shares = _shares([len(windows) for windows in cut], max_windows)
     return TokenWindows(
         tokens=np.concatenate([windows[:share] for windows, share in zip(cut, shares, strict=True)]),
         domains=tuple(text.domain for text, share in zip(texts, shares, strict=True) for _ in range(share)),
+        score=score,
     )
+
+
+def covered(texts: Sequence[EvaluationText], windows: TokenWindows, vocabulary: Vocabulary) -> list[EvaluationText]:
+    """The texts without what lies well behind their windows: what another reader needs to check its tokenizer."""
+    kept = []
+    for text in texts:
+        expected = _expected(text, windows)
+        pieces = sum(len(vocabulary.piece(int(token))) for token in expected)
+        short = replace(text, text=text.text[: pieces + pieces // 20 + 64])
+        kept.append(short if np.array_equal(_as_windows(short, windows, vocabulary), expected) else text)
+    return kept
 
 
 def _shares(available: list[int], total: int | None) -> list[int]:
@@ -157,6 +216,23 @@ def _shares(available: list[int], total: int | None) -> list[int]:
         open_domains = [i for i, have in enumerate(available) if shares[i] < have]
         shares[min(open_domains, key=lambda i: shares[i])] += 1
     return shares
+
+
+def check_same_pieces(pieces: Mapping[int, str], candidate: Vocabulary, name: str) -> None:
+    """Check that the token ids in use mean the same text to the candidate, where there is no text to read again.
+
+    Runtimes differ in how they show a leading space and a part of a character; neither counts here.
+
+    Raises:
+        IncompatibleModelsError: naming the first id that means another text.
+    """
+    for token, piece in pieces.items():
+        found = candidate.piece(token)
+        if found.strip() != piece.strip() and "\ufffd" not in found + piece:
+            raise IncompatibleModelsError(
+                f"{name}: token {token} is {found!r}, in the reference {piece!r}; "
+                "is it a conversion of this very checkpoint?"
+            )
 
 
 def check_same_reading(
@@ -178,13 +254,8 @@ def check_same_reading(
         IncompatibleModelsError: naming the first piece that differs.
     """
     for text in texts:
-        expected = windows.tokens[[d == text.domain for d in windows.domains]].reshape(-1)
-        found = candidate.tokenize(text.text)
-        if bos is not None:
-            found = np.concatenate([[bos], found])
-        found = found[: len(expected)].copy()
-        if bos is not None:
-            found[:: windows.n_ctx] = bos
+        expected = _expected(text, windows)
+        found = _as_windows(text, windows, replace(candidate, bos=bos))
         if np.array_equal(found, expected):
             continue
         common = min(len(found), len(expected))
@@ -195,6 +266,18 @@ def check_same_reading(
             f"{_context(pieces.__getitem__, expected, at)} in the reference, "
             f"{_context(candidate.piece, found, at)} in the candidate; is it a conversion of this very checkpoint?"
         )
+
+
+def _expected(text: EvaluationText, windows: TokenWindows) -> np.ndarray:
+    return windows.tokens[[d == text.domain for d in windows.domains]].reshape(-1)
+
+
+def _as_windows(text: EvaluationText, windows: TokenWindows, vocabulary: Vocabulary) -> np.ndarray:
+    """The text's tokens as far as the windows reach, BOS put where each window begins: (n,) int32."""
+    found = text.read(vocabulary)[: len(_expected(text, windows))].copy()
+    if vocabulary.bos is not None:
+        found[:: windows.n_ctx] = vocabulary.bos
+    return found
 
 
 def _context(piece: Callable[[int], str], tokens: np.ndarray, at: int) -> str:

@@ -60,6 +60,7 @@ def regauge(model: torch.nn.Module, generator: torch.Generator) -> None:
 
 def make(out: Path) -> tuple[Path, Path]:
     """Write ``out``/hf and ``out``/SmolLM2-135M-F16.gguf; returns both paths."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from prism_gguf.isolation import NativeWorker
@@ -76,7 +77,11 @@ def make(out: Path) -> tuple[Path, Path]:
     regauge(model, torch.Generator().manual_seed(SEED))
     checkpoint, f16 = out / "hf", out / "SmolLM2-135M-F16.gguf"
     model.to(torch.float16).save_pretrained(checkpoint)
-    AutoTokenizer.from_pretrained(out, gguf_file=raw.name).save_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=raw.name)
+    # The conversion takes the merges from the GGUF but not how text is split before them: SmolLM2 sets digits apart first.
+    split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
+    tokenizer.save_pretrained(checkpoint)
     rewrite_f16(raw, f16, lambda: llama_tensors(checkpoint, model.config.to_dict()))
     raw.unlink()
     return checkpoint, f16

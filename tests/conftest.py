@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from prism_gguf.cache import ENVIRONMENT_VARIABLE
 from prism_gguf.demo import build_ladder
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Captures of this session, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT_VARIABLE, str(folder))
+        yield folder
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def test_help_loads_nothing_heavy() -> None:
         "import sys; from click.testing import CliRunner; from prism_gguf.cli import main\n"
         "for command in ([], *([name] for name in main.commands)):\n"
         "    assert CliRunner().invoke(main, [*command, '--help']).exit_code == 0\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'gguf', 'llama_cpp', 'rich', 'yaml'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'transformers', 'gguf', 'llama_cpp', 'rich', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -37,7 +37,7 @@ def test_every_command_and_option_is_documented() -> None:
 
 def test_compare_prints_a_table_and_writes_json(ladder: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    result = run("compare", MODEL, ladder["Q8_0"], ladder["Q2_K"], "--windows", 2, "--json", out)
+    result = run("compare", MODEL, ladder["Q8_0"], ladder["Q2_K"], "--windows", 5, "--json", out)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert "testbed-Q2_K" in result.stdout

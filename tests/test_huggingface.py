@@ -62,7 +62,7 @@ def test_states_and_logits_are_those_of_the_model_in_float32(name: str, dtype: t
     with HuggingFaceModel(folder) as model:
         (found,) = model.window_states(TOKENS, 32, logits=True)
         (headless,) = model.window_states(TOKENS, 32)
-        made = model.output_head().all_logits(torch.from_numpy(found.hidden)).numpy()
+        made = model.output_head().all_logits(found.hidden).numpy()
         assert model.identity.dtype == str(dtype).removeprefix("torch.")
     widened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seen: list[torch.Tensor] = []
@@ -124,3 +124,15 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(InvalidModelError, match="cannot load it as a causal LM"):
         HuggingFaceModel(tmp_path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_long_windows_go_through_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(CONFIGS[name](), tmp_path / "model", torch.float16)
+    with HuggingFaceModel(folder) as model:
+        (whole,) = model.window_states(TOKENS, 10)
+        monkeypatch.setattr("prism_gguf.adapters.huggingface._LONGEST_PASS", 7)
+        parts = list(model.window_states(TOKENS, 10))
+    assert len(parts) > 2 and (parts[0].start, parts[-1].stop) == (10, len(TOKENS) - 1)
+    hidden = np.concatenate([part.hidden for part in parts])
+    np.testing.assert_allclose(hidden, whole.hidden, atol=1e-5 * np.abs(whole.hidden).max())

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from gguf_edit import edited
 
+from prism_gguf.adapters import ggml
 from prism_gguf.adapters.huggingface import HuggingFaceModel
 from prism_gguf.adapters.llama_cpp import LlamaCppModel, RuntimeOptions
 from prism_gguf.errors import InvalidModelError, RuntimeFailureError
@@ -52,7 +52,7 @@ def test_final_states_and_logits_are_the_checkpoint_s(ladder: dict[str, Path]) -
 def test_states_times_head_are_the_runtime_s_logits(ladder: dict[str, Path], type_name: str) -> None:
     with LlamaCppModel(ladder[type_name], n_ctx=128) as model:
         hidden, logits = states(model, window(model), 64)
-        made = model.output_head().all_logits(torch.from_numpy(hidden)).numpy()
+        made = model.output_head().all_logits(hidden).numpy()
     assert np.linalg.norm(made - logits) < 0.02 * np.linalg.norm(logits)
 
 
@@ -127,3 +127,28 @@ def test_a_transform_that_the_metadata_get_wrong_is_noticed(ladder: dict[str, Pa
         pytest.raises(RuntimeFailureError, match=r"miss llama\.cpp's logits"),
     ):
         list(model.window_states(window(model), 64))
+
+
+def test_without_logits_the_states_are_the_same_and_the_head_does_not_run(
+    ladder: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LlamaCppModel(ladder["Q4_K_M"], n_ctx=128) as model:
+        tokens = window(model)
+        with_head, _ = states(model, tokens, 64)
+        seen: list[str] = []
+        name_of = ggml.tensor_name
+        monkeypatch.setattr(ggml, "tensor_name", lambda tensor: seen.append(name_of(tensor)) or seen[-1])
+        (headless,) = model.window_states(tokens, 64)
+        assert headless.logits is None
+        np.testing.assert_array_equal(headless.hidden, with_head)
+        assert "result_norm" in seen and "result_output" not in seen
+
+
+def test_long_windows_go_through_in_batches(ladder: dict[str, Path]) -> None:
+    """States do not depend on how a window is cut into batches, beyond rounding."""
+    with LlamaCppModel(ladder["F16"], n_ctx=1024) as model:
+        tokens = model.tokenize(held_out_texts()[0].text)[:1024]
+        parts = list(model.window_states(tokens, 512))
+        assert [(p.start, p.stop) for p in parts] == [(512, 1023)]
+        short = next(iter(model.window_states(tokens[:600], 512)))
+        np.testing.assert_allclose(parts[0].hidden[:87], short.hidden, atol=2e-3 * np.abs(short.hidden).max())

@@ -22,7 +22,7 @@ def test_logits_by_chunk_are_the_logits(bias: np.ndarray | None, transform: Logi
     hidden = torch.from_numpy(HIDDEN)
     chunked = torch.cat([head.logits(hidden, *chunk) for chunk in head.chunks(size=7)], dim=1)
     np.testing.assert_allclose(chunked, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(head.all_logits(hidden), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(head.all_logits(HIDDEN), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_cover_the_rows_asked_for() -> None:

@@ -33,6 +33,6 @@ def test_the_held_out_perplexity_is_what_the_card_says() -> None:
         losses = []
         for tokens in windows:
             (states,) = model.window_states(tokens, 0)
-            logits = head.all_logits(torch.from_numpy(states.hidden))
+            logits = head.all_logits(states.hidden)
             losses.append(float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[1:]))))
     assert np.exp(np.mean(losses)) == pytest.approx(FIGURES["held_out_perplexity"], rel=1e-3)

@@ -11,7 +11,9 @@ from prism_gguf.text import EvaluationText, Vocabulary, check_same_reading, make
 
 def letters(bos: int | None = None, shift: int = 0) -> Vocabulary:
     """A vocabulary that reads one token a character."""
-    return Vocabulary(lambda t: np.array([ord(c) + shift for c in t], dtype=np.int32), lambda i: chr(i), 128, bos)
+    return Vocabulary(
+        lambda t, special: np.array([ord(c) + shift for c in t], dtype=np.int32), lambda i: chr(i), 128, bos
+    )
 
 
 PIECES = {i: chr(i) for i in range(128)}
@@ -94,7 +96,7 @@ def test_same_reading_passes_whatever_the_candidate_thinks_of_bos() -> None:
 
 def test_first_differing_piece_is_named() -> None:
     windows = make_windows([LONG], letters(), n_ctx=16, max_windows=None)
-    other = Vocabulary(lambda t: np.array([ord(c) - 32 * (c == "d") for c in t], np.int32), chr, 128, None)
+    other = Vocabulary(lambda t, special: np.array([ord(c) - 32 * (c == "d") for c in t], np.int32), chr, 128, None)
     with pytest.raises(
         IncompatibleModelsError, match=r"from token 3 on: 'abc' then 'd' \(100\).*'abc' then 'D' \(68\)"
     ):
@@ -103,6 +105,6 @@ def test_first_differing_piece_is_named() -> None:
 
 def test_a_candidate_that_reads_fewer_tokens() -> None:
     windows = make_windows([LONG], letters(), n_ctx=16, max_windows=None)
-    other = Vocabulary(lambda t: letters().tokenize(t)[:20], chr, 128, None)
+    other = Vocabulary(lambda t, special: letters().tokenize(t, special)[:20], chr, 128, None)
     with pytest.raises(IncompatibleModelsError, match="the end of the text in the candidate"):
         check_same_reading([LONG], windows, None, PIECES, other, "x.gguf")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from prism_gguf.chat import Conversation
 from prism_gguf.output_head import OutputHead
 from prism_gguf.text import Vocabulary
 
@@ -53,8 +54,23 @@ class Model(Protocol):
 
     def output_head(self) -> OutputHead: ...
 
+    def head_source(self) -> dict[str, str] | None:
+        """``file``, ``tensor`` and ``bias`` that hold the head as the model itself stores it; None where no file does."""
+        ...
+
+    def render_chat(self, conversation: Conversation) -> str:
+        """A conversation as the model's own chat template writes it.
+
+        Raises:
+            InvalidModelError: the model has no chat template.
+        """
+        ...
+
     def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
-        """Run one window of token ids (n,) int32; yield the states of positions first_scored … n − 2 in order."""
+        """Run one window of token ids (n,) int32; yield the states of positions first_scored … n − 2 in order.
+
+        Without ``logits`` the run stops before the head.
+        """
         ...
 
     def __enter__(self) -> Model: ...

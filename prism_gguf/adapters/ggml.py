@@ -1,45 +1,91 @@
-"""The few functions of llama.cpp's ggml library that llama-cpp-python does not bind, in one place."""
+"""The few functions of llama.cpp's ggml libraries that llama-cpp-python does not bind, in one place."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from prism_gguf.errors import RuntimeFailureError
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits`` (ggml.h)."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block_size", ctypes.c_int64),
+        ("block_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _ToFloat),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+class _CpuTypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits_cpu`` (ggml-cpu.h)."""
+
+    _fields_ = (
+        ("from_float", _ToFloat),
+        ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int),
+        ("n_rows", ctypes.c_int64),
+    )
+
+
+def _find(*names: str) -> ctypes.CDLL | None:
+    """The first of these libraries that llama-cpp-python brought, whatever the platform calls it."""
+    import llama_cpp.llama_cpp as llama
+
+    folder = Path(llama._base_path)
+    for name in names:
+        for prefix in ("lib", ""):
+            path = folder / f"{prefix}{name}{_SUFFIX}"
+            if path.exists():
+                return ctypes.CDLL(str(path))
+    return None
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The ggml-base library that llama-cpp-python brought, whatever the platform calls it.
+    """ggml's base library.
 
     Raises:
         RuntimeFailureError: llama-cpp-python was installed without it.
     """
-    import llama_cpp.llama_cpp as llama
-
-    folder = Path(llama._base_path)
-    for name in ("ggml-base", "ggml"):
-        for prefix in ("lib", ""):
-            path = folder / f"{prefix}{name}{_SUFFIX}"
-            if path.exists():
-                return _declare(ctypes.CDLL(str(path)))
-    raise RuntimeFailureError(f"no ggml library in {folder}; reinstall llama-cpp-python")
-
-
-def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    lib = _find("ggml-base", "ggml")
+    if lib is None:
+        raise RuntimeFailureError("llama-cpp-python was installed without its ggml library; reinstall it")
     lib.ggml_get_name.argtypes = [ctypes.c_void_p]
     lib.ggml_get_name.restype = ctypes.c_char_p
     lib.ggml_nbytes.argtypes = [ctypes.c_void_p]
     lib.ggml_nbytes.restype = ctypes.c_size_t
     lib.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     lib.ggml_backend_tensor_get.restype = None
+    lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     return lib
+
+
+@functools.cache
+def _cpu_traits(type_value: int) -> _CpuTypeTraits | None:
+    """How the CPU backend multiplies by rows of a type; None where this build keeps that to itself."""
+    lib = _find("ggml-cpu")
+    if lib is None:
+        return None
+    lib.ggml_get_type_traits_cpu.argtypes = [ctypes.c_int]
+    lib.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTypeTraits)
+    lib.ggml_cpu_init()  # fills the tables behind the conversions; does nothing the second time
+    return lib.ggml_get_type_traits_cpu(type_value).contents
 
 
 def tensor_name(tensor: int) -> str:
@@ -55,3 +101,59 @@ def read_float32(tensor: int, width: int) -> np.ndarray:
         raise RuntimeFailureError(f"tensor {tensor_name(tensor)} has {n_bytes} bytes, not rows of {width} float32")
     library().ggml_backend_tensor_get(tensor, out.ctypes.data, 0, n_bytes)
     return out
+
+
+def dequantize(rows: np.ndarray, type_value: int) -> np.ndarray:
+    """Rows (n, bytes per row) uint8 of a ggml type as (n, row width) float32, with llama.cpp's own conversion."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(type_value)]
+    width = rows.shape[1] // size * block
+    rows = np.ascontiguousarray(rows)
+    if type_value == GGMLQuantizationType.F32:
+        return rows.view(np.float32)
+    traits = library().ggml_get_type_traits(type_value).contents
+    if not traits.to_float:
+        raise RuntimeFailureError(f"llama.cpp cannot dequantize {GGMLQuantizationType(type_value).name}")
+    out = np.empty((len(rows), width), dtype=np.float32)
+    traits.to_float(rows.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def activation_rounding(weight_type: int, width: int) -> Callable[[np.ndarray], np.ndarray] | None:
+    """How the CPU backend rounds activations (n, width) float32 before it multiplies by ``weight_type``.
+
+    ggml_compute_forward_mul_mat (ggml-cpu.c) converts activations to the weight type's ``vec_dot_type``: 8 bits a value for
+    quantized weights. None where this build does not say how.
+    """
+    weight = _cpu_traits(weight_type)
+    if weight is None:
+        return None
+    kind = GGMLQuantizationType(weight.vec_dot_type)
+    if kind == GGMLQuantizationType.F32:
+        return lambda hidden: hidden
+    block, size = GGML_QUANT_SIZES[kind]
+    traits = _cpu_traits(kind.value)
+    if traits is None or not traits.from_float or width % block:
+        return None
+    convert = traits.from_float
+
+    def rounded(hidden: np.ndarray) -> np.ndarray:
+        hidden = np.ascontiguousarray(hidden, dtype=np.float32)
+        packed = np.empty((len(hidden), width // block * size), dtype=np.uint8)
+        for row, out in zip(hidden, packed, strict=True):
+            convert(row.ctypes.data, out.ctypes.data, width)
+        layout = _EIGHT_BIT.get(kind)
+        return dequantize(packed, kind.value) if layout is None else _widen_eight_bit(packed, layout)
+
+    return rounded
+
+
+# Types that exist only inside products have no conversion back: ggml-common.h's blocks, in full.
+_EIGHT_BIT = {
+    GGMLQuantizationType.Q8_1: np.dtype([("d", "<f2"), ("s", "<f2"), ("qs", "i1", 32)]),
+    GGMLQuantizationType.Q8_K: np.dtype([("d", "<f4"), ("qs", "i1", 256), ("bsums", "<i2", 16)]),
+}
+
+
+def _widen_eight_bit(packed: np.ndarray, layout: np.dtype) -> np.ndarray:
+    blocks = packed.view(layout)
+    return (blocks["d"].astype(np.float32)[..., None] * blocks["qs"]).reshape(len(packed), -1)

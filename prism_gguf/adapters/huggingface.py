@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils.hub import cached_file
 
 from prism_gguf.adapters import ModelIdentity, WindowStates
+from prism_gguf.chat import Conversation
 from prism_gguf.errors import InvalidModelError, RuntimeFailureError
 from prism_gguf.output_head import LogitTransform, OutputHead
 from prism_gguf.text import Vocabulary
@@ -22,6 +26,9 @@ from prism_gguf.text import Vocabulary
 _PROBE = "The quick brown fox jumps over the lazy dog."
 # Z·Hᵀ and the model's own logits are the same float32 product, up to the order of summation.
 _MAX_PROBE_ERROR = 1e-4
+
+# Tokens in one pass: longer windows go through the key-value cache, so that activations stay bounded.
+_LONGEST_PASS = 2048
 
 
 class _HeadReached(Exception):
@@ -127,12 +134,18 @@ class HuggingFaceModel:
             raise _HeadReached
 
     @torch.no_grad()
-    def _forward(self, tokens: torch.Tensor, *, head: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Final states (n, d) float32 of one sequence (n,), and its logits (n, V) where the head shall run."""
+    def _forward(
+        self, tokens: torch.Tensor, *, head: bool, cache: DynamicCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Final states (n, d) float32 of tokens (n,) that follow what the cache holds, and logits (n, V) where wanted."""
         self._stop = not head
         logits = None
         with Float32Compute(), contextlib.suppress(_HeadReached):
-            logits = self._model(input_ids=tokens[None], use_cache=False).logits[0].float()
+            logits = (
+                self._model(input_ids=tokens[None], past_key_values=cache, use_cache=cache is not None)
+                .logits[0]
+                .float()
+            )
         if self._states is None:
             raise RuntimeFailureError(f"{self._path}: the forward pass never reached the output head")
         states = self._states
@@ -152,7 +165,7 @@ class HuggingFaceModel:
                 f"{self._path}: undefined (NaN or infinite) hidden states; the weights are damaged"
             )
         assert logits is not None
-        made = self.output_head().all_logits(states)
+        made = self.output_head().all_logits(states.numpy())
         if made.shape != logits.shape:
             raise InvalidModelError(f"{self._path}: head gives {made.shape[1]} logits, the model {logits.shape[1]}")
         error = float((made - logits).norm() / logits.norm())
@@ -188,11 +201,16 @@ class HuggingFaceModel:
             bos=bos if wants_bos else None,
         )
 
-    def tokenize(self, text: str) -> np.ndarray:
-        """Token ids (n,) int32 of ``text``; markup of special tokens in it is read as plain text."""
+    def tokenize(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids (n,) int32 of ``text``; markup in it stands for special tokens, or is read as plain text."""
         # verbose=False: a text longer than the model's context is what we cut into windows, not a mistake.
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        return np.array(ids, dtype=np.int32)
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)
+        return np.array(encoded["input_ids"], dtype=np.int32)
+
+    def render_chat(self, conversation: Conversation) -> str:
+        if not self._tokenizer.chat_template:
+            raise InvalidModelError(f"{self._path}: the tokenizer has no chat template; use --text")
+        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False))
 
     def output_head(self) -> OutputHead:
         weight = self._head.weight.detach()
@@ -207,15 +225,49 @@ class HuggingFaceModel:
             transform=self._transform,
         )
 
+    def head_source(self) -> dict[str, str] | None:
+        weight, bias = self._head.weight.detach(), getattr(self._head, "bias", None)
+        own_name = self.output_head().tensor
+        for file in sorted(self._folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as stored:
+                names = list(stored.keys())
+                # Its own name first: a tied head's rows may be found under the embedding's.
+                for name in sorted(names, key=lambda n: (n != own_name, not n.endswith("lm_head.weight"))):
+                    part = stored.get_slice(name)
+                    if part.get_shape() != list(weight.shape) or part[:1].dtype != weight.dtype:
+                        continue
+                    bias_name = name.removesuffix("weight") + "bias"
+                    if torch.equal(part[:], weight) and (bias is None or bias_name in names):
+                        return {"file": str(file.resolve()), "tensor": name, "bias": bias_name}
+        return None
+
+    @property
+    def _folder(self) -> Path:
+        """Where the checkpoint's files lie; for a hub id, in the hub's own cache."""
+        path = Path(self._path)
+        return path if path.is_dir() else Path(str(cached_file(self._path, "config.json"))).parent
+
     def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
         """Run one window; yield the states of its scored positions (see ``adapters.Model``)."""
         # The last token's successor lies outside the window: nothing is scored there.
-        states, all_logits = self._forward(torch.from_numpy(tokens[:-1].astype(np.int64)), head=logits)
-        hidden = states[first_scored:].numpy()
-        if not np.isfinite(hidden).all():
-            raise RuntimeFailureError(f"{self._path}: undefined (NaN or infinite) hidden states")
-        shown = None if all_logits is None else all_logits[first_scored:].numpy()
-        yield WindowStates(first_scored, len(tokens) - 1, hidden, shown)
+        ids = torch.from_numpy(tokens[:-1].astype(np.int64))
+        step, cache = len(ids), None
+        if len(ids) > _LONGEST_PASS and self._takes_cache:
+            step, cache = _LONGEST_PASS, DynamicCache(config=self._model.config)
+        for begin in range(0, len(ids), step):
+            states, made = self._forward(ids[begin : begin + step], head=logits, cache=cache)
+            start = max(begin, first_scored)
+            if start >= begin + len(states):
+                continue
+            hidden = states[start - begin :].numpy()
+            if not np.isfinite(hidden).all():
+                raise RuntimeFailureError(f"{self._path}: undefined (NaN or infinite) hidden states")
+            shown = None if made is None else made[start - begin :].numpy()
+            yield WindowStates(start, begin + len(states), hidden, shown)
+
+    @property
+    def _takes_cache(self) -> bool:
+        return "past_key_values" in inspect.signature(self._model.forward).parameters
 
     def close(self) -> None:
         self._hook.remove()

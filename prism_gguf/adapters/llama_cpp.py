@@ -6,17 +6,17 @@ import ctypes
 import sys
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as C
 import numpy as np
 import psutil
-import torch
 from gguf import GGMLQuantizationType
 
 from prism_gguf.adapters import ModelIdentity, WindowStates, ggml
+from prism_gguf.chat import Conversation
 from prism_gguf.errors import InvalidModelError, RuntimeFailureError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.output_head import LogitTransform, OutputHead
@@ -111,16 +111,26 @@ def _logit_transform(gguf: GgufFile) -> LogitTransform:
 
 def gguf_output_head(gguf: GgufFile) -> OutputHead:
     """The output head of a GGUF, dequantized chunk by chunk from the mapped file."""
-    tensor = gguf.head_tensor
+    tensor, kind = gguf.head_tensor, gguf.head_type
     return OutputHead(
         tensor=tensor.name,
         type=tensor.type,
         n_rows=gguf.vocab_size,
         width=gguf.hidden_size,
-        read_rows=gguf.head_rows,
+        read_rows=lambda start, stop: ggml.dequantize(gguf.head_rows(start, stop), kind),
         bias=gguf.head_bias(),
         transform=_logit_transform(gguf),
     )
+
+
+def emulated_head(gguf: GgufFile) -> OutputHead | None:
+    """The output head with the CPU backend's kernel: activations rounded as it rounds them.
+
+    None where this build of llama.cpp keeps its kernels' types to itself. Other backends round otherwise: check the logits
+    against the runtime's own before they count.
+    """
+    rounding = ggml.activation_rounding(gguf.head_type, gguf.hidden_size)
+    return None if rounding is None else replace(gguf_output_head(gguf), round_activations=rounding)
 
 
 class LlamaCppModel:
@@ -133,7 +143,8 @@ class LlamaCppModel:
 
     def __init__(self, path: str | Path, *, n_ctx: int, options: RuntimeOptions | None = None) -> None:
         self.gguf = GgufFile(path)
-        self._options = options or RuntimeOptions()
+        self.gguf.check_context(n_ctx)
+        self.options = options or RuntimeOptions()
         self._log = native_log()
         self._log.clear()
         self._model: Any = None
@@ -142,6 +153,7 @@ class LlamaCppModel:
         self._hidden: list[np.ndarray] = []
         self._callback_error: Exception | None = None
         self._head_checked = False
+        self._run_head = True
         try:
             self._load(n_ctx)
         except BaseException:
@@ -150,8 +162,8 @@ class LlamaCppModel:
 
     def _load(self, n_ctx: int) -> None:
         params = C.llama_model_default_params()
-        if self._options.n_gpu_layers is not None:
-            params.n_gpu_layers = self._options.n_gpu_layers
+        if self.options.n_gpu_layers is not None:
+            params.n_gpu_layers = self.options.n_gpu_layers
         # The plain CPU kernels, on mapped weights. llama.cpp's repacked weight buffers (AMX, CPU_REPACK) cost a copy of the
         # weights, and on CPUs with AMX they segfault in the first decode (ggml-org/llama.cpp issue 20824; seen here too).
         params.use_extra_bufts = False
@@ -161,18 +173,13 @@ class LlamaCppModel:
             raise InvalidModelError(f"{self.gguf.path}: llama.cpp cannot load it: {self._log.reason()}")
         self._vocab = C.llama_model_get_vocab(self._model)
         self.n_vocab = int(C.llama_vocab_n_tokens(self._vocab))
-        trained = int(C.llama_model_n_ctx_train(self._model))
-        if n_ctx > trained:
-            raise InvalidModelError(
-                f"{self.gguf.path}: was trained for a context of {trained} tokens; use --n-ctx {trained} or less"
-            )
         self._n_batch = max(16, min(n_ctx, _MAX_BATCH, _MAX_LOGIT_BYTES // (4 * self.n_vocab)))
         self._ctx = C.llama_init_from_model(self._model, self._context_params(n_ctx))
         if not self._ctx:
             raise RuntimeFailureError(f"{self.gguf.path}: llama.cpp cannot make a context: {self._log.reason()}")
 
     def _context_params(self, n_ctx: int) -> Any:
-        options = self._options
+        options = self.options
         params = C.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = self._n_batch
@@ -193,7 +200,7 @@ class LlamaCppModel:
                 self._hidden.append(ggml.read_float32(tensor, self.gguf.hidden_size))
             except Exception as error:  # an exception must not cross into C; it is raised after the decode
                 self._callback_error = error
-        return True
+        return ask or self._run_head  # False stops the graph here, before the head
 
     @property
     def identity(self) -> ModelIdentity:
@@ -218,12 +225,12 @@ class LlamaCppModel:
             bos=int(C.llama_vocab_bos(self._vocab)) if wants_bos else None,
         )
 
-    def tokenize(self, text: str) -> np.ndarray:
-        """Token ids (n,) int32 of ``text``; markup of special tokens in it is read as plain text."""
+    def tokenize(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids (n,) int32 of ``text``; markup in it stands for special tokens, or is read as plain text."""
         data = text.encode("utf-8")
         buffer = np.empty(len(data) + 8, dtype=np.int32)
         pointer = buffer.ctypes.data_as(ctypes.POINTER(C.llama_token))
-        n = C.llama_tokenize(self._vocab, data, len(data), pointer, len(buffer), False, False)
+        n = C.llama_tokenize(self._vocab, data, len(data), pointer, len(buffer), False, special)
         if n < 0:
             raise RuntimeFailureError(f"{self.gguf.path}: llama.cpp cannot tokenize the text (code {n})")
         return buffer[:n].copy()
@@ -233,11 +240,29 @@ class LlamaCppModel:
         n = C.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
         return buffer.raw[: max(n, 0)].decode("utf-8", "replace")
 
+    def render_chat(self, conversation: Conversation) -> str:
+        template = self.gguf.metadata("tokenizer.chat_template")
+        if not template:
+            raise InvalidModelError(f"{self.gguf.path}: the file has no chat template; use --text")
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        special = {
+            f"{name}_token": self.piece(int(token))
+            for name in ("bos", "eos")
+            if (token := self.gguf.metadata(f"tokenizer.ggml.{name}_token_id")) is not None
+        }
+        rendered, _ = render_jinja_template(conversations=[conversation], chat_template=str(template), **special)
+        return str(rendered[0])
+
     def output_head(self) -> OutputHead:
         return gguf_output_head(self.gguf)
 
+    def head_source(self) -> dict[str, str]:
+        return {"file": str(self.gguf.path.resolve()), "tensor": self.gguf.head_tensor.name, "bias": "output.bias"}
+
     def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
         """Decode one window; yield states of the scored positions, batch by batch (see ``adapters.Model``)."""
+        self._run_head = logits or not self._head_checked
         C.llama_memory_clear(C.llama_get_memory(self._ctx), True)
         last = len(tokens) - 1  # its successor lies outside the window, so it is not scored
         for begin in range(0, last, self._n_batch):
@@ -245,7 +270,9 @@ class LlamaCppModel:
             start = max(begin, first_scored)
             hidden, runtime_logits = self._decode(tokens[begin:end], begin, start)
             if start < end:
-                self._check(hidden, runtime_logits, start)
+                self._check_finite(hidden, start)
+                if not self._head_checked:
+                    self._check_head(hidden, runtime_logits)
                 yield WindowStates(start, end, hidden, runtime_logits if logits else None)
 
     def _decode(self, tokens: np.ndarray, begin: int, first_output: int) -> tuple[np.ndarray, np.ndarray]:
@@ -283,17 +310,17 @@ class LlamaCppModel:
             )
         return hidden, np.ctypeslib.as_array(C.llama_get_logits(self._ctx), (n_outputs, self.n_vocab))
 
-    def _check(self, hidden: np.ndarray, logits: np.ndarray, start: int) -> None:
+    def _check_finite(self, hidden: np.ndarray, start: int) -> None:
         if not np.isfinite(hidden).all():
             raise RuntimeFailureError(
                 f"{self.gguf.path}: undefined (NaN or infinite) hidden states from position {start} on; "
                 "the weights are damaged, or their type overflows"
             )
-        if self._head_checked:
-            return
+
+    def _check_head(self, hidden: np.ndarray, logits: np.ndarray) -> None:
         # The adapter proves itself once: these states, through this head and transform, are the runtime's logits.
         few = min(4, len(hidden))
-        made = self.output_head().all_logits(torch.from_numpy(hidden[:few])).numpy()
+        made = self.output_head().all_logits(hidden[:few]).numpy()
         error = float(np.linalg.norm(made - logits[:few]) / np.linalg.norm(logits[:few]))
         if not error < _MAX_HEAD_DISAGREEMENT:
             raise RuntimeFailureError(

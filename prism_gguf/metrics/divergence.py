@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -19,20 +19,25 @@ class TokenDivergence:
         kld: KLD(reference ‖ candidate) over the vocabulary, nats, float64.
         nll_reference, nll_candidate: −ln p of the token that follows, nats, float64.
         same_top: whether both find the same token most likely.
+        confidence: the reference's probability of its most likely token, float64.
     """
 
     kld: np.ndarray
     nll_reference: np.ndarray
     nll_candidate: np.ndarray
     same_top: np.ndarray
+    confidence: np.ndarray
 
     @staticmethod
     def concatenate(parts: list[TokenDivergence]) -> TokenDivergence:
-        names = ("kld", "nll_reference", "nll_candidate", "same_top")
-        return TokenDivergence(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+        return TokenDivergence(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(TokenDivergence)))
+
+    def where(self, chosen: np.ndarray) -> TokenDivergence:
+        """The same for some tokens: a mask or indices."""
+        return TokenDivergence(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
 
-class _Softmax:
+class RunningSoftmax:
     """A softmax over a vocabulary that arrives in chunks: running maximum, sum, best token and target logit per row."""
 
     def __init__(self, targets: torch.Tensor) -> None:
@@ -81,7 +86,7 @@ def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], t
         UndefinedMetricError: a logit is NaN or infinite.
     """
     ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
-    reference, candidate = _Softmax(ids), _Softmax(ids)
+    reference, candidate = RunningSoftmax(ids), RunningSoftmax(ids)
     weighted = torch.zeros(len(ids), dtype=torch.float64)
     for start, l_t, l_p in chunks:
         exponentials, factor = reference.add(start, l_t)
@@ -91,7 +96,11 @@ def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], t
     if not bool(torch.isfinite(kld).all()):
         raise UndefinedMetricError("logits hold NaN or infinite values: the divergence is undefined")
     return TokenDivergence(
-        kld.numpy(), reference.nll.numpy(), candidate.nll.numpy(), (reference.top == candidate.top).numpy()
+        kld=kld.numpy(),
+        nll_reference=reference.nll.numpy(),
+        nll_candidate=candidate.nll.numpy(),
+        same_top=(reference.top == candidate.top).numpy(),
+        confidence=torch.exp(reference.peak.double() - reference.log_sum).numpy(),
     )
 
 

@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prism_gguf.compare import Steps
+from prism_gguf.reference import Steps
 from prism_gguf.results import CandidateResult, Comparison
 
 if TYPE_CHECKING:  # gguf-py is loaded where a file is inspected
@@ -61,7 +62,7 @@ def _cells(candidate: CandidateResult) -> Iterator[str]:
     divergence, geometry, risk = candidate.divergence, candidate.geometry, candidate.risk
     assert divergence is not None and geometry is not None and risk is not None
     assert candidate.file_bytes is not None and candidate.bits_per_weight is not None
-    yield escape(_short(Path(candidate.path).name.removesuffix(".gguf")))
+    yield _name(candidate)
     yield f"{candidate.file_bytes / 2**20:.1f}"
     yield f"{candidate.bits_per_weight:.2f}"
     yield f"{number(divergence.kld_mean)} ±{number(divergence.kld_mean_se)}"
@@ -73,29 +74,130 @@ def _cells(candidate: CandidateResult) -> Iterator[str]:
     yield number(geometry.bound) + ("" if geometry.bound_holds else "!")
 
 
-def print_comparison(comparison: Comparison, out: Console) -> None:
-    """Header, table, notes; failed candidates go to stderr."""
-    reference, text = comparison.reference, comparison.text
-    out.print(
-        f"reference  {escape(str(reference['path']))} ({reference['architecture']}, {reference['dtype']}, "
-        f"d {reference['hidden_size']}, V {reference['vocab_size']})"
-    )
-    source = "the testbed's held-out text, " if text["is_default"] else ""
-    out.print(
-        f"text       {source}{escape(', '.join(text['domains']))}: {text['n_windows']} windows of {text['n_ctx']}, "
-        f"{text['n_scored']} tokens scored"
-    )
-    if reference["kind"] == "gguf" and reference["dtype"] not in ("F32", "F16", "BF16"):
-        out.print(f"note: the reference is itself quantized ({reference['dtype']}): its own loss is not counted")
+def attribution_table(candidates: list[CandidateResult]) -> Table:
+    """Where the nats go, and the verdict: one row a candidate."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("nats from", no_wrap=True)
+    split = any(c.attribution is not None and c.attribution.body_kernel is not None for c in candidates)
+    names = ("scale", "shape", "head_weights", "head_kernel", *(["body_kernel"] if split else []), "total")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for candidate in candidates:
+        assert candidate.verdict is not None
+        shares = candidate.attribution
+        cells = ["" if shares is None else number(getattr(shares, name)) for name in names]
+        table.add_row(_name(candidate), *cells, candidate.verdict.status.value)
+    return table
+
+
+def parts_table(candidates: list[CandidateResult], way: str) -> Table:
+    """KLD by one way of splitting the tokens: one row a candidate, one column a part."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column(f"KLD by {way}", no_wrap=True)
+    names = list(dict.fromkeys(name for c in candidates for name in getattr(c.parts, way)))
+    for name in names:
+        table.add_column(escape(_short(name, 16)), justify="right", no_wrap=True)
+    for candidate in candidates:
+        parts = getattr(candidate.parts, way)
+        table.add_row(_name(candidate), *(number(parts[n].kld_mean) if n in parts else "–" for n in names))
+    return table
+
+
+def _name(candidate: CandidateResult) -> str:
+    return escape(_short(Path(candidate.path).name.removesuffix(".gguf")))
+
+
+def print_comparison(comparison: Comparison, out: Console, *, details: bool = False) -> None:
+    """Header, tables, verdicts and notes; failed candidates go to stderr."""
+    _print_header(comparison, out)
     done = [c for c in comparison.candidates if c.error is None]
     if done:
-        assert done[0].divergence is not None
+        assert done[0].divergence is not None and done[0].parts is not None
         out.print(f"           reference perplexity {done[0].divergence.ppl_reference:.3f}\n")
+        _print_control(comparison, out)
         out.print(comparison_table(comparison))
+        out.print()
+        out.print(attribution_table(done))
+        for way in ("domain", *(("position", "confidence") if details else ())):
+            if details or len(getattr(done[0].parts, way)) > 1:
+                out.print()
+                out.print(parts_table(done, way))
+        if details:
+            _print_statistics(done, out)
+        out.print()
+    for candidate in done:
+        _print_verdict(candidate, out)
+    _print_notes(done, out)
+
+
+def _print_header(comparison: Comparison, out: Console) -> None:
+    reference, text = comparison.reference, comparison.text
+    out.print(
+        f"reference  {escape(str(reference.path))} ({reference.architecture}, {reference.dtype}, "
+        f"d {reference.hidden_size}, V {reference.vocab_size})"
+    )
+    source = "packaged, " if text.is_default else ""
+    out.print(
+        f"text       {source}{escape(', '.join(text.domains))}: {text.n_windows} windows of {text.n_ctx}, "
+        f"{text.n_scored} tokens scored"
+    )
+    if reference.kind == "gguf" and reference.dtype not in ("F32", "F16", "BF16"):
+        out.print(f"note: the reference is itself quantized ({reference.dtype}): its own loss is not counted")
+
+
+def _print_control(comparison: Comparison, out: Console) -> None:
+    floor = comparison.noise_floor
+    if floor is None:
+        return
+    name, kld = escape(Path(floor.path).name), f"{number(floor.kld_mean)} nats"
+    if floor.conversion_problem:
+        out.print(
+            f"[bold]CONVERSION PROBLEM[/bold]: the unquantized control {name} is {kld} from its reference, where at most "
+            f"{number(floor.limit)} is rounding.\nLook at rope, norms, tokenizer and checkpoint before anything below: "
+            "no quantization is to blame.\n"
+        )
+    else:
+        out.print(f"noise floor {kld}, from the control {name}\n")
+
+
+def _print_statistics(candidates: list[CandidateResult], out: Console) -> None:
+    """Every statistic by its name in the JSON, so that a limit can be set on it."""
+    out.print()
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("divergence", no_wrap=True)
+    for candidate in candidates:
+        table.add_column(_name(candidate), justify="right", overflow="fold")
+    columns = [asdict(c.divergence) for c in candidates if c.divergence is not None]
+    for name in columns[0]:
+        if not name.endswith("_se"):
+            errors = [column.get(f"{name}_se") for column in columns]
+            cells = [number(c[name]) + (f" ±{number(e)}" if e else "") for c, e in zip(columns, errors, strict=True)]
+            table.add_row(name, *cells)
+    out.print(table)
+
+
+def _print_verdict(candidate: CandidateResult, out: Console) -> None:
+    assert candidate.verdict is not None
+    broken = [gate for gate in candidate.verdict.gates if not gate.passed]
+    for gate in broken:
+        found = "it has none" if gate.value is None else f"it is {number(gate.value)}"
+        bound = "" if gate.compared == gate.value else f", its confidence bound {number(gate.compared)}"
+        out.print(f"FAILED {_name(candidate)}: {escape(gate.gate)}: {found}{bound}", soft_wrap=True)
+    if broken:
+        for remedy in candidate.verdict.remedies:
+            out.print(f"       {remedy}", soft_wrap=True)
+
+
+def _print_notes(done: list[CandidateResult], out: Console) -> None:
     for candidate in done:
         name = Path(candidate.path).name
         for note in candidate.notes:
             out.print(f"note: {escape(name)}: {escape(note)}")
+        if candidate.attribution is not None and candidate.attribution.sampled:
+            out.print(
+                f"note: {escape(name)}: nats are split on a random sample of {candidate.attribution.n_tokens} tokens"
+            )
         if candidate.geometry is not None and not candidate.geometry.bound_holds:
             out.print(
                 f"note: {escape(name)}: |gap| is over the bound, which covers hidden states and head weights "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prism_gguf.text import EvaluationText, read_texts
+from prism_gguf.text import EvaluationText, read_folder
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
 
 
 def held_out_texts() -> list[EvaluationText]:
-    """The text that the testbed never saw in training, one domain per source. What `compare` uses by default."""
-    return read_texts([str(path) for path in sorted((FOLDER / "text").glob("*.txt"))])
+    """The text that the testbed never saw in training, one domain per source."""
+    return read_folder(FOLDER / "text")

@@ -1,0 +1,110 @@
+"""Where captures are kept, and what tells one from another: the content of the model, not its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from prism_gguf.errors import InvalidModelError
+from prism_gguf.files import write_whole
+from prism_gguf.gguf_file import split_parts
+
+MANIFEST = "manifest.json"
+KEY = "key"
+ENVIRONMENT_VARIABLE = "PRISM_GGUF_CACHE"
+# What of a checkpoint folder decides what it computes: weights, configuration, tokenizer, its own code.
+_CHECKPOINT_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
+_READ_BYTES = 4 * 2**20
+
+
+def default_cache() -> Path:
+    """The user's cache folder for this package, or what PRISM_GGUF_CACHE says."""
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("prism-gguf", appauthor=False))
+
+
+def is_capture(path: Path) -> bool:
+    """Whether a folder holds a whole capture; one that was cut short has no manifest yet."""
+    return (path / MANIFEST).is_file()
+
+
+def recorded_key(folder: Path) -> str | None:
+    """The key of what was captured here, whole or not."""
+    path = folder / KEY
+    return path.read_text().strip() if path.is_file() else None
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether this names a model on the hub rather than a file or folder."""
+    return not Path(reference).exists() and reference.count("/") == 1 and not reference.startswith((".", "/", "~"))
+
+
+def model_fingerprint(reference: str, cache: Path) -> str:
+    """SHA-256 over the content of a GGUF or checkpoint folder, or ``id@commit`` of a model on the hub.
+
+    Hashing is repeated only for files whose size or time of change is another than last time.
+
+    Raises:
+        InvalidModelError: there is no such model.
+    """
+    path = Path(reference)
+    if is_hub_id(reference):
+        return _hub_commit(reference)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in _CHECKPOINT_FILES and f.is_file())
+    elif path.is_file():
+        files = split_parts(path)
+    elif path.suffix == ".gguf":
+        raise InvalidModelError(f"{path}: no such file")
+    else:
+        raise InvalidModelError(f"{reference}: no such checkpoint directory, hub id (owner/name) or .gguf file")
+    return hashlib.sha256("".join(f"{f.name} {_file_digest(f, cache)}\n" for f in files).encode()).hexdigest()
+
+
+def _hub_commit(model: str) -> str:
+    from transformers.utils.hub import cached_file
+
+    try:
+        config = cached_file(model, "config.json")
+    except OSError as error:
+        raise InvalidModelError(f"{model}: not on the hub, or not to be had from here: {error}") from error
+    return f"{model}@{Path(str(config)).parent.name}"
+
+
+def _file_digest(file: Path, cache: Path) -> str:
+    stat = file.stat()
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    memo = cache / "fingerprints" / f"{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]}.json"
+    try:
+        known = json.loads(memo.read_text())
+        if known["state"] == state:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError):
+        pass
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(memo, json.dumps({"state": state, "sha256": digest.hexdigest()}))
+    return digest.hexdigest()
+
+
+def key_of(parts: Sequence[object]) -> str:
+    """A content address: SHA-256 of everything that a capture depends on."""
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process, after whoever holds it now. The lock goes with the process, however it ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        yield

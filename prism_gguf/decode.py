@@ -1,0 +1,128 @@
+"""A candidate over a capture's windows: its hidden states, and the logits that llama.cpp serves from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prism_gguf.adapters import WindowStates
+from prism_gguf.adapters.llama_cpp import LlamaCppModel, emulated_head
+from prism_gguf.capture import Capture
+from prism_gguf.isolation import Progress
+from prism_gguf.metrics.divergence import TokenDivergence, token_divergence
+from prism_gguf.output_head import OutputHead, paired_chunks
+from prism_gguf.results import Logits
+
+# Nats. Measured: 1e-12 to 7e-12 where the kernel is the right one; the kernels themselves cost 1e-7 (F16) to 1e-3 (Q8_0).
+_MAX_EMULATION_KLD = 1e-9
+# Tokens whose logits exist at a time, over one chunk of the vocabulary.
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a candidate computed on the windows.
+
+    Attributes:
+        hidden: (n_scored, d) float32, memory-mapped, in window order.
+        tokens: the served distribution's divergence from the reference's, token by token.
+        logits: where the served distribution comes from.
+    """
+
+    hidden: np.ndarray
+    tokens: TokenDivergence
+    logits: Logits
+
+
+def decode_windows(
+    capture: Capture, model: LlamaCppModel, folder: Path, shared_rows: int, progress: Progress
+) -> Decoded:
+    """Run the candidate over the windows, in front of its head where the head's kernel can be emulated.
+
+    The emulation is checked against the runtime's own logits on the first and the middle window of this very run; where
+    they differ (another backend, another kernel) the runtime's logits are used throughout.
+    """
+    served = emulated_head(model.gguf)
+    disagreement: float | None = None
+    if served is not None:
+        hidden, disagreement = _states(capture, model, folder, served, progress)
+        if disagreement <= _MAX_EMULATION_KLD:
+            tokens = TokenDivergence.concatenate(list(_blocks(capture, hidden, served, shared_rows)))
+            return Decoded(hidden, tokens, Logits("emulated", disagreement))
+    hidden, tokens = _states_and_logits(capture, model, folder, shared_rows, progress)
+    return Decoded(hidden, tokens, Logits("runtime", disagreement))
+
+
+def _new_states(capture: Capture, folder: Path) -> np.memmap:
+    shape = (capture.windows.n_scored, capture.identity.hidden_size)
+    return np.lib.format.open_memmap(folder / "candidate.npy", mode="w+", dtype=np.float32, shape=shape)
+
+
+def _states(
+    capture: Capture, model: LlamaCppModel, folder: Path, served: OutputHead, progress: Progress
+) -> tuple[np.ndarray, float]:
+    """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
+    windows, hidden, worst = capture.windows, _new_states(capture, folder), 0.0
+    proofs = {0, windows.n_windows // 2}
+    for number in sorted(range(windows.n_windows), key=lambda n: n not in proofs):
+        tokens, first = windows.tokens[number], number * windows.scored_per_window - windows.first_scored
+        for states in model.window_states(tokens, windows.first_scored, logits=number in proofs):
+            hidden[first + states.start : first + states.stop] = states.hidden
+            if states.logits is not None:
+                worst = max(worst, _disagreement(states, served, tokens))
+        if worst > _MAX_EMULATION_KLD:
+            break
+        progress(number + 1, windows.n_windows)
+    return hidden, worst
+
+
+def _disagreement(states: WindowStates, served: OutputHead, tokens: np.ndarray) -> float:
+    """Mean KLD(runtime ‖ emulated), nats."""
+    assert states.logits is not None
+    entered, runtime = served.enter(states.hidden), torch.from_numpy(states.logits)
+    # In float64: the sums' own rounding in float32 would be a thousand times what is looked for.
+    pairs = (
+        (start, runtime[:, start:stop].double(), served.logits(entered, start, stop, rows).double())
+        for start, stop, rows in served.chunks(runtime.shape[1])
+    )
+    return float(token_divergence(pairs, tokens[states.start + 1 : states.stop + 1]).kld.mean())
+
+
+def _blocks(capture: Capture, hidden: np.ndarray, served: OutputHead, shared_rows: int) -> Iterator[TokenDivergence]:
+    """Divergence of the emulated logits, a block of tokens and a chunk of the vocabulary at a time."""
+    targets = capture.windows.targets
+    for at in range(0, len(hidden), BLOCK):
+        block = slice(at, at + BLOCK)
+        reference, candidate = torch.from_numpy(capture.states[block]), served.enter(np.array(hidden[block]))
+        pairs = (
+            (start, capture.head.logits(reference, start, stop, rows), served.logits(candidate, start, stop, other))
+            for start, stop, rows, other in paired_chunks(capture.head, served, shared_rows)
+        )
+        yield token_divergence(pairs, targets[block])
+
+
+def _states_and_logits(
+    capture: Capture, model: LlamaCppModel, folder: Path, shared_rows: int, progress: Progress
+) -> tuple[np.ndarray, TokenDivergence]:
+    """Hidden states, and the divergence of the runtime's own logits as they come."""
+    windows, hidden, head = capture.windows, _new_states(capture, folder), capture.head
+    parts: list[TokenDivergence] = []
+    for number, tokens in enumerate(windows.tokens):
+        progress(number, windows.n_windows)
+        first = number * windows.scored_per_window - windows.first_scored
+        for states in model.window_states(tokens, windows.first_scored, logits=True):
+            assert states.logits is not None
+            rows_of = slice(first + states.start, first + states.stop)
+            hidden[rows_of] = states.hidden
+            reference, runtime = torch.from_numpy(capture.states[rows_of]), torch.from_numpy(states.logits)
+            pairs = (
+                (start, head.logits(reference, start, stop, rows), runtime[:, start:stop])
+                for start, stop, rows in head.chunks(shared_rows)
+            )
+            parts.append(token_divergence(pairs, tokens[states.start + 1 : states.stop + 1]))
+    progress(windows.n_windows, windows.n_windows)
+    return hidden, TokenDivergence.concatenate(parts)

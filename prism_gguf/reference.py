@@ -1,0 +1,136 @@
+"""A reference's capture: found in the cache, or made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prism_gguf.cache import default_cache, is_capture, key_of, locked, model_fingerprint, recorded_key
+from prism_gguf.errors import InvalidCaptureError
+from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.reading import Reading
+
+if TYPE_CHECKING:  # torch and llama.cpp are loaded in the child process only
+    from prism_gguf.adapters import Model
+    from prism_gguf.adapters.llama_cpp import RuntimeOptions
+
+Steps = Callable[[str, int, int], None]
+"""Called with (what is being done, windows done, windows in all)."""
+
+
+def no_steps(name: str, done: int, total: int) -> None:
+    """For callers that show none."""
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """How a reference runs, and where its capture goes.
+
+    Attributes:
+        out: folder of the capture; None takes one in the cache, named by content.
+        self_contained: keep the output head in it.
+        cache: folder for captures; None takes the user's cache folder.
+        threads, n_gpu_layers, cache_type_k, cache_type_v: see ``adapters.llama_cpp.RuntimeOptions``.
+        trust_remote_code: let transformers run code that comes with the reference.
+    """
+
+    out: Path | None = None
+    self_contained: bool = False
+    cache: Path | None = None
+    threads: int | None = None
+    n_gpu_layers: int | None = None
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    trust_remote_code: bool = False
+
+    def runtime(self) -> RuntimeOptions:
+        from prism_gguf.adapters.llama_cpp import RuntimeOptions
+
+        return RuntimeOptions(self.threads, self.n_gpu_layers, self.cache_type_k, self.cache_type_v)
+
+
+def capture(
+    reference: str | Path,
+    reading: Reading,
+    options: CaptureOptions,
+    *,
+    verbose: bool = False,
+    steps: Steps = no_steps,
+) -> Path:
+    """Capture a reference, unless that was done before; the capture's folder.
+
+    Raises:
+        PrismGgufError: the reference or what it shall read cannot be used, or ``out`` holds something else.
+    """
+    with NativeWorker(verbose=verbose) as worker:
+        return worker.run(ensure_capture, str(reference), reading, options, progress=partial(steps, "reference"))
+
+
+def export_base(folder: Path, file: Path, *, steps: Steps = no_steps) -> None:
+    """Write a capture as llama-perplexity's base-logits file (see ``kld_base``)."""
+    from prism_gguf.kld_base import export_kld_base
+
+    with NativeWorker() as worker:
+        worker.run(export_kld_base, str(folder), str(file), progress=partial(steps, "export"))
+
+
+def ensure_capture(
+    reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
+) -> Path:
+    """The folder of a whole capture, made where there is none. Runs in the worker."""
+    from prism_gguf.capture import SCHEMA, adopt_head, write_capture
+
+    cache = options.cache or default_cache()
+    is_gguf = reference.endswith(".gguf")
+    runtime = (
+        ("llama-cpp-python", options.n_gpu_layers, options.cache_type_k, options.cache_type_v)
+        if is_gguf
+        else ("transformers",)
+    )
+    key = key_of(
+        [
+            SCHEMA,
+            model_fingerprint(reference, cache),
+            reading.digest,
+            version(runtime[0]),
+            *runtime,
+            *(["self-contained"] if options.self_contained else []),
+        ]
+    )
+    folder = options.out or cache / "captures" / key
+    with locked(folder):
+        if recorded_key(folder) not in (None, key) or (options.out and _is_foreign(options.out)):
+            raise InvalidCaptureError(
+                f"{folder}: holds something else than a capture of this model, text and options; name another folder"
+            )
+        if is_capture(folder):
+            adopt_head(folder, Path(reference))
+        else:
+            _set_threads(options)
+            with _open(reference, reading.n_ctx, options) as model:
+                write_capture(folder, key, model, reading, self_contained=options.self_contained, progress=progress)
+    return folder
+
+
+def _is_foreign(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and recorded_key(folder) is None))
+
+
+def _set_threads(options: CaptureOptions) -> None:
+    import torch
+
+    torch.set_num_threads(options.runtime().n_threads)
+
+
+def _open(reference: str, n_ctx: int, options: CaptureOptions) -> Model:
+    if reference.endswith(".gguf"):
+        from prism_gguf.adapters.llama_cpp import LlamaCppModel
+
+        return LlamaCppModel(reference, n_ctx=n_ctx, options=options.runtime())
+    from prism_gguf.adapters.huggingface import HuggingFaceModel
+
+    return HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code)

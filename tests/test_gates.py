@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from prism_gguf.errors import InvalidGateError
+from prism_gguf.gates import Gate
+from prism_gguf.metrics.divergence import TokenDivergence
+from prism_gguf.metrics.statistics import divergence_statistics
+from prism_gguf.parts import split_parts
+from prism_gguf.results import Attribution, CandidateResult, Divergence, NoiseFloor, Risk, Status
+from prism_gguf.text import TokenWindows
+from prism_gguf.verdict import judge
+
+RNG = np.random.default_rng(8)
+WINDOWS = TokenWindows(RNG.integers(0, 9, (6, 32)).astype(np.int32), ("a.b",) * 3 + ("code",) * 3)
+N = WINDOWS.n_scored
+TOKENS = TokenDivergence(
+    RNG.exponential(0.1, N), RNG.exponential(2.0, N), RNG.exponential(2.0, N), RNG.random(N) < 0.9, RNG.random(N)
+)
+
+
+def attribution(**shares: float) -> Attribution:
+    values = {"scale": 0.0, "shape": 0.0, "head_weights": 0.0, "head_kernel": 0.0, **shares}
+    errors = {f"{name}_se": 0.0 for name in values}
+    return Attribution(
+        **values, **errors, body_kernel=None, body_kernel_se=None, total=sum(values.values()), total_se=0.0,
+        n_tokens=N, sampled=False,
+    )  # fmt: skip
+
+
+def candidate(**changes: object) -> CandidateResult:
+    divergence = Divergence(**divergence_statistics(TOKENS, WINDOWS.window_of_token))
+    values = {"divergence": divergence, "parts": split_parts(TOKENS, WINDOWS), "risk": Risk(2.0, 2.1, 0.1, 0.01)}
+    return CandidateResult("x.gguf", **{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_gates_name_numbers_by_their_last_part_or_their_path() -> None:
+    assert Gate.parse("kld_mean > 0.05") == Gate("kld_mean > 0.05", "divergence.kld_mean", ">", 0.05)
+    assert Gate.parse("same_top<=0.9").key == "divergence.same_top"
+    assert Gate.parse("attribution.head_kernel>1e-3").key == "attribution.head_kernel"
+    assert Gate.parse("bits_per_weight>=5").key == "bits_per_weight"
+    assert Gate.parse("parts.domain.a.b.kld_mean>1").key == "parts.domain.a.b.kld_mean"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kld_mean", "write KEY>NUMBER"),
+        ("kld_mean>much", "write KEY>NUMBER"),
+        ("kld_men>0.1", "no number 'kld_men'"),
+        ("head_kernel>0.1", "attribution.head_kernel or risk_attribution.head_kernel; write which"),
+        ("ftype>1", "no number 'ftype'"),
+        ("parts.domain.code.nothing>1", "no number"),
+    ],
+)
+def test_what_cannot_be_read_says_why(text: str, message: str) -> None:
+    with pytest.raises(InvalidGateError, match=message):
+        Gate.parse(text)
+
+
+def test_a_gate_fails_where_its_condition_is_true() -> None:
+    row = candidate()
+    assert row.divergence is not None and row.parts is not None
+    mean = row.divergence.kld_mean
+    assert not Gate.parse(f"kld_mean>{mean - 1e-9}").judge(row, 6, None).passed
+    assert Gate.parse(f"kld_mean>{mean + 1e-9}").judge(row, 6, None).passed
+    judged = Gate.parse("parts.domain.a.b.kld_mean<0").judge(row, 6, None)
+    assert (judged.value, judged.passed) == (row.parts.domain["a.b"].kld_mean, True)
+    assert Gate.parse("parts.confidence.0.9-0.99.same_top<0").judge(row, 6, None).passed
+
+
+def test_confidence_moves_the_number_to_the_losing_side() -> None:
+    row = candidate()
+    assert row.divergence is not None and row.divergence.kld_mean_se and row.divergence.same_top_se
+    reach = stats.t.ppf(0.95, 5)
+    above = Gate.parse("kld_mean>1").judge(row, 6, 0.95)
+    below = Gate.parse("same_top<0").judge(row, 6, 0.95)
+    assert above.compared == pytest.approx(row.divergence.kld_mean + reach * row.divergence.kld_mean_se)
+    assert below.compared == pytest.approx(row.divergence.same_top - reach * row.divergence.same_top_se)
+    without = Gate.parse("kld_p99>1").judge(row, 6, 0.95)
+    assert without.compared == without.value == row.divergence.kld_p99
+
+
+def test_a_number_that_a_candidate_lacks_fails_its_gate() -> None:
+    judged = Gate.parse("attribution.scale>1").judge(candidate(), 6, None)
+    assert (judged.value, judged.passed) == (None, False)
+
+
+FLOOR = NoiseFloor("f16.gguf", 1e-6, 1e-7, 1e-3, conversion_problem=False)
+
+
+@pytest.mark.parametrize(
+    ("shares", "status", "axis"),
+    [
+        ({"scale": 0.06, "shape": 0.03}, Status.SCALE, "scale"),
+        ({"shape": 0.08, "head_weights": 0.01}, Status.SHAPE, "shape"),
+        ({"shape": 0.04, "head_weights": 0.03, "head_kernel": 0.03}, Status.HEAD, "head_weights"),
+        ({"shape": 0.02, "head_weights": 0.01, "head_kernel": 0.06}, Status.HEAD, "head_kernel"),
+        ({"scale": 0.03, "shape": 0.04, "head_kernel": 0.03}, Status.MIXED, "shape"),
+    ],
+)
+def test_the_verdict_names_what_dominates(shares: dict[str, float], status: Status, axis: str) -> None:
+    verdict = judge(candidate(attribution=attribution(**shares)), FLOOR, [], 6, None)
+    assert (verdict.status, verdict.axis, verdict.passed) == (status, axis, True)
+    assert verdict.remedies
+
+
+def test_lossless_unattributed_and_conversion() -> None:
+    row = candidate(attribution=attribution(shape=0.1))
+    assert row.divergence is not None
+    near = NoiseFloor("f16.gguf", row.divergence.kld_mean / 2.9, None, 1.0, conversion_problem=False)
+    lossless = judge(row, near, [], 6, None)
+    assert (lossless.status, lossless.remedies) == (Status.LOSSLESS, [])
+    assert judge(candidate(), FLOOR, [], 6, None).status is Status.UNATTRIBUTED
+    broken = NoiseFloor("f16.gguf", 0.5, None, 1e-3, conversion_problem=True)
+    assert judge(row, broken, [], 6, None).status is Status.CONVERSION
