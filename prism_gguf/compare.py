@@ -201,12 +201,12 @@ def _judged(
 
 
 def _ranking(candidates: Sequence[CandidateResult]) -> Ranking:
-    from scipy.stats import spearmanr
-
     klds = {c.path: c.divergence.kld_mean for c in candidates if c.divergence is not None}
     bounds = {c.path: row.bound for c in candidates for row in c.geometry_alternatives if row.alignment == "procrustes"}
     spearman = None
     if min(len(set(klds.values())), len(set(bounds.values()))) >= 3:
+        from scipy.stats import spearmanr
+
         spearman = float(spearmanr(list(klds.values()), [bounds[path] for path in klds]).statistic)
     return Ranking(sorted(klds, key=klds.__getitem__), sorted(bounds, key=bounds.__getitem__), spearman)
 

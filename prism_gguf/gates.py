@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from prism_gguf.errors import InvalidGateError
 from prism_gguf.results import CandidateResult, GateResult
@@ -64,7 +64,7 @@ class Gate:
             return GateResult(self.text, self.key, None, None, passed=False)
         compared, error = value, _value(candidate, f"{self.key}_se")
         if confidence is not None and error is not None:
-            reach = float(stats.t.ppf(confidence, n_windows - 1)) * error
+            reach = float(stdtrit(n_windows - 1, confidence)) * error
             compared = value + reach if self.operator.startswith(">") else value - reach
         return GateResult(self.text, self.key, value, compared, not _OPERATORS[self.operator](compared, self.limit))
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from prism_gguf.errors import UndefinedMetricError
-from prism_gguf.metrics.divergence import RunningSoftmax
+from prism_gguf.metrics.divergence import Room, RunningSoftmax
 
 Finish = Callable[[torch.Tensor, int, int], torch.Tensor]
 """(products (n, stop − start), start, stop) to logits; see ``output_head.OutputHead.finish``."""
@@ -68,14 +68,15 @@ def coalitions(
         UndefinedMetricError: a logit is NaN or infinite.
     """
     ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
-    softmax = [RunningSoftmax(ids) for _ in range(8)]
+    kept, passing, room = Room(), Room(), Room()
+    softmax = [RunningSoftmax(ids, kept), *(RunningSoftmax(ids, passing) for _ in range(7))]
     weighted = torch.zeros(8, len(ids), dtype=torch.float64)
     for chunk in chunks:
         reference = finish[0](chunk.reference.clone(), chunk.start, chunk.stop)
         exponentials, factor = softmax[0].add(chunk.start, reference)
         weighted *= factor
         for members in range(1, 8):
-            logits = _logits(chunk, members, ratio, finish)
+            logits = _logits(chunk, members, ratio, finish, room)
             softmax[members].add(chunk.start, logits)
             weighted[members] += torch.linalg.vecdot(exponentials, torch.sub(reference, logits, out=logits))
     log_sums = torch.stack([s.log_sum for s in softmax])
@@ -85,17 +86,14 @@ def coalitions(
     return Coalitions(kld.numpy(), torch.stack([s.nll for s in softmax]).numpy())
 
 
-def _logits(chunk: ProductChunk, members: int, ratio: float, finish: tuple[Finish, Finish]) -> torch.Tensor:
+def _logits(chunk: ProductChunk, members: int, ratio: float, finish: tuple[Finish, Finish], room: Room) -> torch.Tensor:
     if members & _HEAD:
         end, products = finish[1], chunk.candidate if members & _SHAPE else chunk.candidate_head
     else:
         end, products = finish[0], chunk.candidate_states if members & _SHAPE else chunk.reference
     scale = bool(members & _SCALE)
-    if members & _SHAPE:
-        products = products.clone() if scale else products / ratio
-    else:
-        products = products * ratio if scale else products.clone()
-    return end(products, chunk.start, chunk.stop)
+    factor = (1.0 if scale else 1.0 / ratio) if members & _SHAPE else (ratio if scale else 1.0)
+    return end(torch.mul(products, factor, out=room.like(products)), chunk.start, chunk.stop)
 
 
 def shapley(values: np.ndarray) -> np.ndarray:

@@ -37,26 +37,44 @@ class TokenDivergence:
         return TokenDivergence(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
 
+class Room:
+    """Memory for results of one shape, used again and again: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self._tensor = torch.empty(0)
+
+    def like(self, other: torch.Tensor) -> torch.Tensor:
+        """A tensor of that shape and type, with anything in it."""
+        if self._tensor.shape != other.shape or self._tensor.dtype != other.dtype:
+            self._tensor = torch.empty_like(other, memory_format=torch.contiguous_format)
+        return self._tensor
+
+
 class RunningSoftmax:
     """A softmax over a vocabulary that arrives in chunks: running maximum, sum, best token and target logit per row."""
 
-    def __init__(self, targets: torch.Tensor) -> None:
+    def __init__(self, targets: torch.Tensor, room: Room) -> None:
         n = len(targets)
-        self._targets = targets
+        self._targets, self._room = targets, room
         self.peak = torch.full((n,), -torch.inf)
         self.sum = torch.zeros(n, dtype=torch.float64)
         self.top = torch.zeros(n, dtype=torch.int64)
         self._target_logit = torch.zeros(n, dtype=torch.float64)
 
     def add(self, start: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take logits (n, c) of tokens from ``start`` on; give exponentials over the new peak, and the old sums' factor."""
-        values, indices = logits.max(dim=1)
-        better = values > self.peak
-        self.top = torch.where(better, indices + start, self.top)
-        peak = torch.where(better, values, self.peak)
+        """Take logits (n, c) of tokens from ``start`` on.
+
+        Returns:
+            Their exponentials over the new peak, in ``room`` and good until its next use, and the factor of old sums.
+        """
+        highest = logits.amax(dim=1)
+        risen = torch.nonzero(highest > self.peak)[:, 0]
+        # Finding where a maximum lies costs ten times finding it, and few rows have a new one.
+        self.top[risen] = logits[risen].argmax(dim=1) + start
+        peak = torch.maximum(self.peak, highest)
         factor = torch.exp((self.peak - peak).double())
         self.peak = peak
-        exponentials = torch.exp(logits - peak[:, None])
+        exponentials = torch.sub(logits, peak[:, None], out=self._room.like(logits)).exp_()
         self.sum = self.sum * factor + exponentials.sum(1)
         here = self._targets - start
         inside = (here >= 0) & (here < logits.shape[1])
@@ -79,19 +97,22 @@ def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], t
     KLD = Σ p_T (l_T − l_P) − (ln Σ exp l_T − ln Σ exp l_P), the sums kept in float64 relative to running maxima.
 
     Args:
-        chunks: (start, reference logits (n, c), candidate logits (n, c)), float32, covering the vocabulary in order.
+        chunks: (start, reference logits (n, c), candidate logits (n, c)), float32 or float64, covering the vocabulary in
+            order.
         targets: token that follows each position, (n,) int.
 
     Raises:
         UndefinedMetricError: a logit is NaN or infinite.
     """
     ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
-    reference, candidate = RunningSoftmax(ids), RunningSoftmax(ids)
+    kept, passing = Room(), Room()
+    reference, candidate = RunningSoftmax(ids, kept), RunningSoftmax(ids, passing)
     weighted = torch.zeros(len(ids), dtype=torch.float64)
     for start, l_t, l_p in chunks:
         exponentials, factor = reference.add(start, l_t)
         candidate.add(start, l_p)
-        weighted = weighted * factor + torch.linalg.vecdot(exponentials, l_t - l_p)
+        difference = torch.sub(l_t, l_p, out=passing.like(l_t))
+        weighted = weighted * factor + torch.linalg.vecdot(exponentials, difference)
     kld = weighted / reference.sum - (reference.log_sum - candidate.log_sum)
     if not bool(torch.isfinite(kld).all()):
         raise UndefinedMetricError("logits hold NaN or infinite values: the divergence is undefined")
