@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from prism_gguf import __version__
 from prism_gguf.adapters import Model, ModelIdentity
-from prism_gguf.cache import KEY, MANIFEST, recorded_key
+from prism_gguf.cache import KEY, MANIFEST, is_capture, recorded_key
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidCaptureError
 from prism_gguf.files import write_whole, written_whole
@@ -65,59 +66,74 @@ class Capture:
 def write_capture(
     folder: Path,
     key: str,
-    model: Model,
+    open_model: Callable[[], AbstractContextManager[Model]],
     reading: Reading,
     *,
     self_contained: bool = False,
     progress: Progress = no_progress,
 ) -> None:
-    """Run ``model`` over what it shall read, and keep the result in ``folder``, going on where an earlier run was cut off.
+    """Run a model over what it shall read, and keep the result in ``folder``, going on where an earlier run was cut off.
 
     Args:
         key: what the capture depends on; windows that an earlier run left under the same key are kept.
         self_contained: keep the head's rows too, rather than where to find them in the model's own file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    windows, texts = reading.windows(model)
-    shape = (windows.n_windows, windows.scored_per_window, model.identity.hidden_size)
-    if recorded_key(folder) != key:
-        for leftover in folder.glob("*.npy"):
-            leftover.unlink()
-        write_whole(folder / KEY, key)
-    states = StateFile(folder, shape, writable=True)
-    for number, tokens in enumerate(windows.tokens):
-        progress(number, windows.n_windows)
-        if not states.has(number):
-            parts = [s.hidden for s in model.window_states(tokens, windows.first_scored)]
-            states.write(number, np.concatenate(parts))
-    progress(windows.n_windows, windows.n_windows)
-    with written_whole(folder / _TOKENS) as partial, partial.open("wb") as stream:
-        np.save(stream, windows.tokens)
-    vocabulary, head = model.vocabulary, model.output_head()
-    source = None if self_contained else model.head_source()
-    manifest = {
-        "schema": SCHEMA,
-        "tool_version": __version__,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "environment": environment(),
-        "identity": asdict(model.identity),
-        "windows": {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint},
-        "texts": [asdict(text) for text in texts],
-        "n_tokens": vocabulary.n_tokens,
-        "bos": vocabulary.bos,
-        "pieces": {int(t): vocabulary.piece(int(t)) for t in np.unique(windows.tokens)},
-        "head": {
-            "tensor": head.tensor,
-            "type": head.type,
-            "transform": asdict(head.transform),
-            "source": source,
-            "digest": _digest(head),
-        },
-        "k_feat": feature_constant(head),
-    }
-    if source is None:
-        _save_head(folder / _HEAD, head)
+    manifest = _run(folder, key, open_model, reading, self_contained, progress)
+    # The model is gone by now: its weights and K_feat's rows are not in memory together.
+    head = _read_head(folder, ModelIdentity(**manifest["identity"]), manifest["head"])
+    manifest["k_feat"] = feature_constant(head)
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _run(
+    folder: Path,
+    key: str,
+    open_model: Callable[[], AbstractContextManager[Model]],
+    reading: Reading,
+    self_contained: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the states, token windows and, where it has to be, the head; the manifest, all but K_feat."""
+    with open_model() as model:
+        windows, texts = reading.windows(model)
+        shape = (windows.n_windows, windows.scored_per_window, model.identity.hidden_size)
+        if recorded_key(folder) != key:
+            for leftover in folder.glob("*.npy"):
+                leftover.unlink()
+            write_whole(folder / KEY, key)
+        states = StateFile(folder, shape, writable=True)
+        for number, tokens in enumerate(windows.tokens):
+            progress(number, windows.n_windows)
+            if not states.has(number):
+                parts = [s.hidden for s in model.window_states(tokens, windows.first_scored)]
+                states.write(number, np.concatenate(parts))
+        progress(windows.n_windows, windows.n_windows)
+        with written_whole(folder / _TOKENS) as partial, partial.open("wb") as stream:
+            np.save(stream, windows.tokens)
+        head, source = model.output_head(), None if self_contained else model.head_source()
+        if source is None:
+            _save_head(folder / _HEAD, head)
+        vocabulary = model.vocabulary
+        return {
+            "schema": SCHEMA,
+            "tool_version": __version__,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "identity": asdict(model.identity),
+            "windows": {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint},
+            "texts": [asdict(text) for text in texts],
+            "n_tokens": vocabulary.n_tokens,
+            "bos": vocabulary.bos,
+            "pieces": {int(t): vocabulary.piece(int(t)) for t in np.unique(windows.tokens)},
+            "head": {
+                "tensor": head.tensor,
+                "type": head.type,
+                "transform": asdict(head.transform),
+                "source": source,
+                "digest": _digest(head),
+            },
+        }
 
 
 def feature_constant(head: OutputHead) -> float:
@@ -167,6 +183,10 @@ def read_capture(folder: Path) -> Capture:
         InvalidCaptureError: it is none, a window in it is damaged, or the model file that its head is read from is gone
             or another.
     """
+    if not is_capture(folder):
+        raise InvalidCaptureError(
+            f"{folder}: not a capture, or one that was cut short; make it with `prism-gguf capture`"
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("schema") != SCHEMA:

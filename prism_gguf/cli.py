@@ -250,7 +250,6 @@ def capture(
     n_ctx: int,
     score: str,
     from_kld_base: Path | None,
-    verbose: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -278,7 +277,7 @@ def capture(
         all_windows = context.get_parameter_source("windows") is not ParameterSource.COMMANDLINE
         reading = Reading(tokens, tokens.tokens.shape[1], None if all_windows else windows, Score(score))
     with progress_bars(shown=not quiet) as steps:
-        folder = run_capture(reference, reading, CaptureOptions(**options), verbose=verbose, steps=steps)
+        folder = run_capture(reference, reading, CaptureOptions(**options), steps=steps)
     click.echo(folder)
 
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,18 @@ from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidTextError, PrismGgufError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.reading import Reading, Source
-from prism_gguf.reference import CaptureOptions, Steps, ensure_capture, no_steps
+from prism_gguf.reference import CaptureOptions, RunOptions, Steps, ensure_capture, no_steps
 from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, Ranking, ReferenceInfo, TextInfo
 from prism_gguf.text import EvaluationText, Score, read_folder
 
-if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
-    from prism_gguf.adapters.llama_cpp import RuntimeOptions
+if TYPE_CHECKING:  # scipy is loaded where it is used
     from prism_gguf.gates import Gate
 
 _UNQUANTIZED = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(RunOptions):
     """Options of a comparison.
 
     Attributes:
@@ -43,11 +42,6 @@ class CompareOptions:
         control: an unquantized GGUF that sets the noise floor; None takes the first among the candidates.
         fail_on: limits such as ``kld_mean>0.05``.
         confidence: compare confidence bounds with the limits, at this one-sided level.
-        cache: folder for captures; None takes the user's cache folder.
-        threads: None takes the physical cores.
-        n_gpu_layers, cache_type_k, cache_type_v: passed to llama.cpp (see ``adapters.llama_cpp.RuntimeOptions``).
-        trust_remote_code: let transformers run code that comes with the reference.
-        verbose: let llama.cpp log to stderr.
     """
 
     n_ctx: int = 512
@@ -59,27 +53,10 @@ class CompareOptions:
     control: str | None = None
     fail_on: tuple[str, ...] = ()
     confidence: float | None = None
-    cache: Path | None = None
-    threads: int | None = None
-    n_gpu_layers: int | None = None
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
-    trust_remote_code: bool = False
-    verbose: bool = False
 
     def capture_options(self) -> CaptureOptions:
         """What of these decides how a reference runs."""
-        return CaptureOptions(
-            cache=self.cache,
-            threads=self.threads,
-            n_gpu_layers=self.n_gpu_layers,
-            cache_type_k=self.cache_type_k,
-            cache_type_v=self.cache_type_v,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    def runtime(self) -> RuntimeOptions:
-        return self.capture_options().runtime()
+        return CaptureOptions(**{f.name: getattr(self, f.name) for f in fields(RunOptions)})
 
 
 def compare(
@@ -254,18 +231,13 @@ def measure_candidate(
     path: str, folder: Path, options: CompareOptions, *, progress: Progress = no_progress
 ) -> CandidateResult:
     """Run one GGUF over the captured windows and measure it. Runs in the worker."""
-    import torch
-
     from prism_gguf.adapters.llama_cpp import LlamaCppModel
     from prism_gguf.capture import read_capture
-    from prism_gguf.measure import MeasureOptions, check_pair, measure
+    from prism_gguf.measure import check_pair, measure
     from prism_gguf.text import check_same_pieces, check_same_reading
 
-    torch.set_num_threads(options.runtime().n_threads)
+    options.limit_threads()
     capture = read_capture(folder)
-    wanted = MeasureOptions(
-        options.attribution, options.attribution_tokens, options.split_kernels, options.runtime().n_threads
-    )
     with (
         LlamaCppModel(path, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model,
         tempfile.TemporaryDirectory(prefix="prism-gguf-") as temporary,
@@ -275,4 +247,14 @@ def measure_candidate(
             check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
         else:
             check_same_pieces(capture.pieces, model.vocabulary, path)
-        return measure(capture, model, Path(temporary), wanted, shared_rows=shared, notes=notes, progress=progress)
+        return measure(
+            capture,
+            model,
+            Path(temporary),
+            shared_rows=shared,
+            notes=notes,
+            attribution=options.attribution,
+            attribution_tokens=options.attribution_tokens,
+            split_kernels=options.split_kernels,
+            progress=progress,
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,37 +61,26 @@ def check_pair(capture: Capture, gguf: GgufFile) -> tuple[int, list[str]]:
     ]
 
 
-@dataclass(frozen=True)
-class MeasureOptions:
-    """What of a candidate is measured beside its divergence.
-
-    Attributes:
-        attribution: whether the divergence is split between its causes.
-        attribution_tokens: attribute a random sample of so many tokens; None takes as many as ``n · V`` allows.
-        split_kernels: run the candidate's weights as F16 too, and so tell the body's weights from its kernels.
-        threads: for making that F16 file; 0 takes all.
-    """
-
-    attribution: bool = True
-    attribution_tokens: int | None = None
-    split_kernels: bool = False
-    threads: int = 0
-
-
 def measure(
     capture: Capture,
     model: LlamaCppModel,
     folder: Path,
-    options: MeasureOptions,
     *,
     shared_rows: int,
     notes: list[str],
+    attribution: bool = True,
+    attribution_tokens: int | None = None,
+    split_kernels: bool = False,
     progress: Progress = no_progress,
 ) -> CandidateResult:
     """Run the candidate over the capture's windows; everything that a row of the result says.
 
     Args:
         folder: for temporary files.
+        shared_rows, notes: what ``check_pair`` found.
+        attribution: split the divergence between its causes.
+        attribution_tokens: of a random sample of so many tokens; None takes as many as n · V allows.
+        split_kernels: run the candidate's weights as F16 too, and so tell the body's weights from its kernels.
 
     Raises:
         RuntimeFailureError: the model did not run or gave undefined states.
@@ -109,13 +97,13 @@ def measure(
     heads = _head_moments(head, candidate_head, shared_rows)
     tokens, clusters = decoded.tokens, capture.windows.window_of_token
     gap, gap_se = clustered_mean(tokens.nll_candidate - tokens.nll_reference, clusters)
-    geometries = [_geometry_row(name, bound, gap) for name, bound in _bounds(features, heads, capture.k_feat)]
-    attribution = risk_attribution = None
-    if options.attribution:
-        weights = _weights_only_states(capture, model, folder, options.threads) if options.split_kernels else None
-        attribution, risk_attribution = attribute(
-            capture, decoded, candidate_head, shared_rows, weights, options.attribution_tokens
-        )
+    shares = risk_shares = None
+    if attribution:
+        weights = _weights_only_states(capture, model, folder) if split_kernels else None
+        shares, risk_shares = attribute(capture, decoded, candidate_head, shared_rows, weights, attribution_tokens)
+    # The bound speaks of states times weights: what the head's kernel adds to the gap is not its business.
+    kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
+    geometries = [_geometry_row(name, bound, gap - kernel) for name, bound in _bounds(features, heads, capture.k_feat)]
     gguf = model.gguf
     return CandidateResult(
         path=str(gguf.path),
@@ -130,8 +118,8 @@ def measure(
         risk=Risk(float(tokens.nll_reference.mean()), float(tokens.nll_candidate.mean()), gap, gap_se),
         divergence=Divergence(**divergence_statistics(tokens, clusters)),  # type: ignore[arg-type]
         parts=split_parts(tokens, capture.windows),
-        attribution=attribution,
-        risk_attribution=risk_attribution,
+        attribution=shares,
+        risk_attribution=risk_shares,
         logits=decoded.logits,
         notes=notes,
     )
@@ -144,12 +132,12 @@ def _feature_moments(capture: Capture, hidden: np.ndarray) -> FeatureMoments:
     return moments.moments()
 
 
-def _weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, threads: int) -> np.ndarray:
+def _weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path) -> np.ndarray:
     """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
     from prism_gguf.quantize import quantize
 
     windows, path = capture.windows, folder / "weights-F16.gguf"
-    quantize(model.gguf.path, path, "F16", requantize=True, threads=threads)
+    quantize(model.gguf.path, path, "F16", requantize=True, threads=model.options.n_threads)
     hidden = np.lib.format.open_memmap(
         folder / "weights.npy", mode="w+", dtype=np.float32, shape=(windows.n_scored, capture.identity.hidden_size)
     )

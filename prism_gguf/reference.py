@@ -27,46 +27,56 @@ def no_steps(name: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class CaptureOptions:
-    """How a reference runs, and where its capture goes.
+class RunOptions:
+    """How models run.
 
     Attributes:
-        out: folder of the capture; None takes one in the cache, named by content.
-        self_contained: keep the output head in it.
         cache: folder for captures; None takes the user's cache folder.
         threads, n_gpu_layers, cache_type_k, cache_type_v: see ``adapters.llama_cpp.RuntimeOptions``.
         trust_remote_code: let transformers run code that comes with the reference.
+        verbose: let llama.cpp log to stderr.
     """
 
-    out: Path | None = None
-    self_contained: bool = False
     cache: Path | None = None
     threads: int | None = None
     n_gpu_layers: int | None = None
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     trust_remote_code: bool = False
+    verbose: bool = False
 
     def runtime(self) -> RuntimeOptions:
         from prism_gguf.adapters.llama_cpp import RuntimeOptions
 
         return RuntimeOptions(self.threads, self.n_gpu_layers, self.cache_type_k, self.cache_type_v)
 
+    def limit_threads(self) -> None:
+        """Let torch use as many threads as llama.cpp does. For the worker."""
+        import torch
 
-def capture(
-    reference: str | Path,
-    reading: Reading,
-    options: CaptureOptions,
-    *,
-    verbose: bool = False,
-    steps: Steps = no_steps,
-) -> Path:
+        torch.set_num_threads(self.runtime().n_threads)
+
+
+@dataclass(frozen=True)
+class CaptureOptions(RunOptions):
+    """How a reference runs, and where its capture goes.
+
+    Attributes:
+        out: folder of the capture; None takes one in the cache, named by content.
+        self_contained: keep the output head in it.
+    """
+
+    out: Path | None = None
+    self_contained: bool = False
+
+
+def capture(reference: str | Path, reading: Reading, options: CaptureOptions, *, steps: Steps = no_steps) -> Path:
     """Capture a reference, unless that was done before; the capture's folder.
 
     Raises:
         PrismGgufError: the reference or what it shall read cannot be used, or ``out`` holds something else.
     """
-    with NativeWorker(verbose=verbose) as worker:
+    with NativeWorker(verbose=options.verbose) as worker:
         return worker.run(ensure_capture, str(reference), reading, options, progress=partial(steps, "reference"))
 
 
@@ -110,20 +120,14 @@ def ensure_capture(
         if is_capture(folder):
             adopt_head(folder, Path(reference))
         else:
-            _set_threads(options)
-            with _open(reference, reading.n_ctx, options) as model:
-                write_capture(folder, key, model, reading, self_contained=options.self_contained, progress=progress)
+            options.limit_threads()
+            open_model = partial(_open, reference, reading.n_ctx, options)
+            write_capture(folder, key, open_model, reading, self_contained=options.self_contained, progress=progress)
     return folder
 
 
 def _is_foreign(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and recorded_key(folder) is None))
-
-
-def _set_threads(options: CaptureOptions) -> None:
-    import torch
-
-    torch.set_num_threads(options.runtime().n_threads)
 
 
 def _open(reference: str, n_ctx: int, options: CaptureOptions) -> Model:

@@ -15,7 +15,7 @@ class Geometry:
 
     Attributes:
         alignment: ``identity``, ``procrustes``, or either with ``+scale-absorbed``.
-        bound_holds: whether ``bound`` ≥ the measured |risk gap|.
+        bound_holds: whether ``bound`` ≥ the measured |risk gap|, without the head kernel's part where that was attributed.
     """
 
     alignment: str

@@ -11,9 +11,9 @@ from prism_gguf.results import Attribution, CandidateResult, NoiseFloor, Status,
 ASSUMED_FLOOR = 1e-5
 _LOSSLESS = 3.0  # times the floor
 _DOMINATED = 0.5  # of the total
-# Nats. Rope, norm, tokenizer or weights that went wrong cost far more; rounding weights and activations to 8 bits of
-# mantissa, as BF16 does, costs less.
-CONVERSION_LIMIT = 1e-3
+# Nats. What went wrong with rope, norms, tokenizer or weights costs more; rounding costs less: 3e-6 was measured with F16,
+# 2e-4 with BF16, whose 8 bits of mantissa round the activations too.
+CONVERSION_LIMIT = {"F32": 3e-4, "F16": 3e-4, "BF16": 2e-3}
 
 _REMEDIES = {
     "scale": "keep the tensors that set the residual's scale at more bits: late ffn_down and attn_output",
@@ -76,6 +76,7 @@ def _remedies(candidate: CandidateResult, axis: str) -> list[str]:
 
 def noise_floor(control: CandidateResult) -> NoiseFloor:
     """The floor that an unquantized control sets."""
-    assert control.divergence is not None
+    assert control.divergence is not None and control.ftype is not None
     kld, error = control.divergence.kld_mean, control.divergence.kld_mean_se
-    return NoiseFloor(control.path, kld, error, CONVERSION_LIMIT, kld > CONVERSION_LIMIT)
+    limit = CONVERSION_LIMIT[control.ftype]
+    return NoiseFloor(control.path, kld, error, limit, kld > limit)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,10 +122,10 @@ def test_killed_at_any_moment_it_loses_one_window_at_most(tmp_path: Path) -> Non
     reading = Reading(prism_gguf_texts(text), 512, windows)
     key = (out / "key").read_text()
     with Counting(MODEL) as model:
-        write_capture(out, key, model, reading)
+        write_capture(out, key, lambda: nullcontext(model), reading)
         assert model.runs <= windows - done + 1
         resumed = read_capture(out)
-        write_capture(tmp_path / "whole", key, model, reading)
+        write_capture(tmp_path / "whole", key, lambda: nullcontext(model), reading)
     whole = read_capture(tmp_path / "whole")
     np.testing.assert_array_equal(resumed.windows.tokens, whole.windows.tokens)
     np.testing.assert_allclose(resumed.states[:], whole.states[:], atol=1e-3)
@@ -192,7 +193,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (folder / "tokens.npy").write_bytes(b"")
     with pytest.raises(InvalidCaptureError, match="damaged capture"):
         read_capture(folder)
-    with pytest.raises(InvalidCaptureError, match="damaged capture"):
+    with pytest.raises(InvalidCaptureError, match="not a capture"):
         read_capture(tmp_path / "none")
 
 

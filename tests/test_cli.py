@@ -106,3 +106,44 @@ def test_demo_keeps_its_files(tmp_path: Path) -> None:
     assert len(list((tmp_path / "kept").glob("*.gguf"))) == 8
     assert len(json.loads((tmp_path / "r.json").read_text())["candidates"]) == 8
     assert "KLD is what" in result.stdout
+
+
+def test_capture_compare_and_export(ladder: dict[str, Path], tmp_path: Path) -> None:
+    made = run("capture", MODEL, "--windows", 5, "--out", tmp_path / "c", "--quiet")
+    assert (made.exit_code, made.stdout) == (0, f"{tmp_path / 'c'}\n")
+    out = tmp_path / "r.json"
+    result = run("compare", tmp_path / "c", ladder["Q8_0"], "--json", out, "--details")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    for shown in ("KLD by domain", "KLD by position", "KLD by confidence", "delta_p_rms", "kld_p001", "head kernel"):
+        assert shown in result.stdout
+    assert json.loads(out.read_text())["text"]["domains"] == ["chinese", "code", "dialogue", "german", "technical"]
+    assert run("export-kld-base", tmp_path / "c", tmp_path / "base", "--quiet").exit_code == 0
+    again = run("capture", MODEL, "--from-kld-base", tmp_path / "base", "--out", tmp_path / "d", "--quiet")
+    assert again.exit_code == 0
+    from_tokens = run("compare", tmp_path / "d", ladder["Q8_0"], "--json", tmp_path / "s.json", "--quiet")
+    assert from_tokens.exit_code == 0
+    klds = [json.loads(p.read_text())["candidates"][0]["divergence"]["kld_mean"] for p in (out, tmp_path / "s.json")]
+    assert klds[0] == klds[1]
+
+
+def test_options_that_contradict_each_other(ladder: dict[str, Path], tmp_path: Path) -> None:
+    run("capture", MODEL, "--windows", 5, "--out", tmp_path / "c", "--quiet")
+    base = tmp_path / "base"
+    run("export-kld-base", tmp_path / "c", base, "--quiet")
+    for arguments, message in [
+        (("compare", tmp_path / "c", ladder["Q8_0"], "--n-ctx", 256), "has its own windows; leave out --n-ctx"),
+        (("compare", tmp_path / "c", ladder["Q8_0"], "--text", __file__), "a capture has its own text"),
+        (("capture", MODEL, "--from-kld-base", base, "--n-ctx", 256), "brings its own windows"),
+        (
+            ("compare", MODEL, ladder["Q8_0"], "--control", ladder["Q4_K_M"]),
+            "a control is F32, F16 or BF16; this is Q4_K_M",
+        ),
+        (("compare", MODEL, ladder["Q8_0"], "--control", tmp_path / "none.gguf"), "none.gguf: no such file"),
+        (("compare", MODEL, ladder["Q8_0"], "--windows", 3), "5 texts need at least one window each"),
+        (("export-kld-base", MODEL, tmp_path / "x"), "not a capture"),
+        (("capture", MODEL, "--chat", tmp_path / "none.jsonl"), "none.jsonl: No such file"),
+    ]:
+        result = run(*arguments)
+        assert (result.exit_code, message in result.stderr) == (2, True), result.output
+        assert "Traceback" not in result.output
