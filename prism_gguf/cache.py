@@ -81,7 +81,7 @@ def _hub_commit(model: str) -> str:
 def _file_digest(file: Path, cache: Path) -> str:
     stat = file.stat()
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    memo = cache / "fingerprints" / f"{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]}.json"
+    memo = cache / "fingerprints" / f"{_name_of(file)}.json"
     try:
         known = json.loads(memo.read_text())
         if known["state"] == state:
@@ -103,8 +103,14 @@ def key_of(parts: Sequence[object]) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, cache: Path) -> Iterator[None]:
     """Hold ``folder`` for this process, after whoever holds it now. The lock goes with the process, however it ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
+    lock = cache / "locks" / _name_of(folder)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
         yield
+
+
+def _name_of(path: Path) -> str:
+    """A file name for what belongs to a path."""
+    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]

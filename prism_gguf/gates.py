@@ -64,7 +64,8 @@ class Gate:
             return GateResult(self.text, self.key, None, None, passed=False)
         compared, error = value, _value(candidate, f"{self.key}_se")
         if confidence is not None and error is not None:
-            reach = float(stdtrit(n_windows - 1, confidence)) * error
+            n_clusters = _value(candidate, f"{self.key.rpartition('.')[0]}.n_windows") or n_windows
+            reach = float(stdtrit(n_clusters - 1, confidence)) * error
             compared = value + reach if self.operator.startswith(">") else value - reach
         return GateResult(self.text, self.key, value, compared, not _OPERATORS[self.operator](compared, self.limit))
 

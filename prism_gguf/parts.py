@@ -41,6 +41,7 @@ def _part(tokens: TokenDivergence, clusters: np.ndarray) -> Part:
     ratio, ratio_se = clustered_mean(tokens.nll_candidate - tokens.nll_reference, clusters)
     return Part(
         n_tokens=len(tokens.kld),
+        n_windows=len(np.unique(clusters)),
         kld_mean=kld,
         kld_mean_se=kld_se,
         kld_median=float(np.median(tokens.kld)),

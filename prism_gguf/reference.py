@@ -112,7 +112,7 @@ def ensure_capture(
         ]
     )
     folder = options.out or cache / "captures" / key
-    with locked(folder):
+    with locked(folder, cache):
         if recorded_key(folder) not in (None, key) or (options.out and _is_foreign(options.out)):
             raise InvalidCaptureError(
                 f"{folder}: holds something else than a capture of this model, text and options; name another folder"

@@ -104,6 +104,7 @@ class Part:
     """The same question for some of the tokens: one domain, one stretch of positions, or one range of confidence."""
 
     n_tokens: int
+    n_windows: int
     kld_mean: float
     kld_mean_se: float | None
     kld_median: float

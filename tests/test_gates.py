@@ -79,6 +79,11 @@ def test_confidence_moves_the_number_to_the_losing_side() -> None:
     below = Gate.parse("same_top<0").judge(row, 6, 0.95)
     assert above.compared == pytest.approx(row.divergence.kld_mean + reach * row.divergence.kld_mean_se)
     assert below.compared == pytest.approx(row.divergence.same_top - reach * row.divergence.same_top_se)
+    part = Gate.parse("parts.domain.code.kld_mean>1").judge(row, 6, 0.95)
+    assert row.parts is not None and part.compared is not None
+    code = row.parts.domain["code"]
+    assert code.n_windows == 3 and code.kld_mean_se is not None
+    assert part.compared == pytest.approx(code.kld_mean + stats.t.ppf(0.95, 2) * code.kld_mean_se)
     without = Gate.parse("kld_p99>1").judge(row, 6, 0.95)
     assert without.compared == without.value == row.divergence.kld_p99
 
