@@ -114,7 +114,8 @@ def compare(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         environment=environment(),
         text=text,
-        reference=described,
+        # A cached capture may have been made from the same content under another name.
+        reference=described if given is not None else replace(described, path=str(reference)),
         candidates=measured,
         noise_floor=floor,
         ranking=_ranking(measured),

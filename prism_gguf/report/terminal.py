@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # gguf-py is loaded where a file is inspected
 WIDTH = 100
 HOW_TO_READ = (
     "KLD is what the candidate's next-token distribution lost, in nats per token (± its standard error by window);\n"
+    "'nats from' splits it between its causes, which add up to the total;\n"
     "scale + shape = δ², the drift of the hidden states; γ is the head's; bound = K_feat·δ + √2·γ ≥ |gap|, and loose."
 )
 
