@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-from scipy.special import stdtrit
-
 from prism_gguf.errors import InvalidGateError
 from prism_gguf.results import CandidateResult, GateResult
 
@@ -64,6 +62,8 @@ class Gate:
             return GateResult(self.text, self.key, None, None, passed=False)
         compared, error = value, _value(candidate, f"{self.key}_se")
         if confidence is not None and error is not None:
+            from scipy.special import stdtrit
+
             n_clusters = _value(candidate, f"{self.key.rpartition('.')[0]}.n_windows") or n_windows
             reach = float(stdtrit(n_clusters - 1, confidence)) * error
             compared = value + reach if self.operator.startswith(">") else value - reach

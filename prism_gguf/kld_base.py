@@ -24,7 +24,7 @@ _MAGIC = b"_logits_"
 _RANGE = 16.0
 _STEPS = 65535
 # Tokens whose whole logits exist at a time.
-_BLOCK_BYTES = 256 * 2**20
+_BLOCK_BYTES = 64 * 2**20
 
 
 def export_kld_base(capture_folder: str, file: str, *, progress: Progress = no_progress) -> None:

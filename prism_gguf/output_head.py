@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ROWS_PER_CHUNK = 4096
+ROWS_PER_CHUNK = 2048
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,10 @@ class Cost:
     output: str
 
 
+PEER = "(d) llama-perplexity's KLD run"
+SLOWEST = Cost(float("inf"), 0.0, "")
+
+
 def prepare(work: Path) -> Path:
     """The checkpoint; beside it its F16 GGUF and the ladder."""
     from make_smollm2 import make
@@ -176,57 +180,72 @@ def agreement(output: str, divergence: dict[str, float]) -> None:
         click.echo(f"{key:<22}{float(found[1]):>18.6f}{factor * divergence[key]:>14.6f}")
 
 
+def print_costs(rows: dict[str, Cost]) -> None:
+    """Seconds and memory of every command, beside the bare decode's and llama-perplexity's."""
+    bare, peer = rows["(a) bare decode with logits"], rows.get(PEER)
+    click.echo(f"{'':<32}{'seconds':>9}{'of bare':>9}{'of (d)':>9}{'peak MiB':>10}{'over bare':>11}")
+    for name, cost in rows.items():
+        ratios = f"{cost.seconds / bare.seconds:>9.2f}" + (
+            f"{cost.seconds / peer.seconds:>9.2f}" if peer else f"{'':>9}"
+        )
+        click.echo(f"{name:<32}{cost.seconds:>9.1f}{ratios}{cost.peak:>10.0f}{cost.peak - bare.peak:>+11.0f}")
+
+
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--candidate", default="Q4_K_M", show_default=True, type=click.Choice(["F16", *LADDER]))
 @click.option("--windows", default=32, show_default=True)
+@click.option("--repeat", default=2, show_default=True, help="Take the best of so many runs of (a) to (d).")
 @click.option("--threads", default=psutil.cpu_count(logical=False), show_default=True)
 @click.option("--llama-perplexity", type=click.Path(exists=True, path_type=Path))
 @click.option("--head", type=click.Path(exists=True, path_type=Path), help="Time K_feat of this GGUF's output head.")
 def main(
-    work: Path, candidate: str, windows: int, threads: int, llama_perplexity: Path | None, head: Path | None
+    work: Path,
+    candidate: str,
+    windows: int,
+    repeat: int,
+    threads: int,
+    llama_perplexity: Path | None,
+    head: Path | None,
 ) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     checkpoint = prepare(work)
     gguf = work / f"SmolLM2-135M-{candidate}.gguf"
     tool = [sys.executable, "-m", "prism_gguf.cli"]
-    rows: dict[str, Cost] = {}
     with tempfile.TemporaryDirectory(prefix="prism-gguf-bench-") as temporary:
         folder = Path(temporary)
         capture, base, result = folder / "capture", folder / "base.kld", folder / "result.json"
         make = [*tool, "capture", checkpoint, "--windows", windows, "--out", capture, "--cache", folder, "--quiet"]
-        rows["capture of the reference"] = run(*make)
-        rows["the same again"] = run(*make)
-        rows["(a) bare decode with logits"] = run(sys.executable, "-c", BARE, gguf, capture / "tokens.npy", threads)
+        once = {"capture of the reference": make, "the same again": make}
         compare = [*tool, "compare", capture, gguf, "--threads", threads, "--quiet", "--json", result]
-        rows["(b) compare, statistics only"] = run(*compare, "--no-attribution")
-        rows["(c) compare, with attribution"] = run(*compare)
+        bare_decode = [sys.executable, "-c", BARE, gguf, capture / "tokens.npy", threads]
+        repeated = {
+            "(a) bare decode with logits": bare_decode,
+            "(b) compare, statistics only": [*compare, "--no-attribution"],
+            "(c) compare, with attribution": compare,
+        }
+        if llama_perplexity is not None:
+            once["export of a base-logits file"] = [*tool, "export-kld-base", capture, base, "--quiet"]
+            options = f"-c 512 -b 512 -t {threads} --no-repack --kl-divergence --kl-divergence-base {base}".split()
+            repeated[PEER] = [llama_perplexity, "-m", gguf, *options]
+        rows = {name: run(*command) for name, command in once.items()}
+        # In turn, so that a slow spell of the machine does not fall on one of them alone; the best of each counts.
+        for _ in range(repeat):
+            for name, command in repeated.items():
+                rows[name] = min(run(*command), rows.get(name, SLOWEST), key=lambda cost: cost.seconds)
         measured = json.loads(result.read_text())
         n_scored = measured["text"]["n_scored"]
-        if llama_perplexity is not None:
-            rows["export of a base-logits file"] = run(*tool, "export-kld-base", capture, base, "--quiet")
-            options = ["-c", 512, "-b", 512, "-t", threads, "--no-repack"]
-            rows["(d) llama-perplexity's KLD run"] = run(
-                llama_perplexity, "-m", gguf, "--kl-divergence", "--kl-divergence-base", base, *options
-            )
         size = bytes_per_token(capture, n_scored)
         base_size = base.stat().st_size / n_scored if base.exists() else None
-    bare = rows["(a) bare decode with logits"]
     click.echo(f"{gguf.name}, {windows} windows of 512, {n_scored} tokens scored, {threads} threads\n")
-    click.echo(f"{'':<32}{'seconds':>9}{'of bare':>9}{'peak MiB':>10}{'over bare':>11}")
-    for name, cost in rows.items():
-        ratio, more = cost.seconds / bare.seconds, cost.peak - bare.peak
-        click.echo(f"{name:<32}{cost.seconds:>9.1f}{ratio:>9.2f}{cost.peak:>10.0f}{more:>+11.0f}")
-    if llama_perplexity is not None:
-        peer = rows["(d) llama-perplexity's KLD run"].seconds
-        for name in ("(b) compare, statistics only", "(c) compare, with attribution"):
-            click.echo(f"{name[:3]} takes {rows[name].seconds / peer:.2f} of llama-perplexity's KLD run")
+    print_costs(rows)
     limit = 2 * measured["reference"]["hidden_size"] + 64
-    click.echo(f"capture: {size:.0f} bytes per scored token (aim: at most {limit})" + (
-        "" if base_size is None else f"; llama-perplexity's base file: {base_size:.0f}"
-    ))  # fmt: skip
-    if llama_perplexity is not None:
-        agreement(rows["(d) llama-perplexity's KLD run"].output, measured["candidates"][0]["divergence"])
+    click.echo(
+        f"capture: {size:.0f} bytes per scored token (aim: at most {limit})"
+        + ("" if base_size is None else f"; llama-perplexity's base file: {base_size:.0f}")
+    )
+    if PEER in rows:
+        agreement(rows[PEER].output, measured["candidates"][0]["divergence"])
     if head is not None:
         click.echo(run(sys.executable, "-c", K_FEAT, head).output.splitlines()[-1])
 

@@ -51,11 +51,14 @@ class Room:
 
 
 class RunningSoftmax:
-    """A softmax over a vocabulary that arrives in chunks: running maximum, sum, best token and target logit per row."""
+    """A softmax over a vocabulary that arrives in chunks: running maximum, sum, best token and target logit per row.
 
-    def __init__(self, targets: torch.Tensor, room: Room) -> None:
+    ``top``, the best token, is kept only where asked for.
+    """
+
+    def __init__(self, targets: torch.Tensor, room: Room, *, keep_top: bool = False) -> None:
         n = len(targets)
-        self._targets, self._room = targets, room
+        self._targets, self._room, self._keep_top = targets, room, keep_top
         self.peak = torch.full((n,), -torch.inf)
         self.sum = torch.zeros(n, dtype=torch.float64)
         self.top = torch.zeros(n, dtype=torch.int64)
@@ -68,9 +71,10 @@ class RunningSoftmax:
             Their exponentials over the new peak, in ``room`` and good until its next use, and the factor of old sums.
         """
         highest = logits.amax(dim=1)
-        risen = torch.nonzero(highest > self.peak)[:, 0]
-        # Finding where a maximum lies costs ten times finding it, and few rows have a new one.
-        self.top[risen] = logits[risen].argmax(dim=1) + start
+        if self._keep_top:
+            # Finding where a maximum lies costs ten times finding it, and few rows have a new one.
+            risen = torch.nonzero(highest > self.peak)[:, 0]
+            self.top[risen] = logits[risen].argmax(dim=1) + start
         peak = torch.maximum(self.peak, highest)
         factor = torch.exp((self.peak - peak).double())
         self.peak = peak
@@ -106,7 +110,8 @@ def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], t
     """
     ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
     kept, passing = Room(), Room()
-    reference, candidate = RunningSoftmax(ids, kept), RunningSoftmax(ids, passing)
+    reference = RunningSoftmax(ids, kept, keep_top=True)
+    candidate = RunningSoftmax(ids, passing, keep_top=True)
     weighted = torch.zeros(len(ids), dtype=torch.float64)
     for start, l_t, l_p in chunks:
         exponentials, factor = reference.add(start, l_t)

@@ -66,7 +66,8 @@ def _cells(candidate: CandidateResult) -> Iterator[str]:
     yield _name(candidate)
     yield f"{candidate.file_bytes / 2**20:.1f}"
     yield f"{candidate.bits_per_weight:.2f}"
-    yield f"{number(divergence.kld_mean)} ±{number(divergence.kld_mean_se)}"
+    error = divergence.kld_mean_se
+    yield number(divergence.kld_mean) + ("" if error is None else f" ±{number(error)}")
     yield f"{divergence.same_top:.1%}"
     yield f"{'+' if risk.gap > 0 else ''}{number(risk.gap)}"
     yield number(geometry.scale)
