@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import llama_cpp.llama_cpp as C
@@ -10,6 +9,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 from prism_gguf.adapters.llama_cpp import native_log
 from prism_gguf.errors import InvalidProfileError, RuntimeFailureError
+from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import Progress, no_progress
 
@@ -72,11 +72,7 @@ def quantize(
         params.output_tensor_type = _ggml_type(output_type)
     if embedding_type is not None:
         params.token_embedding_type = _ggml_type(embedding_type)
-    partial = Path(f"{out}.{os.getpid()}.partial")
-    try:
+    with written_whole(Path(out)) as partial:
         if C.llama_model_quantize(str(base).encode(), str(partial).encode(), params) != 0:
             raise RuntimeFailureError(f"{base}: llama.cpp cannot quantize it to {ftype}: {log.reason()}")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     progress(1, 1)
