@@ -24,6 +24,7 @@ def attribute(
     decoded: Decoded,
     candidate_head: OutputHead,
     shared_rows: int,
+    ratio: float,
     weights_states: np.ndarray | None = None,
     n_tokens: int | None = None,
 ) -> tuple[Attribution, Attribution]:
@@ -31,6 +32,7 @@ def attribute(
 
     Args:
         candidate_head: the candidate's weights, without its kernel.
+        ratio: ρ_P / ρ_T over all scored tokens, of the states whose weights are attributed.
         weights_states: hidden states (n, d) float32 of the candidate's weights without quantized kernels, where they were
             run apart: what the candidate's own states lose against these is the body's kernels.
         n_tokens: attribute a random sample of so many tokens; None takes all, or as many as are affordable.
@@ -39,7 +41,6 @@ def attribute(
     size = min(n, n_tokens or max(BLOCK, _MAX_LOGITS // shared_rows))
     chosen = np.sort(np.random.default_rng(_SEED).choice(n, size, replace=False)) if size < n else np.arange(n)
     states = decoded.hidden if weights_states is None else weights_states
-    ratio = _scale_ratio(capture, states)
     parts = [
         _block(capture, decoded.hidden, states, candidate_head, ratio, chosen[at : at + BLOCK], shared_rows)
         for at in range(0, size, BLOCK)
@@ -76,15 +77,6 @@ def _attribution(
         known = split or name != "body_kernel"
         values |= {name: mean if known else None, f"{name}_se": error if known else None}
     return Attribution(**values, n_tokens=len(served), sampled=sampled)  # type: ignore[arg-type]
-
-
-def _scale_ratio(capture: Capture, states: np.ndarray) -> float:
-    """r = ρ_P / ρ_T over all scored tokens."""
-    squares = np.zeros(2)
-    for at in range(0, len(states), BLOCK):
-        block = slice(at, at + BLOCK)
-        squares += [np.square(x, dtype=np.float64).sum() for x in (capture.states[block], states[block])]
-    return float(np.sqrt(squares[1] / squares[0]))
 
 
 def _block(

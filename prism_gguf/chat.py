@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_gguf.errors import InvalidTextError
-from prism_gguf.text import EvaluationText
+from prism_gguf.text import EvaluationText, read_utf8
 
 Conversation = list[dict[str, Any]]
 """Messages with ``role`` and ``content``, as chat templates take them."""
@@ -47,9 +47,7 @@ def read_chat(path: str | Path) -> ChatSource:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InvalidTextError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
+        lines = read_utf8(path).splitlines()
     except OSError as error:
         raise InvalidTextError(f"{path}: {error.strerror}") from error
     conversations = [_conversation(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]

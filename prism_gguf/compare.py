@@ -7,19 +7,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf import __version__
+from prism_gguf.adapters import ModelIdentity
 from prism_gguf.cache import is_capture
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidTextError, PrismGgufError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.reading import Reading, Source
 from prism_gguf.reference import CaptureOptions, RunOptions, Steps, ensure_capture, no_steps
-from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, Ranking, ReferenceInfo, TextInfo
+from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, Ranking, TextInfo
 from prism_gguf.text import EvaluationText, Score, read_folder
 
 if TYPE_CHECKING:  # scipy is loaded where it is used
@@ -77,10 +78,10 @@ def compare(
     Raises:
         PrismGgufError: the reference, the text, a limit, or every one of the candidates cannot be used.
     """
-    from prism_gguf.gates import parse_gates
+    from prism_gguf.gates import Gate
 
     options = options or CompareOptions()
-    gates = parse_gates(options.fail_on)
+    gates = [Gate.parse(text) for text in options.fail_on]
     reading = Reading(default_texts() if texts is None else texts, options.n_ctx, options.windows, options.score)
     with NativeWorker(verbose=options.verbose) as worker:
         # Unreadable files are found before the reference takes its minutes.
@@ -210,7 +211,7 @@ def read_header(path: str, n_ctx: int, *, progress: Progress = no_progress) -> s
 
 def describe_capture(
     folder: str, is_default: bool, *, progress: Progress = no_progress
-) -> tuple[ReferenceInfo, TextInfo]:
+) -> tuple[ModelIdentity, TextInfo]:
     """What the result says of its reference and text. Runs in the worker."""
     from prism_gguf.capture import read_capture
 
@@ -225,7 +226,7 @@ def describe_capture(
         domains=windows.domain_names,
         is_default=is_default,
     )
-    return ReferenceInfo(**asdict(capture.identity)), text
+    return capture.identity, text
 
 
 def measure_candidate(

@@ -58,21 +58,35 @@ def decode_windows(
     return Decoded(hidden, tokens, Logits("runtime", disagreement))
 
 
-def _new_states(capture: Capture, folder: Path) -> np.memmap:
+def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path) -> np.ndarray:
+    """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
+    from prism_gguf.quantize import quantize
+
+    windows, path, hidden = capture.windows, folder / "weights-F16.gguf", _new_states(capture, folder / "weights.npy")
+    quantize(model.gguf.path, path, "F16", requantize=True, threads=model.options.n_threads)
+    with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options) as unquantized:
+        for number, tokens in enumerate(windows.tokens):
+            for states in unquantized.window_states(tokens, windows.first_scored):
+                hidden[windows.rows(number, states.start, states.stop)] = states.hidden
+    path.unlink()
+    return hidden
+
+
+def _new_states(capture: Capture, path: Path) -> np.memmap:
     shape = (capture.windows.n_scored, capture.identity.hidden_size)
-    return np.lib.format.open_memmap(folder / "candidate.npy", mode="w+", dtype=np.float32, shape=shape)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
 
 def _states(
     capture: Capture, model: LlamaCppModel, folder: Path, served: OutputHead, progress: Progress
 ) -> tuple[np.ndarray, float]:
     """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
-    windows, hidden, worst = capture.windows, _new_states(capture, folder), 0.0
+    windows, hidden, worst = capture.windows, _new_states(capture, folder / "candidate.npy"), 0.0
     proofs = {0, windows.n_windows // 2}
     for number in sorted(range(windows.n_windows), key=lambda n: n not in proofs):
-        tokens, first = windows.tokens[number], number * windows.scored_per_window - windows.first_scored
+        tokens = windows.tokens[number]
         for states in model.window_states(tokens, windows.first_scored, logits=number in proofs):
-            hidden[first + states.start : first + states.stop] = states.hidden
+            hidden[windows.rows(number, states.start, states.stop)] = states.hidden
             if states.logits is not None:
                 worst = max(worst, _disagreement(states, served, tokens))
         if worst > _MAX_EMULATION_KLD:
@@ -111,14 +125,13 @@ def _states_and_logits(
     capture: Capture, model: LlamaCppModel, folder: Path, shared_rows: int, progress: Progress
 ) -> tuple[np.ndarray, TokenDivergence]:
     """Hidden states, and the divergence of the runtime's own logits as they come."""
-    windows, hidden, head = capture.windows, _new_states(capture, folder), capture.head
+    windows, hidden, head = capture.windows, _new_states(capture, folder / "candidate.npy"), capture.head
     parts: list[TokenDivergence] = []
     for number, tokens in enumerate(windows.tokens):
         progress(number, windows.n_windows)
-        first = number * windows.scored_per_window - windows.first_scored
         for states in model.window_states(tokens, windows.first_scored, logits=True):
             assert states.logits is not None
-            rows_of = slice(first + states.start, first + states.stop)
+            rows_of = windows.rows(number, states.start, states.stop)
             hidden[rows_of] = states.hidden
             reference, runtime = torch.from_numpy(capture.states[rows_of]), torch.from_numpy(states.logits)
             pairs = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
@@ -68,11 +68,6 @@ class Gate:
             reach = float(stdtrit(n_clusters - 1, confidence)) * error
             compared = value + reach if self.operator.startswith(">") else value - reach
         return GateResult(self.text, self.key, value, compared, not _OPERATORS[self.operator](compared, self.limit))
-
-
-def parse_gates(texts: Sequence[str]) -> list[Gate]:
-    """All of them, or an error for the first that cannot be read."""
-    return [Gate.parse(text) for text in texts]
 
 
 def _value(candidate: CandidateResult, key: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from prism_gguf.adapters.llama_cpp import LlamaCppModel
 from prism_gguf.attribute import attribute
 from prism_gguf.capture import Capture
-from prism_gguf.decode import BLOCK, decode_windows
+from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
 from prism_gguf.errors import IncompatibleModelsError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import Progress, no_progress
@@ -99,8 +100,12 @@ def measure(
     gap, gap_se = clustered_mean(tokens.nll_candidate - tokens.nll_reference, clusters)
     shares = risk_shares = None
     if attribution:
-        weights = _weights_only_states(capture, model, folder) if split_kernels else None
-        shares, risk_shares = attribute(capture, decoded, candidate_head, shared_rows, weights, attribution_tokens)
+        weights = weights_only_states(capture, model, folder) if split_kernels else None
+        moments = features if weights is None else _feature_moments(capture, weights)
+        ratio = math.sqrt(moments.candidate_square / moments.reference_square)
+        shares, risk_shares = attribute(
+            capture, decoded, candidate_head, shared_rows, ratio, weights, attribution_tokens
+        )
     # The bound speaks of states times weights: what the head's kernel adds to the gap is not its business.
     kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
     geometries = [_geometry_row(name, bound, gap - kernel) for name, bound in _bounds(features, heads, capture.k_feat)]
@@ -130,25 +135,6 @@ def _feature_moments(capture: Capture, hidden: np.ndarray) -> FeatureMoments:
     for at in range(0, len(hidden), BLOCK):
         moments.add(capture.states[at : at + BLOCK], hidden[at : at + BLOCK])
     return moments.moments()
-
-
-def _weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path) -> np.ndarray:
-    """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
-    from prism_gguf.quantize import quantize
-
-    windows, path = capture.windows, folder / "weights-F16.gguf"
-    quantize(model.gguf.path, path, "F16", requantize=True, threads=model.options.n_threads)
-    hidden = np.lib.format.open_memmap(
-        folder / "weights.npy", mode="w+", dtype=np.float32, shape=(windows.n_scored, capture.identity.hidden_size)
-    )
-    with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options) as unquantized:
-        row = 0
-        for tokens in windows.tokens:
-            for states in unquantized.window_states(tokens, windows.first_scored):
-                hidden[row : row + len(states.hidden)] = states.hidden
-                row += len(states.hidden)
-    path.unlink()
-    return hidden
 
 
 def _head_moments(reference: OutputHead, candidate: OutputHead, shared_rows: int) -> HeadMoments:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from prism_gguf.adapters import ModelIdentity
+
 SCHEMA = "prism-gguf/comparison/1"
 
 
@@ -255,19 +257,6 @@ class TextInfo:
 
 
 @dataclass(frozen=True)
-class ReferenceInfo:
-    """The reference, as ``adapters.ModelIdentity`` has it."""
-
-    path: str
-    kind: str
-    architecture: str
-    dtype: str
-    hidden_size: int
-    vocab_size: int
-    tied: bool
-
-
-@dataclass(frozen=True)
 class HeadInfo:
     """The tensor that serves as output head, and its type."""
 
@@ -343,7 +332,7 @@ class Comparison:
     created: str
     environment: dict[str, Any]
     text: TextInfo
-    reference: ReferenceInfo
+    reference: ModelIdentity
     candidates: list[CandidateResult]
     noise_floor: NoiseFloor | None
     ranking: Ranking

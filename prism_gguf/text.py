@@ -93,6 +93,11 @@ class TokenWindows:
     def n_scored(self) -> int:
         return self.n_windows * self.scored_per_window
 
+    def rows(self, window: int, start: int, stop: int) -> slice:
+        """Where positions ``[start, stop)`` of a window stand among all scored positions."""
+        first = window * self.scored_per_window - self.first_scored
+        return slice(first + start, first + stop)
+
     @property
     def targets(self) -> np.ndarray:
         """The token that follows each scored position, (n_scored,) int32, in window order."""
@@ -120,6 +125,19 @@ class TokenWindows:
         return digest.hexdigest()
 
 
+def read_utf8(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        InvalidTextError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidTextError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
+
+
 def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
     """Read ``FILE`` or ``NAME=FILE`` arguments; a file without a name gives its stem to its domain.
 
@@ -134,10 +152,7 @@ def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
         domain = name if rest and path != Path(source) else path.stem
         if not path.is_file():
             raise InvalidTextError(f"{path}: no such text file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidTextError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
+        text = read_utf8(path)
         if not text.strip():
             raise InvalidTextError(f"{path}: the text is empty")
         if domain in texts:

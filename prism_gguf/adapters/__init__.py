@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from prism_gguf.chat import Conversation
-from prism_gguf.output_head import OutputHead
 from prism_gguf.text import Vocabulary
+
+if TYPE_CHECKING:  # torch is loaded where models run; results name models without it
+    from prism_gguf.output_head import OutputHead
 
 
 @dataclass(frozen=True)
