@@ -136,3 +136,11 @@ def test_long_windows_go_through_the_cache(name: str, tmp_path: Path, monkeypatc
     assert len(parts) > 2 and (parts[0].start, parts[-1].stop) == (10, len(TOKENS) - 1)
     hidden = np.concatenate([part.hidden for part in parts])
     np.testing.assert_allclose(hidden, whole.hidden, atol=1e-5 * np.abs(whole.hidden).max())
+
+
+def test_a_truncated_checkpoint(tmp_path: Path) -> None:
+    folder = save(CONFIGS["llama"](), tmp_path / "model", torch.float16)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InvalidModelError, match="cannot load it as a causal LM"):
+        HuggingFaceModel(folder)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.hub import cached_file
@@ -114,7 +114,7 @@ class HuggingFaceModel:
                     # The grouped kernels narrow activations to the weights' dtype.
                     experts_implementation="eager",
                 )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             # transformers says what it missed in many lines; the first tells.
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise InvalidModelError(f"{self._path}: transformers cannot load it as a causal LM: {reason}") from error
