@@ -60,10 +60,11 @@ def decode_windows(
 
 def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path) -> np.ndarray:
     """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
+    from prism_gguf.mix import Mix
     from prism_gguf.quantize import quantize
 
     windows, path, hidden = capture.windows, folder / "weights-F16.gguf", _new_states(capture, folder / "weights.npy")
-    quantize(model.gguf.path, path, "F16", requantize=True, threads=model.options.n_threads)
+    quantize(model.gguf.path, path, Mix("F16"), requantize=True, threads=model.options.n_threads)
     with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options) as unquantized:
         for number, tokens in enumerate(windows.tokens):
             for states in unquantized.window_states(tokens, windows.first_scored):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from prism_gguf.compare import CompareOptions, compare
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
-from prism_gguf.profiles import ProfileEntry, load_profile
+from prism_gguf.mix import Mix
+from prism_gguf.profiles import load_profile
 from prism_gguf.reading import Source
 from prism_gguf.reference import Steps
 from prism_gguf.results import Comparison
@@ -19,18 +20,10 @@ def _make_f16(out: str, *, progress: Progress = no_progress) -> None:
     write_f16(MODEL, Path(out), name="prism-gguf testbed")
 
 
-def _quantize(base: str, out: str, entry: ProfileEntry, threads: int, *, progress: Progress = no_progress) -> None:
+def _quantize(base: str, out: str, mix: Mix, threads: int, *, progress: Progress = no_progress) -> None:
     from prism_gguf.quantize import quantize
 
-    quantize(
-        base,
-        out,
-        entry.ftype,
-        output_type=entry.output_type,
-        embedding_type=entry.embedding_type,
-        threads=threads,
-        progress=progress,
-    )
+    quantize(base, out, mix, threads=threads, progress=progress)
 
 
 def build_ladder(folder: Path, *, steps: Steps, threads: int = 0) -> list[Path]:
@@ -44,7 +37,7 @@ def build_ladder(folder: Path, *, steps: Steps, threads: int = 0) -> list[Path]:
         for number, entry in enumerate(profile.entries):
             steps("quantize", number, len(profile.entries))
             out = folder / f"testbed-{entry.name}.gguf"
-            worker.run(_quantize, str(base), str(out), entry, threads)
+            worker.run(_quantize, str(base), str(out), entry.mix, threads)
             paths.append(out)
         steps("quantize", len(profile.entries), len(profile.entries))
     return paths

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from prism_gguf.errors import InvalidProfileError
+from prism_gguf.mix import Mix
 
 _PACKAGE = Path(__file__).parent
 # In the wheel the profiles lie inside the package; in a checkout, beside it.
@@ -29,6 +30,10 @@ class ProfileEntry:
     ftype: str
     output_type: str | None = None
     embedding_type: str | None = None
+
+    @property
+    def mix(self) -> Mix:
+        return Mix(self.ftype, self.output_type, self.embedding_type)
 
 
 @dataclass(frozen=True)

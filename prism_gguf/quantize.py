@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import llama_cpp.llama_cpp as C
-from gguf import GGMLQuantizationType, LlamaFileType
 
 from prism_gguf.adapters.llama_cpp import native_log
-from prism_gguf.errors import InvalidProfileError, RuntimeFailureError
+from prism_gguf.errors import RuntimeFailureError
 from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import GgufFile
+from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.isolation import Progress, no_progress
+from prism_gguf.mix import Mix, ftype_value, ggml_type
 
+# llama-quant.cpp logs "[  12/ 272] blk.0.ffn_down.weight - [768, 256, 1, 1], type =    f16, " before each tensor, then
+# "size = 0.4 MiB -> 0.1 MiB (q4_K)" in a dry run.
+_TENSOR_LINE = re.compile(
+    r"^\[ *(\d+)/ *(\d+)\] +(\S+) +- +\[.*?\], type = +(\S+), (?:size = .* -> .* \((\S+)\))?", re.M
+)
 
-def ftype_value(name: str) -> int:
-    """llama.cpp's number for an ftype such as ``Q4_K_M``.
-
-    Raises:
-        InvalidProfileError: there is no such ftype.
-    """
-    for prefix in ("MOSTLY_", "ALL_"):
-        if f"{prefix}{name.upper()}" in LlamaFileType.__members__:
-            return LlamaFileType[f"{prefix}{name.upper()}"].value
-    raise InvalidProfileError(f"'{name}' is no ftype that llama.cpp knows (examples: Q8_0, Q4_K_M, IQ4_XS, F16)")
-
-
-def _ggml_type(name: str) -> int:
-    try:
-        return GGMLQuantizationType[name.upper()].value
-    except KeyError:
-        raise InvalidProfileError(f"'{name}' is no ggml type (examples: Q6_K, Q4_K, F16; Q4_K_M is an ftype)") from None
+Metadata = Mapping[str, str | int | bool]
 
 
 def quantize(
     base: str | Path,
     out: str | Path,
-    ftype: str,
+    mix: Mix,
     *,
-    output_type: str | None = None,
-    embedding_type: str | None = None,
-    pure: bool = False,
+    imatrix: ImportanceMatrix | None = None,
     requantize: bool = False,
     threads: int = 0,
+    metadata: Metadata | None = None,
     progress: Progress = no_progress,
 ) -> None:
     """Quantize ``base`` to ``out`` with ``llama_model_quantize``; ``out`` appears whole or not at all.
@@ -50,29 +43,109 @@ def quantize(
     Run it through ``isolation.NativeWorker``: llama.cpp aborts the process on some inputs.
 
     Args:
-        ftype: such as ``Q4_K_M``.
-        output_type, embedding_type: ggml types of ``output.weight`` and ``token_embd.weight``, or None for the ftype's.
-        pure: every tensor in the ftype's own type.
+        imatrix: importance matrix, or None.
         requantize: allow a base that is quantized already.
+        metadata: further keys of the file; strings of at most 127 bytes.
 
     Raises:
         InvalidModelError: ``base`` is no GGUF of a causal language model.
-        InvalidProfileError: an unknown type name.
         RuntimeFailureError: llama.cpp refused or failed.
     """
     GgufFile(base)
-    log = native_log()
-    log.clear()
+    with written_whole(Path(out)) as partial:
+        _run(base, partial, mix, imatrix, requantize, threads, metadata or {}, False, progress)
+
+
+def planned_types(
+    base: str | Path, mix: Mix, *, imatrix: ImportanceMatrix | None = None, progress: Progress = no_progress
+) -> dict[str, str]:
+    """The ggml type of every tensor that ``quantize`` would give, by llama.cpp's own dry run: nothing is written.
+
+    Raises:
+        InvalidModelError, RuntimeFailureError: as in ``quantize``.
+    """
+    types = {tensor.name: tensor.type for tensor in GgufFile(base).tensors}
+    log = _run(base, Path(base), mix, imatrix, True, 0, {}, True, progress)
+    for _, _, name, kept, taken in _TENSOR_LINE.findall(log):
+        types[name] = (taken or kept).upper()
+    return types
+
+
+def _run(
+    base: str | Path,
+    out: Path,
+    mix: Mix,
+    imatrix: ImportanceMatrix | None,
+    requantize: bool,
+    threads: int,
+    metadata: Metadata,
+    dry_run: bool,
+    progress: Progress,
+) -> str:
+    """Call llama.cpp's quantizer; what it logged."""
     params = C.llama_model_quantize_default_params()
     params.nthread = threads
-    params.ftype = ftype_value(ftype)
-    params.pure = pure
+    params.ftype = ftype_value(mix.ftype)
+    params.pure = mix.pure
     params.allow_requantize = requantize
-    if output_type is not None:
-        params.output_tensor_type = _ggml_type(output_type)
-    if embedding_type is not None:
-        params.token_embedding_type = _ggml_type(embedding_type)
-    with written_whole(Path(out)) as partial:
-        if C.llama_model_quantize(str(base).encode(), str(partial).encode(), params) != 0:
-            raise RuntimeFailureError(f"{base}: llama.cpp cannot quantize it to {ftype}: {log.reason()}")
+    params.dry_run = dry_run
+    if mix.output_type is not None:
+        params.output_tensor_type = ggml_type(mix.output_type)
+    if mix.embedding_type is not None:
+        params.token_embedding_type = ggml_type(mix.embedding_type)
+    keep = [_set_overrides(params, mix), _set_imatrix(params, imatrix), _set_metadata(params, metadata)]
+    log = native_log()
+    log.clear()
+
+    def watch(text: str) -> None:
+        if match := _TENSOR_LINE.match(text):
+            progress(int(match[1]) - 1, int(match[2]))
+
+    with log.recorded(watch) as recorded:
+        code = C.llama_model_quantize(str(base).encode(), str(out).encode(), params)
+    del keep  # ctypes frees what the structures point to
+    if code != 0:
+        raise RuntimeFailureError(f"{base}: llama.cpp cannot quantize it to {mix.ftype}: {log.reason()}")
     progress(1, 1)
+    return "".join(recorded)
+
+
+def _set_overrides(params: Any, mix: Mix) -> object:
+    patterns = mix.patterns()
+    if not patterns:
+        return None
+    array = (C.llama_model_tensor_override * (len(patterns) + 1))()
+    for item, (pattern, kind) in zip(array, patterns, strict=False):
+        item.pattern, item.type = pattern.encode(), kind
+    params.tt_overrides = array
+    return array
+
+
+def _set_imatrix(params: Any, imatrix: ImportanceMatrix | None) -> object:
+    if imatrix is None:
+        return None
+    array = (C.llama_model_imatrix_data * (len(imatrix.weights) + 1))()
+    arrays = []
+    for item, (name, weights) in zip(array, imatrix.weights.items(), strict=False):
+        values = weights.astype("float32", copy=False)
+        arrays.append(values)
+        item.name, item.size = name.encode(), values.size
+        item.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params.imatrix = array
+    return array, arrays
+
+
+def _set_metadata(params: Any, metadata: Metadata) -> object:
+    if not metadata:
+        return None
+    array = (C.llama_model_kv_override * (len(metadata) + 1))()
+    for item, (key, value) in zip(array, metadata.items(), strict=False):
+        item.key = key.encode()
+        if isinstance(value, bool):
+            item.tag, item.value.val_bool = C.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        elif isinstance(value, int):
+            item.tag, item.value.val_i64 = C.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            item.tag, item.value.val_str = C.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()[:127]
+    params.kv_overrides = array
+    return array

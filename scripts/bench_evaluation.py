@@ -124,6 +124,7 @@ def prepare(work: Path) -> Path:
     from make_smollm2 import make
 
     from prism_gguf.isolation import NativeWorker
+    from prism_gguf.mix import Mix
     from prism_gguf.quantize import quantize
 
     f16 = work / "SmolLM2-135M-F16.gguf"
@@ -133,7 +134,7 @@ def prepare(work: Path) -> Path:
         for ftype in LADDER:
             out = work / f"SmolLM2-135M-{ftype}.gguf"
             if not out.exists():
-                worker.run(quantize, str(f16), str(out), ftype)
+                worker.run(quantize, str(f16), str(out), Mix(ftype))
     return work / "hf"
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from prism_gguf.errors import InvalidProfileError
+from prism_gguf.mix import ftype_value
 from prism_gguf.profiles import load_profile, profile_names
-from prism_gguf.quantize import ftype_value
 
 
 def test_packaged_profiles_name_types_that_exist() -> None:

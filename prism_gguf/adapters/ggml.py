@@ -6,6 +6,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,18 @@ def library() -> ctypes.CDLL:
     lib.ggml_nbytes.restype = ctypes.c_size_t
     lib.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     lib.ggml_backend_tensor_get.restype = None
+    lib.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    lib.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
     lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     return lib
@@ -115,6 +128,44 @@ def dequantize(rows: np.ndarray, type_value: int) -> np.ndarray:
         raise RuntimeFailureError(f"llama.cpp cannot dequantize {GGMLQuantizationType(type_value).name}")
     out = np.empty((len(rows), width), dtype=np.float32)
     traits.to_float(rows.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def requires_imatrix(type_value: int) -> bool:
+    """Whether ggml refuses to quantize to a type without importance weights (IQ1, IQ2_XXS, IQ2_XS)."""
+    return bool(library().ggml_quantize_requires_imatrix(type_value))
+
+
+def quantize_rows(
+    rows: np.ndarray, type_value: int, weights: np.ndarray | None = None, *, threads: int = 1
+) -> np.ndarray:
+    """Rows (n, row width) float32 in a ggml type: (n, bytes per row) uint8, with llama.cpp's own quantizer.
+
+    Args:
+        weights: importance of each column (row width,) float32, or None.
+
+    Raises:
+        RuntimeFailureError: the type's block does not divide the row, or it needs ``weights``.
+    """
+    kind = GGMLQuantizationType(type_value)
+    block, size = GGML_QUANT_SIZES[kind]
+    n, width = rows.shape
+    if width % block:
+        raise RuntimeFailureError(f"rows of {width} are not a multiple of {kind.name}'s block of {block}")
+    if weights is None and requires_imatrix(type_value):
+        raise RuntimeFailureError(f"{kind.name} needs an importance matrix")
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    weights = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
+    out = np.empty((n, width // block * size), dtype=np.uint8)
+
+    def convert(start: int) -> None:
+        part, into = rows[start : start + step], out[start : start + step]
+        importance = None if weights is None else weights.ctypes.data
+        library().ggml_quantize_chunk(kind, part.ctypes.data, into.ctypes.data, 0, len(part), width, importance)
+
+    step = max(1, -(-n // (8 * threads)))  # ctypes lets go of the GIL; small pieces keep all threads busy
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(convert, range(0, n, step)))
     return out
 
 

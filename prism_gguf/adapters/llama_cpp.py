@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class NativeLog:
 
     def __init__(self, *, keep: int = 40) -> None:
         self._lines: deque[str] = deque(maxlen=keep)
+        self._recording: list[str] | None = None
+        self._watch: Callable[[str], None] = lambda _: None
         # ctypes callbacks must outlive their registration: llama.cpp keeps only the pointer.
         self._callback = C.llama_log_callback(self._receive)
         C.llama_log_set(self._callback, ctypes.c_void_p(0))
@@ -71,9 +74,21 @@ class NativeLog:
         if level == _LOG_LEVEL_DEBUG:
             return
         line = text.decode("utf-8", "replace")
+        if self._recording is not None:
+            self._recording.append(line)
+            self._watch(line)
         sys.stderr.write(line)
         if line.strip(". \n"):
             self._lines.append(line.strip())
+
+    @contextmanager
+    def recorded(self, watch: Callable[[str], None]) -> Iterator[list[str]]:
+        """Keep everything that is logged inside the block, and show each piece to ``watch``."""
+        self._recording, self._watch = [], watch
+        try:
+            yield self._recording
+        finally:
+            self._recording = None
 
     def clear(self) -> None:
         self._lines.clear()
