@@ -1,0 +1,8 @@
+"""The command line: a command parses, makes one library call, prints. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+from prism_gguf.cli import measuring
+from prism_gguf.cli.group import main
+
+__all__ = ["main", "measuring"]

@@ -1,0 +1,3 @@
+from prism_gguf.cli import main
+
+main()

@@ -1,0 +1,210 @@
+"""Commands that measure: compare, demo, capture, export-kld-base, inspect."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain, main
+from prism_gguf.cli.options import (
+    judging_options,
+    output_options,
+    quiet_option,
+    runtime_options,
+    sources,
+    text_options,
+    trust_option,
+)
+
+if TYPE_CHECKING:
+    from prism_gguf.compare import CompareOptions
+    from prism_gguf.results import Comparison
+
+
+def _compare_options(score: str, fail_on: tuple[str, ...], **options: Any) -> CompareOptions:
+    from prism_gguf.compare import CompareOptions
+    from prism_gguf.text import Score
+
+    return CompareOptions(score=Score(score), fail_on=tuple(fail_on), **options)
+
+
+@main.command()
+@click.argument("reference")
+@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE.gguf…")
+@text_options
+@judging_options
+@runtime_options
+@trust_option
+@output_options
+def compare(
+    reference: str,
+    candidates: tuple[str, ...],
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    json_file: Path | None,
+    details: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """How far is each CANDIDATE from REFERENCE, and why?
+
+    REFERENCE is a checkpoint directory, a hub id (owner/name), a GGUF (best F16 or BF16), or a folder that `prism-gguf
+    capture` made, with the text that it has read. Candidates are GGUF files; name the first part of a split one.
+
+    Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken or the conversion is, 2 if something could not be done.
+    """
+    from prism_gguf.compare import compare as run_compare
+    from prism_gguf.report.terminal import progress_bars
+
+    check_writable(json_file)
+    _check_capture_options(reference)
+    with progress_bars(shown=not quiet) as steps:
+        comparison = run_compare(reference, candidates, sources(text, chat), _compare_options(**options), steps=steps)
+    finish(comparison, json_file, quiet, details)
+
+
+def _check_capture_options(reference: str) -> None:
+    """A capture has its windows; options that would cut others are a misunderstanding."""
+    from prism_gguf.cache import is_capture
+
+    context = click.get_current_context()
+    given = [n for n in ("n_ctx", "windows", "score") if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    if given and is_capture(Path(reference)):
+        raise click.UsageError(
+            f"{reference} is a capture, which has its own windows; leave out --{given[0].replace('_', '-')}"
+        )
+
+
+@main.command()
+@text_options
+@judging_options
+@runtime_options
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep the files it makes in DIR.")
+@output_options
+def demo(
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    keep: Path | None,
+    json_file: Path | None,
+    details: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Quantize the embedded testbed model to a ladder of types and compare them all. Offline, about a minute."""
+    from prism_gguf.demo import run_demo
+    from prism_gguf.report.terminal import HOW_TO_READ, progress_bars
+
+    check_writable(json_file)
+    with tempfile.TemporaryDirectory(prefix="prism-gguf-demo-") as temporary, progress_bars(shown=not quiet) as steps:
+        comparison = run_demo(keep or Path(temporary), sources(text, chat), _compare_options(**options), steps=steps)
+    finish(comparison, json_file, quiet, details, footer=HOW_TO_READ)
+
+
+@main.command()
+@click.argument("reference")
+@text_options
+@click.option(
+    "--from-kld-base",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take the token windows of a llama-perplexity base-logits file.",
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder. Default: one in the cache.")
+@click.option("--self-contained", is_flag=True, help="Keep the output head in it, for someone without the model.")
+@runtime_options
+@trust_option
+@quiet_option
+def capture(
+    reference: str,
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    windows: int,
+    n_ctx: int,
+    score: str,
+    from_kld_base: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Run REFERENCE once and keep its hidden states for later comparisons; prints the folder.
+
+    Killed at any moment, the next run goes on where this one was. `compare` does the same by itself, in its cache.
+    """
+    from prism_gguf.compare import default_texts
+    from prism_gguf.reading import Reading
+    from prism_gguf.reference import CaptureOptions
+    from prism_gguf.reference import capture as run_capture
+    from prism_gguf.report.terminal import progress_bars
+    from prism_gguf.text import Score
+
+    context = click.get_current_context()
+    given = sources(text, chat)
+    if from_kld_base is None:
+        reading = Reading(given or default_texts(), n_ctx, windows, Score(score))
+    else:
+        from prism_gguf.kld_base import read_tokens
+
+        if given or context.get_parameter_source("n_ctx") is ParameterSource.COMMANDLINE:
+            raise click.UsageError("--from-kld-base brings its own windows; leave out --text, --chat and --n-ctx")
+        tokens = read_tokens(from_kld_base)
+        all_windows = context.get_parameter_source("windows") is not ParameterSource.COMMANDLINE
+        reading = Reading(tokens, tokens.tokens.shape[1], None if all_windows else windows, Score(score))
+    with progress_bars(shown=not quiet) as steps:
+        folder = run_capture(reference, reading, CaptureOptions(**options), steps=steps)
+    click.echo(folder)
+
+
+@main.command("export-kld-base")
+@click.argument("capture", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@quiet_option
+def export_kld_base(capture: Path, file: Path, quiet: bool) -> None:
+    """Write CAPTURE as the base-logits FILE that `llama-perplexity --kl-divergence-base` reads."""
+    from prism_gguf.reference import export_base
+    from prism_gguf.report.terminal import progress_bars
+
+    check_writable(file, "FILE")
+    with progress_bars(shown=not quiet) as steps:
+        export_base(capture, file, steps=steps)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def inspect(file: Path, as_json: bool) -> None:
+    """What FILE.gguf is made of: types, bits per weight, head, imatrix, and tensors that fell back to another type.
+
+    Runs nothing; reads only the file's header.
+    """
+    from prism_gguf.gguf_file import GgufFile
+    from prism_gguf.report.terminal import console, print_inspection
+
+    gguf = GgufFile(file)
+    if as_json:
+        click.echo(json.dumps(gguf.to_dict(), indent=2))
+    else:
+        print_inspection(gguf, console())
+
+
+def finish(comparison: Comparison, json_file: Path | None, quiet: bool, details: bool, footer: str = "") -> None:
+    from prism_gguf.files import write_whole
+    from prism_gguf.report.terminal import console, print_comparison
+
+    if json_file is not None:
+        write_whole(json_file, json.dumps(comparison.to_dict(), indent=2) + "\n")
+    if not quiet:
+        print_comparison(comparison, console(), details=details)
+        if footer:
+            click.echo(f"\n{footer}")
+    for candidate in comparison.failed:
+        assert candidate.error is not None
+        complain(candidate.error.message)
+    if comparison.failed:
+        sys.exit(EXIT_BAD)
+    if not comparison.passed:
+        sys.exit(EXIT_GATE)

@@ -1,0 +1,117 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from prism_gguf.reading import Source
+
+F = TypeVar("F", bound=Callable[..., Any])
+_CACHE_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+text_options = options(
+    click.option(
+        "--text",
+        "text",
+        multiple=True,
+        metavar="[NAME=]FILE",
+        help="Evaluation text (UTF-8), one domain per file; repeatable. Default: the packaged text, five domains.",
+    ),
+    click.option(
+        "--chat",
+        "chat",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE.jsonl",
+        help="Conversations, through the model's own chat template; repeatable.",
+    ),
+    click.option("--windows", type=click.IntRange(min=1), default=32, show_default=True, help="Windows at most."),
+    click.option("--n-ctx", type=click.IntRange(min=8), default=512, show_default=True, help="Tokens per window."),
+    click.option(
+        "--score",
+        type=click.Choice(["half", "all"]),
+        default="half",
+        show_default=True,
+        help="Which tokens of a window count: the second half, as in llama-perplexity, or all.",
+    ),
+)
+
+runtime_options = options(
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the physical cores."),
+    click.option("--n-gpu-layers", type=int, help="Layers that llama.cpp offloads. Default: llama.cpp's own."),
+    click.option("--cache-type-k", type=_CACHE_TYPES, default="f16", show_default=True, help="KV cache type of K."),
+    click.option("--cache-type-v", type=_CACHE_TYPES, default="f16", show_default=True, help="KV cache type of V."),
+    click.option(
+        "--cache",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for captures. Default: the user's cache folder, or PRISM_GGUF_CACHE.",
+    ),
+    click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
+)
+
+judging_options = options(
+    click.option(
+        "--attribution/--no-attribution",
+        default=True,
+        show_default=True,
+        help="Split each divergence between scale, shape, head weights and head kernel.",
+    ),
+    click.option(
+        "--attribution-tokens",
+        type=click.IntRange(min=2),
+        help="Attribute a random sample of N tokens. Default: all, or as many as a large vocabulary allows.",
+    ),
+    click.option(
+        "--split-kernels", is_flag=True, help="Run each candidate's weights as F16 too, to tell its kernels from them."
+    ),
+    click.option(
+        "--control",
+        metavar="F16.gguf",
+        help="Unquantized GGUF that sets the noise floor. Default: the first among the candidates.",
+    ),
+    click.option(
+        "--fail-on",
+        multiple=True,
+        metavar="KEY>NUMBER",
+        help="Exit with 1 where this is true of a candidate, such as 'kld_mean>0.05' or 'same_top<0.9'; repeatable.",
+    ),
+    click.option(
+        "--confidence",
+        type=click.FloatRange(0.5, 1.0, max_open=True),
+        help="Compare confidence bounds with the limits, such as 0.95: fail unless it is clear that the limit is kept.",
+    ),
+)
+
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Let transformers run code that comes with REFERENCE."
+)
+quiet_option = click.option("--quiet", is_flag=True, help="No progress and no table; errors and exit code only.")
+output_options = options(
+    click.option(
+        "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result to FILE as JSON."
+    ),
+    click.option("--details", is_flag=True, help="Print every statistic, and the parts by position and confidence."),
+    quiet_option,
+)
+
+
+def sources(text: tuple[str, ...], chat: tuple[Path, ...]) -> list[Source] | None:
+    from prism_gguf.chat import read_chat
+    from prism_gguf.text import read_texts
+
+    return [*read_texts(text), *(read_chat(path) for path in chat)] or None
