@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from prism_gguf.cache import is_capture
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidTextError, PrismGgufError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.reading import Reading, Source
 from prism_gguf.reference import CaptureOptions, RunOptions, Steps, ensure_capture, no_steps
 from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, Ranking, TextInfo
@@ -25,8 +27,6 @@ from prism_gguf.text import EvaluationText, Score, read_folder
 
 if TYPE_CHECKING:  # scipy is loaded where it is used
     from prism_gguf.gates import Gate
-
-_UNQUANTIZED = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,49 @@ def compare(
     Raises:
         PrismGgufError: the reference, the text, a limit, or every one of the candidates cannot be used.
     """
+    options = options or CompareOptions()
+    return compare_candidates(
+        reference, with_control([Candidate(str(path)) for path in candidates], options), texts, options, steps=steps
+    )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A GGUF to measure.
+
+    Attributes:
+        path: where it is, or will be.
+        made: for one that is made just in time: a context, entered with the worker, inside which the file exists.
+    """
+
+    path: str
+    made: Callable[[NativeWorker], AbstractContextManager[None]] | None = None
+
+
+def with_control(candidates: list[Candidate], options: CompareOptions) -> list[Candidate]:
+    """The candidates, before them the control where one was named that is not among them."""
+    named = options.control
+    return candidates if named is None or named in [c.path for c in candidates] else [Candidate(named), *candidates]
+
+
+def compare_candidates(
+    reference: str | Path,
+    candidates: Sequence[Candidate],
+    texts: Sequence[Source] | None,
+    options: CompareOptions,
+    *,
+    steps: Steps,
+) -> Comparison:
+    """``compare``, for candidates some of which are made just in time; the control is among those that are there."""
     from prism_gguf.gates import Gate
 
-    options = options or CompareOptions()
     gates = [Gate.parse(text) for text in options.fail_on]
     reading = Reading(default_texts() if texts is None else texts, options.n_ctx, options.windows, options.score)
     with NativeWorker(verbose=options.verbose) as worker:
         # Unreadable files are found before the reference takes its minutes.
         given = _given_capture(reference, texts)
         n_ctx = options.n_ctx if given is None else 0
-        paths = _paths(candidates, options.control)
-        headers = {path: _attempt(worker, path, read_header, n_ctx) for path in paths}
+        headers = {c.path: _attempt(worker, c.path, read_header, n_ctx) for c in candidates if c.made is None}
         if all(isinstance(header, CandidateResult) for header in headers.values()):
             raise InvalidModelError("; ".join(_message(header) for header in headers.values()))
         control = _control(headers, options.control)
@@ -99,16 +131,14 @@ def compare(
             )
         described, text = worker.run(describe_capture, str(folder), texts is None and given is None)
         rows: dict[str, CandidateResult] = {}
-        for path in sorted(headers, key=lambda p: p != control):
-            header, started = headers[path], time.monotonic()
+        for path, candidate in sorted({c.path: c for c in candidates}.items(), key=lambda item: item[0] != control):
+            header = headers.get(path)
             if isinstance(header, CandidateResult):
                 rows[path] = header
-                continue
-            row = _attempt(worker, path, measure_candidate, folder, options, progress=partial(steps, Path(path).name))
-            assert isinstance(row, CandidateResult)
-            rows[path] = replace(row, seconds=round(time.monotonic() - started, 3))
+            else:
+                rows[path] = _measured(worker, candidate, folder, options, steps)
     floor, results = _judged(rows, control, gates, text.n_windows, options)
-    measured = [results[str(path)] for path in paths]
+    measured = [results[c.path] for c in candidates]
     return Comparison(
         tool_version=__version__,
         command=sys.argv,
@@ -123,15 +153,27 @@ def compare(
     )
 
 
+def _measured(
+    worker: NativeWorker, candidate: Candidate, folder: Path, options: CompareOptions, steps: Steps
+) -> CandidateResult:
+    """One candidate's row; ``seconds`` is what measuring took, without making the file."""
+    try:
+        with nullcontext() if candidate.made is None else candidate.made(worker):
+            started, progress = time.monotonic(), partial(steps, Path(candidate.path).name)
+            row = worker.run(measure_candidate, candidate.path, folder, options, progress=progress)
+    except PrismGgufError as error:
+        return failed_row(candidate.path, error)
+    return replace(row, seconds=round(time.monotonic() - started, 3))
+
+
+def failed_row(path: str, error: PrismGgufError) -> CandidateResult:
+    """A row that says why there are no numbers."""
+    return CandidateResult(path, error=Failure(type(error).__name__, str(error)))
+
+
 def default_texts() -> list[EvaluationText]:
     """The packaged text: technical prose, code, dialogue, German, Chinese."""
     return read_folder(Path(__file__).parent / "default_text")
-
-
-def _paths(candidates: Sequence[str | Path], control: str | None) -> list[str]:
-    """All files to measure, the control among them, each once per mention."""
-    paths = [str(path) for path in candidates]
-    return paths if control is None or control in paths else [control, *paths]
 
 
 def _given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path | None:
@@ -148,10 +190,10 @@ def _control(headers: dict[str, Any], named: str | None) -> str | None:
     if named is not None:
         if isinstance(headers[named], CandidateResult):
             raise InvalidModelError(_message(headers[named]))
-        if headers[named] not in _UNQUANTIZED:
+        if headers[named] not in UNQUANTIZED:
             raise InvalidModelError(f"{named}: a control is F32, F16 or BF16; this is {headers[named]}")
         return named
-    return next((path for path, header in headers.items() if header in _UNQUANTIZED), None)
+    return next((path for path, header in headers.items() if header in UNQUANTIZED), None)
 
 
 def _message(row: CandidateResult) -> str:
@@ -197,7 +239,7 @@ def _attempt(
     try:
         return worker.run(function, path, *args, progress=progress)
     except PrismGgufError as error:
-        return CandidateResult(path, error=Failure(type(error).__name__, str(error)))
+        return failed_row(path, error)
 
 
 def read_header(path: str, n_ctx: int, *, progress: Progress = no_progress) -> str | None:

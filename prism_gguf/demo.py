@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prism_gguf.build import Workshop
 from prism_gguf.compare import CompareOptions, compare
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
-from prism_gguf.mix import Mix
 from prism_gguf.profiles import load_profile
 from prism_gguf.reading import Source
 from prism_gguf.reference import Steps
@@ -20,30 +20,21 @@ def _make_f16(out: str, *, progress: Progress = no_progress) -> None:
     write_f16(MODEL, Path(out), name="prism-gguf testbed")
 
 
-def _quantize(base: str, out: str, mix: Mix, threads: int, *, progress: Progress = no_progress) -> None:
-    from prism_gguf.quantize import quantize
-
-    quantize(base, out, mix, threads=threads, progress=progress)
-
-
-def build_ladder(folder: Path, *, steps: Steps, threads: int = 0) -> list[Path]:
+def build_ladder(folder: Path, *, steps: Steps, threads: int = 0, cache: Path | None = None) -> list[Path]:
     """Make the testbed's F16 GGUF and the demo profile's files in ``folder``; their paths, the F16 control first."""
     folder.mkdir(parents=True, exist_ok=True)
-    profile = load_profile("demo")
-    base = folder / "testbed-F16.gguf"
-    paths = [base]
+    entries = load_profile("demo").entries
+    workshop = Workshop(folder / "testbed-F16.gguf", folder, threads=threads, cache=cache)
     with NativeWorker() as worker:
-        worker.run(_make_f16, str(base))
-        for number, entry in enumerate(profile.entries):
-            steps("quantize", number, len(profile.entries))
-            out = folder / f"testbed-{entry.name}.gguf"
-            worker.run(_quantize, str(base), str(out), entry.mix, threads)
-            paths.append(out)
-        steps("quantize", len(profile.entries), len(profile.entries))
-    return paths
+        worker.run(_make_f16, str(workshop.base))
+        for number, entry in enumerate(entries):
+            steps("quantize", number, len(entries))
+            workshop.build(worker, entry.name, entry.mix())
+        steps("quantize", len(entries), len(entries))
+    return [workshop.base, *(workshop.path(entry.name) for entry in entries)]
 
 
 def run_demo(folder: Path, texts: list[Source] | None, options: CompareOptions, *, steps: Steps) -> Comparison:
     """Build the ladder in ``folder`` and compare it with the testbed checkpoint, on text that it was not trained on."""
-    paths = build_ladder(folder, steps=steps, threads=options.threads or 0)
+    paths = build_ladder(folder, steps=steps, threads=options.threads or 0, cache=options.cache)
     return compare(MODEL, paths, texts or held_out_texts(), options, steps=steps)

@@ -37,3 +37,15 @@ class InvalidGateError(PrismGgufError):
 
 class InvalidProfileError(PrismGgufError):
     """A quantization profile that names unknown types or misses required keys."""
+
+
+class InvalidRecipeError(PrismGgufError):
+    """A pattern that matches no tensor, or a recipe that cannot be read."""
+
+
+class InvalidBudgetError(PrismGgufError):
+    """A size that cannot be read."""
+
+
+class OverBudgetError(PrismGgufError):
+    """A file that was not made because it would be too large."""

@@ -10,6 +10,8 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 from prism_gguf.errors import InvalidProfileError
 
+UNQUANTIZED = ("F32", "F16", "BF16")
+
 
 @dataclass(frozen=True)
 class Mix:

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from prism_gguf.adapters import ModelIdentity
+from prism_gguf.errors import OverBudgetError
 
 SCHEMA = "prism-gguf/comparison/1"
 
@@ -291,6 +292,19 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The file that a sweep ends with.
+
+    Attributes:
+        rule: what was asked for, such as ``lowest KLD within 5.2GiB``.
+        path: None where no file is that.
+    """
+
+    rule: str
+    path: str | None
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why a candidate has no numbers: the error's class and its one-line message."""
 
@@ -322,6 +336,10 @@ class CandidateResult:
     seconds: float | None = None
     error: Failure | None = None
 
+    @property
+    def over_budget(self) -> bool:
+        return self.error is not None and self.error.kind == OverBudgetError.__name__
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -336,16 +354,30 @@ class Comparison:
     candidates: list[CandidateResult]
     noise_floor: NoiseFloor | None
     ranking: Ranking
+    choice: Choice | None = None
+
+    @property
+    def conversion_problem(self) -> bool:
+        return self.noise_floor is not None and self.noise_floor.conversion_problem
 
     @property
     def passed(self) -> bool:
-        """Whether every candidate that was measured passed its gates, and the control did."""
-        problem = self.noise_floor is not None and self.noise_floor.conversion_problem
-        return not problem and all(c.verdict is None or c.verdict.passed for c in self.candidates)
+        """Whether every candidate that was measured passed its gates, the control did, and a choice could be made."""
+        chosen = self.choice is None or self.choice.path is not None
+        return (
+            chosen
+            and not self.conversion_problem
+            and all(c.verdict is None or c.verdict.passed for c in self.candidates)
+        )
 
     @property
     def failed(self) -> list[CandidateResult]:
-        return [c for c in self.candidates if c.error is not None]
+        return [c for c in self.candidates if c.error is not None and not c.over_budget]
+
+    @property
+    def skipped(self) -> list[CandidateResult]:
+        """What was not made because it would be too large: no failure."""
+        return [c for c in self.candidates if c.over_budget]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON result."""

@@ -78,8 +78,7 @@ class NativeLog:
             self._recording.append(line)
             self._watch(line)
         sys.stderr.write(line)
-        if line.strip(". \n"):
-            self._lines.append(line.strip())
+        self._lines.extend(part.strip() for part in line.splitlines() if part.strip(".= "))
 
     @contextmanager
     def recorded(self, watch: Callable[[str], None]) -> Iterator[list[str]]:

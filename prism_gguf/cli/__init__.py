@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prism_gguf.cli import measuring
+from prism_gguf.cli import measuring, sweeping
 from prism_gguf.cli.group import main
 
-__all__ = ["main", "measuring"]
+__all__ = ["main", "measuring", "sweeping"]

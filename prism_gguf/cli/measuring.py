@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from prism_gguf.results import Comparison
 
 
-def _compare_options(score: str, fail_on: tuple[str, ...], **options: Any) -> CompareOptions:
+def compare_options(score: str, fail_on: tuple[str, ...], **options: Any) -> CompareOptions:
     from prism_gguf.compare import CompareOptions
     from prism_gguf.text import Score
 
@@ -63,13 +63,13 @@ def compare(
     from prism_gguf.report.terminal import progress_bars
 
     check_writable(json_file)
-    _check_capture_options(reference)
+    check_capture_options(reference)
     with progress_bars(shown=not quiet) as steps:
-        comparison = run_compare(reference, candidates, sources(text, chat), _compare_options(**options), steps=steps)
+        comparison = run_compare(reference, candidates, sources(text, chat), compare_options(**options), steps=steps)
     finish(comparison, json_file, quiet, details)
 
 
-def _check_capture_options(reference: str) -> None:
+def check_capture_options(reference: str) -> None:
     """A capture has its windows; options that would cut others are a misunderstanding."""
     from prism_gguf.cache import is_capture
 
@@ -102,7 +102,7 @@ def demo(
 
     check_writable(json_file)
     with tempfile.TemporaryDirectory(prefix="prism-gguf-demo-") as temporary, progress_bars(shown=not quiet) as steps:
-        comparison = run_demo(keep or Path(temporary), sources(text, chat), _compare_options(**options), steps=steps)
+        comparison = run_demo(keep or Path(temporary), sources(text, chat), compare_options(**options), steps=steps)
     finish(comparison, json_file, quiet, details, footer=HOW_TO_READ)
 
 

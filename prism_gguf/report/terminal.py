@@ -130,7 +130,14 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
         out.print()
     for candidate in done:
         _print_verdict(candidate, out)
+    for candidate in comparison.skipped:
+        assert candidate.error is not None
+        out.print(f"not made: {escape(candidate.error.message)}", soft_wrap=True)
     _print_notes(done, out)
+    if comparison.choice is not None:
+        chosen = comparison.choice.path
+        name = "none of these files" if chosen is None else Path(chosen).name
+        out.print(f"\n[bold]{comparison.choice.rule}[/bold]: {escape(name)}", soft_wrap=True)
 
 
 def _print_header(comparison: Comparison, out: Console) -> None:

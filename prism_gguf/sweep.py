@@ -1,0 +1,192 @@
+"""A profile's files made from one base and measured one by one, each just in time, so that few have to lie on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from prism_gguf.build import Workshop
+from prism_gguf.cache import is_capture
+from prism_gguf.compare import Candidate, CompareOptions, compare_candidates, with_control
+from prism_gguf.errors import InvalidModelError, InvalidProfileError, OverBudgetError, PrismGgufError
+from prism_gguf.gguf_file import GgufFile
+from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.mix import UNQUANTIZED, Mix
+from prism_gguf.profiles import Profile, ProfileEntry
+from prism_gguf.reading import Source
+from prism_gguf.reference import Steps, no_steps
+from prism_gguf.results import CandidateResult, Choice, Comparison
+
+if TYPE_CHECKING:
+    from prism_gguf.imatrix import ImportanceMatrix
+
+
+def sweep(
+    base: str | Path,
+    reference: str | Path,
+    profile: Profile,
+    texts: Sequence[Source] | None = None,
+    options: CompareOptions | None = None,
+    *,
+    imatrix: ImportanceMatrix | None = None,
+    folder: Path | None = None,
+    keep: bool = True,
+    allow_requantize: bool = False,
+    steps: Steps = no_steps,
+) -> Comparison:
+    """Make a profile's files from ``base`` and compare each with ``reference`` as soon as it is made.
+
+    The base is the first row, and the control where it is unquantized. An entry that cannot be made, or is over the
+    profile's budget, is a row that says why. Files made of the same base, mix and imatrix before are taken as they
+    are.
+
+    Args:
+        texts: None takes the profile's, else the packaged text.
+        options: None takes the profile's (``profile_options``).
+        imatrix: for all entries but those that want none.
+        folder: where the files go; None takes the base's folder.
+        keep: keep them; otherwise each file that was made is deleted once it is measured.
+        allow_requantize: the base may be quantized already.
+
+    Raises:
+        PrismGgufError: as in ``compare``; or none of the entries can be made.
+    """
+    source = GgufFile(base)
+    if source.ftype not in UNQUANTIZED and not allow_requantize:
+        raise InvalidModelError(
+            f"{base}: is {source.ftype}; quantize an F16, BF16 or F32 file, or allow it (--allow-requantize)"
+        )
+    options = profile_options(profile) if options is None else options
+    if texts is None and not is_capture(Path(reference)):
+        texts = profile.texts()
+    folder = Path(base).parent if folder is None else folder
+    workshop = Workshop(Path(base), folder, allow_requantize, options.threads or 0, options.cache)
+    entries = {str(workshop.path(entry.name)): entry for entry in profile.entries}
+    if any(Path(path).resolve() == source.path.resolve() for path in entries):
+        raise InvalidProfileError(
+            f"{source.path}: an entry of profile '{profile.name}' would take its place; name another folder (--out)"
+        )
+    plans = dict(zip(entries, _plans(source, profile, imatrix, workshop, options, steps), strict=True))
+    problems = [str(plan) for plan in plans.values() if isinstance(plan, PrismGgufError)]
+    if len(problems) == len(plans):
+        raise InvalidProfileError(f"profile '{profile.name}': none of its files can be made: {'; '.join(problems)}")
+
+    @contextmanager
+    def made(path: str, worker: NativeWorker) -> Iterator[None]:
+        plan, entry = plans[path], entries[path]
+        if isinstance(plan, PrismGgufError):
+            raise plan
+        progress = partial(steps, f"make {entry.name}")
+        built = workshop.build(worker, entry.name, plan, _imatrix(entry, imatrix), progress=progress)
+        try:
+            yield
+        finally:
+            if built and not keep:
+                Path(path).unlink(missing_ok=True)
+
+    candidates = [Candidate(str(base)), *(Candidate(path, partial(made, path)) for path in entries)]
+    comparison = compare_candidates(reference, with_control(candidates, options), texts, options, steps=steps)
+    return replace(comparison, choice=_choice(comparison, entries, profile, options))
+
+
+def profile_options(
+    profile: Profile, options: CompareOptions | None = None, given: Collection[str] = ()
+) -> CompareOptions:
+    """``options`` with what the profile says of gates, confidence, windows and context, except for those ``given``."""
+    said = {
+        "fail_on": tuple(profile.gates),
+        "confidence": profile.confidence,
+        "windows": profile.windows,
+        "n_ctx": profile.n_ctx,
+    }
+    taken = {name: value for name, value in said.items() if value and name not in given}
+    return replace(options or CompareOptions(), **taken)  # type: ignore[arg-type]
+
+
+def planned_bytes(gguf: GgufFile, types: Mapping[str, str]) -> int:
+    """Size of the file that takes these types: exact but for a few hundred bytes of metadata that the quantizer adds."""
+    metadata = gguf.file_bytes - sum(t.n_bytes for t in gguf.tensors)
+    sizes = ((t.n_elements, GGML_QUANT_SIZES[GGMLQuantizationType[types[t.name]]]) for t in gguf.tensors)
+    return metadata + sum(n // block * size for n, (block, size) in sizes)
+
+
+def _imatrix(entry: ProfileEntry, imatrix: ImportanceMatrix | None) -> ImportanceMatrix | None:
+    return None if entry.imatrix == "none" else imatrix
+
+
+def _plans(
+    base: GgufFile,
+    profile: Profile,
+    imatrix: ImportanceMatrix | None,
+    workshop: Workshop,
+    options: CompareOptions,
+    steps: Steps,
+) -> Iterator[Mix | PrismGgufError]:
+    """What each entry makes of the base, or why it is not made."""
+    # llama.cpp quantizes matrices only: a pattern that fits nothing else is a mistake.
+    tensors = [t.name for t in base.tensors if len(t.shape) > 1]
+    with NativeWorker(verbose=options.verbose) as worker:
+
+        def size_of(mix: Mix, imatrix: ImportanceMatrix | None) -> int:
+            return worker.run(_planned_bytes, str(base.path), mix, imatrix)
+
+        limit = None
+        if (budget := profile.budget) is not None:
+            overhead = base.file_bytes - sum(t.n_bytes for t in base.tensors)
+            limit = budget.file_bytes(base.n_parameters, overhead, lambda ftype: size_of(Mix(ftype), imatrix))
+        for number, entry in enumerate(profile.entries):
+            steps("plan", number, len(profile.entries))
+            name = workshop.path(entry.name).name
+            try:
+                if entry.imatrix == "required" and imatrix is None:
+                    raise InvalidProfileError(f"{name}: needs an importance matrix; give one with --imatrix")
+                mix = entry.mix(tensors)
+                if limit is not None and (size := size_of(mix, _imatrix(entry, imatrix))) > limit:
+                    assert budget is not None
+                    raise OverBudgetError(f"{name}: {_mib(size)} is over the budget of {budget.text} ({_mib(limit)})")
+                yield mix
+            except PrismGgufError as error:
+                yield error
+        steps("plan", len(profile.entries), len(profile.entries))
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.2f} MiB"
+
+
+def _planned_bytes(base: str, mix: Mix, imatrix: ImportanceMatrix | None, *, progress: Progress = no_progress) -> int:
+    """``planned_bytes`` of a mix. Runs in the worker."""
+    from prism_gguf.quantize import planned_types
+
+    return planned_bytes(GgufFile(base), planned_types(base, mix, imatrix=imatrix))
+
+
+def _choice(comparison: Comparison, made: Collection[str], profile: Profile, options: CompareOptions) -> Choice | None:
+    """The best file within the budget; without one, the smallest that keeps all limits."""
+    if profile.budget is None and not options.fail_on:
+        return None
+    passing = [c for c in comparison.candidates if c.path in made and c.verdict is not None and c.verdict.passed]
+    if comparison.conversion_problem:
+        passing = []
+
+    def kld(row: CandidateResult) -> float:
+        assert row.divergence is not None
+        return row.divergence.kld_mean
+
+    def size(row: CandidateResult) -> int:
+        assert row.file_bytes is not None
+        return row.file_bytes
+
+    if profile.budget is None:
+        rule, best = "smallest that passes", min(passing, key=size, default=None)
+    else:
+        rule, best = f"lowest KLD within {profile.budget.text}", min(passing, key=kld, default=None)
+        if options.fail_on:
+            rule += " that passes"
+    return Choice(rule, None if best is None else best.path)
