@@ -6,9 +6,9 @@ import datetime
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +21,21 @@ from prism_gguf.errors import InvalidModelError, InvalidTextError, PrismGgufErro
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.reading import Reading, Source
-from prism_gguf.reference import CaptureOptions, RunOptions, Steps, ensure_capture, no_steps
+from prism_gguf.reference import ReadOptions, RunOptions, Steps, ensure_capture, no_steps
 from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, Ranking, TextInfo
-from prism_gguf.text import EvaluationText, Score, read_folder
+from prism_gguf.text import EvaluationText, read_folder
 
-if TYPE_CHECKING:  # scipy is loaded where it is used
+if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
+    from prism_gguf.adapters.llama_cpp import LlamaCppModel
+    from prism_gguf.capture import Capture
     from prism_gguf.gates import Gate
 
 
 @dataclass(frozen=True)
-class CompareOptions(RunOptions):
+class CompareOptions(ReadOptions):
     """Options of a comparison.
 
     Attributes:
-        n_ctx: tokens per window.
-        windows: how many windows at most, shared between the texts; None takes all.
-        score: which tokens of a window are scored.
         attribution: split each divergence between its causes.
         attribution_tokens: of so many tokens at most; None takes as many as are affordable.
         split_kernels: run each candidate's weights as F16 too.
@@ -45,19 +44,12 @@ class CompareOptions(RunOptions):
         confidence: compare confidence bounds with the limits, at this one-sided level.
     """
 
-    n_ctx: int = 512
-    windows: int | None = 32
-    score: Score = Score.HALF
     attribution: bool = True
     attribution_tokens: int | None = None
     split_kernels: bool = False
     control: str | None = None
     fail_on: tuple[str, ...] = ()
     confidence: float | None = None
-
-    def capture_options(self) -> CaptureOptions:
-        """What of these decides how a reference runs."""
-        return CaptureOptions(**{f.name: getattr(self, f.name) for f in fields(RunOptions)})
 
 
 def compare(
@@ -115,21 +107,15 @@ def compare_candidates(
     from prism_gguf.gates import Gate
 
     gates = [Gate.parse(text) for text in options.fail_on]
-    reading = Reading(default_texts() if texts is None else texts, options.n_ctx, options.windows, options.score)
     with NativeWorker(verbose=options.verbose) as worker:
         # Unreadable files are found before the reference takes its minutes.
-        given = _given_capture(reference, texts)
+        given = given_capture(reference, texts)
         n_ctx = options.n_ctx if given is None else 0
-        headers = {c.path: _attempt(worker, c.path, read_header, n_ctx) for c in candidates if c.made is None}
-        if all(isinstance(header, CandidateResult) for header in headers.values()):
+        headers = {c.path: attempt(worker, c.path, read_header, n_ctx) for c in candidates if c.made is None}
+        if all(isinstance(headers.get(c.path), CandidateResult) for c in candidates):
             raise InvalidModelError("; ".join(_message(header) for header in headers.values()))
         control = _control(headers, options.control)
-        folder = given
-        if folder is None:
-            folder = worker.run(
-                ensure_capture, str(reference), reading, options.capture_options(), progress=partial(steps, "reference")
-            )
-        described, text = worker.run(describe_capture, str(folder), texts is None and given is None)
+        folder, identity, text = open_reference(worker, reference, given, texts, options, steps)
         rows: dict[str, CandidateResult] = {}
         for path, candidate in sorted({c.path: c for c in candidates}.items(), key=lambda item: item[0] != control):
             header = headers.get(path)
@@ -145,8 +131,7 @@ def compare_candidates(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         environment=environment(),
         text=text,
-        # A cached capture may have been made from the same content under another name.
-        reference=described if given is not None else replace(described, path=str(reference)),
+        reference=identity,
         candidates=measured,
         noise_floor=floor,
         ranking=_ranking(measured),
@@ -176,7 +161,7 @@ def default_texts() -> list[EvaluationText]:
     return read_folder(Path(__file__).parent / "default_text")
 
 
-def _given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path | None:
+def given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path | None:
     """The reference's folder where it is a capture, which has its own text."""
     if not is_capture(Path(reference)):
         return None
@@ -232,7 +217,7 @@ def _ranking(candidates: Sequence[CandidateResult]) -> Ranking:
     return Ranking(sorted(klds, key=klds.__getitem__), sorted(bounds, key=bounds.__getitem__), spearman)
 
 
-def _attempt(
+def attempt(
     worker: NativeWorker, path: str, function: Callable[..., Any], *args: Any, progress: Progress = no_progress
 ) -> Any:
     """What ``function`` makes of a candidate, or a row that says why it failed."""
@@ -251,10 +236,30 @@ def read_header(path: str, n_ctx: int, *, progress: Progress = no_progress) -> s
     return gguf.ftype
 
 
+def open_reference(
+    worker: NativeWorker,
+    reference: str | Path,
+    given: Path | None,
+    texts: Sequence[Source] | None,
+    options: ReadOptions,
+    steps: Steps,
+) -> tuple[Path, ModelIdentity, TextInfo]:
+    """The folder of a reference's capture, ``given`` or made, and what a result says of it and its text."""
+    if given is not None:
+        return given, *worker.run(describe_capture, str(given), False)
+    reading = Reading(default_texts() if texts is None else texts, options.n_ctx, options.windows, options.score)
+    folder = worker.run(
+        ensure_capture, str(reference), reading, options.capture_options(), progress=partial(steps, "reference")
+    )
+    identity, text = worker.run(describe_capture, str(folder), texts is None)
+    # A cached capture may have been made from the same content under another name.
+    return folder, replace(identity, path=str(reference)), text
+
+
 def describe_capture(
     folder: str, is_default: bool, *, progress: Progress = no_progress
 ) -> tuple[ModelIdentity, TextInfo]:
-    """What the result says of its reference and text. Runs in the worker."""
+    """What a result says of its reference and text. Runs in the worker."""
     from prism_gguf.capture import read_capture
 
     capture = read_capture(Path(folder))
@@ -275,22 +280,15 @@ def measure_candidate(
     path: str, folder: Path, options: CompareOptions, *, progress: Progress = no_progress
 ) -> CandidateResult:
     """Run one GGUF over the captured windows and measure it. Runs in the worker."""
-    from prism_gguf.adapters.llama_cpp import LlamaCppModel
     from prism_gguf.capture import read_capture
-    from prism_gguf.measure import check_pair, measure
-    from prism_gguf.text import check_same_pieces, check_same_reading
+    from prism_gguf.measure import measure
 
     options.limit_threads()
     capture = read_capture(folder)
     with (
-        LlamaCppModel(path, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model,
+        open_candidate(path, capture, options) as (model, shared, notes),
         tempfile.TemporaryDirectory(prefix="prism-gguf-") as temporary,
     ):
-        shared, notes = check_pair(capture, model.gguf)
-        if capture.texts:
-            check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
-        else:
-            check_same_pieces(capture.pieces, model.vocabulary, path)
         return measure(
             capture,
             model,
@@ -302,3 +300,23 @@ def measure_candidate(
             split_kernels=options.split_kernels,
             progress=progress,
         )
+
+
+@contextmanager
+def open_candidate(path: str, capture: Capture, options: RunOptions) -> Iterator[tuple[LlamaCppModel, int, list[str]]]:
+    """A candidate in llama.cpp, known to be comparable, and what ``check_pair`` found. For the worker.
+
+    Raises:
+        IncompatibleModelsError: it is no quantization of the reference, or reads the text otherwise.
+    """
+    from prism_gguf.adapters.llama_cpp import LlamaCppModel
+    from prism_gguf.measure import check_pair
+    from prism_gguf.text import check_same_pieces, check_same_reading
+
+    with LlamaCppModel(path, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model:
+        shared, notes = check_pair(capture, model.gguf)
+        if capture.texts:
+            check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
+        else:
+            check_same_pieces(capture.pieces, model.vocabulary, path)
+        yield model, shared, notes

@@ -22,6 +22,7 @@ _MAX_EMULATION_KLD = 1e-9
 _PROOF_POSITIONS = 64  # of each window that the emulation is checked on
 # Tokens whose logits exist at a time, over one chunk of the vocabulary.
 BLOCK = 512
+STATES = "candidate.npy"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _states(
     capture: Capture, model: LlamaCppModel, folder: Path, served: OutputHead, progress: Progress
 ) -> tuple[np.ndarray, float]:
     """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
-    windows, hidden, worst = capture.windows, _new_states(capture, folder / "candidate.npy"), 0.0
+    windows, hidden, worst = capture.windows, _new_states(capture, folder / STATES), 0.0
     proofs = {0, windows.n_windows // 2}
     for number in sorted(range(windows.n_windows), key=lambda n: n not in proofs):
         tokens = windows.tokens[number]
@@ -126,7 +127,7 @@ def _states_and_logits(
     capture: Capture, model: LlamaCppModel, folder: Path, shared_rows: int, progress: Progress
 ) -> tuple[np.ndarray, TokenDivergence]:
     """Hidden states, and the divergence of the runtime's own logits as they come."""
-    windows, hidden, head = capture.windows, _new_states(capture, folder / "candidate.npy"), capture.head
+    windows, hidden, head = capture.windows, _new_states(capture, folder / STATES), capture.head
     parts: list[TokenDivergence] = []
     for number, tokens in enumerate(windows.tokens):
         progress(number, windows.n_windows)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
+from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from prism_gguf.errors import InvalidModelError
@@ -36,7 +37,7 @@ _NOT_CAUSAL = {
 
 # llama.cpp's src/llama-quant.cpp, tensor_type_fallback: the type it takes when rows are not a multiple of the wanted
 # type's block, and which wanted types that taken type stands for.
-_FALLBACK_STANDS_FOR = {
+_FALLBACK_STANDS_FOR: dict[str, tuple[str, ...]] = {
     "IQ4_NL": ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"),
     "Q4_0": ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"),
     "Q5_0": ("Q4_K",),
@@ -96,6 +97,22 @@ class Imatrix:
     dataset: str | None
     entries: int | None
     chunks: int | None
+
+
+MetadataEntry = tuple[str, Any, GGUFValueType, GGUFValueType | None]
+
+
+def metadata_entries(reader: GGUFReader) -> Iterator[MetadataEntry]:
+    """(key, value, type, item type of an array) of all metadata but the architecture, which a writer is made with."""
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            yield key, field.contents(), field.types[0], sub_type
+
+
+def fallback_type(wanted: str) -> str | None:
+    """The type that llama.cpp takes where rows do not divide into the wanted type's blocks; None where it has none."""
+    return next((taken for taken, stands_for in _FALLBACK_STANDS_FOR.items() if wanted in stands_for), None)
 
 
 def split_parts(path: Path) -> list[Path]:
@@ -161,8 +178,8 @@ class GgufFile:
         if not self.path.is_file():
             raise InvalidModelError(f"{self.path}: no such file")
         self.parts = split_parts(self.path)
-        self._readers = [self._open(part) for part in self.parts]
-        self._tensors = {t.name: t for reader in self._readers for t in reader.tensors}
+        self.readers = [self._open(part) for part in self.parts]
+        self._tensors = {t.name: t for reader in self.readers for t in reader.tensors}
         self._check_causal()
 
     @staticmethod
@@ -196,7 +213,7 @@ class GgufFile:
 
     def metadata(self, key: str) -> Any:
         """A metadata value, or None where the file has no such key."""
-        field = self._readers[0].get_field(key)
+        field = self.readers[0].get_field(key)
         return None if field is None else field.contents()
 
     @cached_property
@@ -229,6 +246,10 @@ class GgufFile:
     def tensors(self) -> list[TensorInfo]:
         return [self._info(t.name) for t in self._tensors.values()]
 
+    def stored_tensors(self) -> list[ReaderTensor]:
+        """All tensors with their bytes, memory-mapped, in the file's order."""
+        return list(self._tensors.values())
+
     def _info(self, name: str) -> TensorInfo:
         tensor = self._tensors[name]
         shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
@@ -255,6 +276,10 @@ class GgufFile:
         """The output head's bias (vocabulary,) float32, or None."""
         tensor = self._tensors.get("output.bias")
         return None if tensor is None else dequantize(tensor.data, tensor.tensor_type).reshape(-1)
+
+    def padded(self, n_bytes: int) -> int:
+        """Bytes that a tensor of ``n_bytes`` takes in the file, which aligns each."""
+        return GGUFWriter.ggml_pad(n_bytes, int(self.readers[0].alignment))
 
     @cached_property
     def file_bytes(self) -> int:
@@ -316,7 +341,7 @@ class GgufFile:
     @cached_property
     def n_vocab_tokens(self) -> int | None:
         """Tokens in the vocabulary that are not mere padding of the embedding matrix, or None without a vocabulary."""
-        tokens = self._readers[0].get_field("tokenizer.ggml.tokens")
+        tokens = self.readers[0].get_field("tokenizer.ggml.tokens")
         if tokens is None:
             return None
         count = len(tokens.data)

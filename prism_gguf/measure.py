@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prism_gguf.adapters.llama_cpp import LlamaCppModel
+from prism_gguf.adapters.llama_cpp import LlamaCppModel, gguf_output_head
 from prism_gguf.attribute import attribute
 from prism_gguf.capture import Capture
 from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
@@ -39,13 +39,19 @@ def check_pair(capture: Capture, gguf: GgufFile) -> tuple[int, list[str]]:
     """Whether a candidate can be compared at all: the vocabulary rows both have, and what to tell the user.
 
     Raises:
-        IncompatibleModelsError: other hidden width or another vocabulary.
+        IncompatibleModelsError: other hidden width, another vocabulary, or another transform of the logits.
     """
     reference = capture.identity
     if gguf.hidden_size != reference.hidden_size:
         raise IncompatibleModelsError(
             f"{gguf.path}: hidden width {gguf.hidden_size}, the reference has {reference.hidden_size}; "
             "it is not a quantization of this reference"
+        )
+    transform = gguf_output_head(gguf).transform
+    if not capture.head.transform.agrees(transform):
+        raise IncompatibleModelsError(
+            f"{gguf.path}: logits are made with {transform}, in the reference with {capture.head.transform}; "
+            "the conversion lost or changed it"
         )
     shared = min(gguf.vocab_size, reference.vocab_size)
     tokens = gguf.n_vocab_tokens or gguf.vocab_size
@@ -88,11 +94,6 @@ def measure(
         UndefinedMetricError: a quantity has no value.
     """
     head, candidate_head = capture.head, model.output_head()
-    if not head.transform.agrees(candidate_head.transform):
-        raise IncompatibleModelsError(
-            f"{model.gguf.path}: logits are made with {candidate_head.transform}, in the reference with {head.transform}; "
-            "the conversion lost or changed it"
-        )
     decoded = decode_windows(capture, model, folder, shared_rows, progress)
     features = _feature_moments(capture, decoded.hidden)
     heads = _head_moments(head, candidate_head, shared_rows)

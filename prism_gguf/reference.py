@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from prism_gguf.cache import default_cache, is_capture, key_of, locked, model_fi
 from prism_gguf.errors import InvalidCaptureError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.reading import Reading
+from prism_gguf.text import Score
 
 if TYPE_CHECKING:  # torch and llama.cpp are loaded in the child process only
     from prism_gguf.adapters import Model
@@ -50,11 +51,30 @@ class RunOptions:
 
         return RuntimeOptions(self.threads, self.n_gpu_layers, self.cache_type_k, self.cache_type_v)
 
+    def capture_options(self) -> CaptureOptions:
+        """What of these decides how a reference runs."""
+        return CaptureOptions(**{f.name: getattr(self, f.name) for f in fields(RunOptions)})
+
     def limit_threads(self) -> None:
         """Let torch use as many threads as llama.cpp does. For the worker."""
         import torch
 
         torch.set_num_threads(self.runtime().n_threads)
+
+
+@dataclass(frozen=True)
+class ReadOptions(RunOptions):
+    """How models run, and on how much of the text.
+
+    Attributes:
+        n_ctx: tokens per window.
+        windows: how many windows at most, shared between the texts; None takes all.
+        score: which tokens of a window are scored.
+    """
+
+    n_ctx: int = 512
+    windows: int | None = 32
+    score: Score = Score.HALF
 
 
 @dataclass(frozen=True)

@@ -169,19 +169,26 @@ def quantize_rows(
     return out
 
 
+def activation_type(weight_type: int) -> GGMLQuantizationType | None:
+    """The type that the CPU backend converts activations to before it multiplies by ``weight_type``; None where unknown."""
+    weight = _cpu_traits(weight_type)
+    return None if weight is None else GGMLQuantizationType(weight.vec_dot_type)
+
+
 def activation_rounding(weight_type: int, width: int) -> Callable[[np.ndarray], np.ndarray] | None:
     """How the CPU backend rounds activations (n, width) float32 before it multiplies by ``weight_type``.
 
     ggml_compute_forward_mul_mat (ggml-cpu.c) converts activations to the weight type's ``vec_dot_type``: 8 bits a value for
     quantized weights. None where this build does not say how.
     """
-    weight = _cpu_traits(weight_type)
-    if weight is None:
+    kind = activation_type(weight_type)
+    if kind is None:
         return None
-    kind = GGMLQuantizationType(weight.vec_dot_type)
     if kind == GGMLQuantizationType.F32:
         return lambda hidden: hidden
-    block, size = GGML_QUANT_SIZES[kind]
+    # ggml's own sizes: gguf-py still has Q8_1 as it was before its scales shrank to float16.
+    sizes = library().ggml_get_type_traits(kind).contents
+    block, size = sizes.block_size, sizes.type_size
     traits = _cpu_traits(kind.value)
     if traits is None or not traits.from_float or width % block:
         return None

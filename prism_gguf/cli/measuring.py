@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain, main
 from prism_gguf.cli.options import (
+    check_capture_options,
     judging_options,
     output_options,
     quiet_option,
@@ -67,18 +68,6 @@ def compare(
     with progress_bars(shown=not quiet) as steps:
         comparison = run_compare(reference, candidates, sources(text, chat), compare_options(**options), steps=steps)
     finish(comparison, json_file, quiet, details)
-
-
-def check_capture_options(reference: str) -> None:
-    """A capture has its windows; options that would cut others are a misunderstanding."""
-    from prism_gguf.cache import is_capture
-
-    context = click.get_current_context()
-    given = [n for n in ("n_ctx", "windows", "score") if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
-    if given and is_capture(Path(reference)):
-        raise click.UsageError(
-            f"{reference} is a capture, which has its own windows; leave out --{given[0].replace('_', '-')}"
-        )
 
 
 @main.command()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from prism_gguf.reading import Source
@@ -64,6 +65,20 @@ runtime_options = options(
     click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
 )
 
+limit_options = options(
+    click.option(
+        "--fail-on",
+        multiple=True,
+        metavar="KEY>NUMBER",
+        help="Exit with 1 where this is true of a candidate, such as 'kld_mean>0.05' or 'same_top<0.9'; repeatable.",
+    ),
+    click.option(
+        "--confidence",
+        type=click.FloatRange(0.5, 1.0, max_open=True),
+        help="Compare confidence bounds with the limits, such as 0.95: fail unless it is clear that the limit is kept.",
+    ),
+)
+
 judging_options = options(
     click.option(
         "--attribution/--no-attribution",
@@ -84,27 +99,18 @@ judging_options = options(
         metavar="F16.gguf",
         help="Unquantized GGUF that sets the noise floor. Default: the first among the candidates.",
     ),
-    click.option(
-        "--fail-on",
-        multiple=True,
-        metavar="KEY>NUMBER",
-        help="Exit with 1 where this is true of a candidate, such as 'kld_mean>0.05' or 'same_top<0.9'; repeatable.",
-    ),
-    click.option(
-        "--confidence",
-        type=click.FloatRange(0.5, 1.0, max_open=True),
-        help="Compare confidence bounds with the limits, such as 0.95: fail unless it is clear that the limit is kept.",
-    ),
+    limit_options,
 )
 
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Let transformers run code that comes with REFERENCE."
 )
 quiet_option = click.option("--quiet", is_flag=True, help="No progress and no table; errors and exit code only.")
+json_option = click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result to FILE as JSON."
+)
 output_options = options(
-    click.option(
-        "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result to FILE as JSON."
-    ),
+    json_option,
     click.option("--details", is_flag=True, help="Print every statistic, and the parts by position and confidence."),
     quiet_option,
 )
@@ -115,3 +121,15 @@ def sources(text: tuple[str, ...], chat: tuple[Path, ...]) -> list[Source] | Non
     from prism_gguf.text import read_texts
 
     return [*read_texts(text), *(read_chat(path) for path in chat)] or None
+
+
+def check_capture_options(reference: str) -> None:
+    """A capture has its windows; options that would cut others are a misunderstanding."""
+    from prism_gguf.cache import is_capture
+
+    context = click.get_current_context()
+    given = [n for n in ("n_ctx", "windows", "score") if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    if given and is_capture(Path(reference)):
+        raise click.UsageError(
+            f"{reference} is a capture, which has its own windows; leave out --{given[0].replace('_', '-')}"
+        )

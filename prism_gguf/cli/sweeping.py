@@ -9,8 +9,9 @@ import click
 from click.core import ParameterSource
 
 from prism_gguf.cli.group import check_writable, main
-from prism_gguf.cli.measuring import check_capture_options, compare_options, finish
+from prism_gguf.cli.measuring import compare_options, finish
 from prism_gguf.cli.options import (
+    check_capture_options,
     judging_options,
     output_options,
     runtime_options,

@@ -95,10 +95,56 @@ class RunningSoftmax:
         return self.log_sum - self._target_logit
 
 
-def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], targets: np.ndarray) -> TokenDivergence:
-    """Divergence of n positions from logits that arrive in vocabulary chunks.
+class DivergenceStream:
+    """Divergence of n positions from logits that arrive in vocabulary chunks: several candidates against one reference.
 
     KLD = Σ p_T (l_T − l_P) − (ln Σ exp l_T − ln Σ exp l_P), the sums kept in float64 relative to running maxima.
+
+    Args:
+        targets: token that follows each position, (n,) int.
+        n_candidates: how many candidates each chunk brings.
+        rooms: memory that streams which take turns may share.
+    """
+
+    def __init__(self, targets: np.ndarray, n_candidates: int = 1, rooms: tuple[Room, Room] | None = None) -> None:
+        ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
+        kept, self._passing = rooms or (Room(), Room())
+        self._reference = RunningSoftmax(ids, kept, keep_top=True)
+        self._candidates = [RunningSoftmax(ids, self._passing, keep_top=True) for _ in range(n_candidates)]
+        self._weighted = [torch.zeros(len(ids), dtype=torch.float64) for _ in range(n_candidates)]
+
+    def add(self, start: int, l_t: torch.Tensor, candidates: Iterable[torch.Tensor]) -> None:
+        """Take logits (n, c) of tokens from ``start`` on, float32 or float64: the reference's, and each candidate's."""
+        exponentials, factor = self._reference.add(start, l_t)
+        for i, (candidate, l_p) in enumerate(zip(self._candidates, candidates, strict=True)):
+            candidate.add(start, l_p)
+            difference = torch.sub(l_t, l_p, out=self._passing.like(l_t))
+            self._weighted[i] = self._weighted[i] * factor + torch.linalg.vecdot(exponentials, difference)
+
+    def results(self) -> list[TokenDivergence]:
+        """Each candidate's divergence, once the chunks have covered the vocabulary.
+
+        Raises:
+            UndefinedMetricError: a logit is NaN or infinite.
+        """
+        return [self._result(*pair) for pair in zip(self._candidates, self._weighted, strict=True)]
+
+    def _result(self, candidate: RunningSoftmax, weighted: torch.Tensor) -> TokenDivergence:
+        reference = self._reference
+        kld = weighted / reference.sum - (reference.log_sum - candidate.log_sum)
+        if not bool(torch.isfinite(kld).all()):
+            raise UndefinedMetricError("logits hold NaN or infinite values: the divergence is undefined")
+        return TokenDivergence(
+            kld=kld.numpy(),
+            nll_reference=reference.nll.numpy(),
+            nll_candidate=candidate.nll.numpy(),
+            same_top=(reference.top == candidate.top).numpy(),
+            confidence=torch.exp(reference.peak.double() - reference.log_sum).numpy(),
+        )
+
+
+def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], targets: np.ndarray) -> TokenDivergence:
+    """Divergence of n positions from logits that arrive in vocabulary chunks (see ``DivergenceStream``).
 
     Args:
         chunks: (start, reference logits (n, c), candidate logits (n, c)), float32 or float64, covering the vocabulary in
@@ -108,26 +154,10 @@ def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], t
     Raises:
         UndefinedMetricError: a logit is NaN or infinite.
     """
-    ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
-    kept, passing = Room(), Room()
-    reference = RunningSoftmax(ids, kept, keep_top=True)
-    candidate = RunningSoftmax(ids, passing, keep_top=True)
-    weighted = torch.zeros(len(ids), dtype=torch.float64)
+    stream = DivergenceStream(targets)
     for start, l_t, l_p in chunks:
-        exponentials, factor = reference.add(start, l_t)
-        candidate.add(start, l_p)
-        difference = torch.sub(l_t, l_p, out=passing.like(l_t))
-        weighted = weighted * factor + torch.linalg.vecdot(exponentials, difference)
-    kld = weighted / reference.sum - (reference.log_sum - candidate.log_sum)
-    if not bool(torch.isfinite(kld).all()):
-        raise UndefinedMetricError("logits hold NaN or infinite values: the divergence is undefined")
-    return TokenDivergence(
-        kld=kld.numpy(),
-        nll_reference=reference.nll.numpy(),
-        nll_candidate=candidate.nll.numpy(),
-        same_top=(reference.top == candidate.top).numpy(),
-        confidence=torch.exp(reference.peak.double() - reference.log_sum).numpy(),
-    )
+        stream.add(start, l_t, [l_p])
+    return stream.results()[0]
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None]:

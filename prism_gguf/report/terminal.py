@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prism_gguf.adapters import ModelIdentity
 from prism_gguf.reference import Steps
-from prism_gguf.results import CandidateResult, Comparison
+from prism_gguf.results import CandidateResult, Comparison, TextInfo
 
 if TYPE_CHECKING:  # gguf-py is loaded where a file is inspected
     from prism_gguf.gguf_file import GgufFile
@@ -43,7 +44,7 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-def _short(name: str, limit: int = 24) -> str:
+def short(name: str, limit: int = 24) -> str:
     return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit - limit // 2) :]}"
 
 
@@ -99,7 +100,7 @@ def parts_table(candidates: list[CandidateResult], way: str) -> Table:
     table.add_column(f"KLD by {way}", no_wrap=True)
     names = list(dict.fromkeys(name for c in candidates for name in getattr(c.parts, way)))
     for name in names:
-        table.add_column(escape(_short(name, 16)), justify="right", no_wrap=True)
+        table.add_column(escape(short(name, 16)), justify="right", no_wrap=True)
     for candidate in candidates:
         parts = getattr(candidate.parts, way)
         table.add_row(_name(candidate), *(number(parts[n].kld_mean) if n in parts else "–" for n in names))
@@ -107,12 +108,12 @@ def parts_table(candidates: list[CandidateResult], way: str) -> Table:
 
 
 def _name(candidate: CandidateResult) -> str:
-    return escape(_short(Path(candidate.path).name.removesuffix(".gguf")))
+    return escape(short(Path(candidate.path).name.removesuffix(".gguf")))
 
 
 def print_comparison(comparison: Comparison, out: Console, *, details: bool = False) -> None:
     """Header, tables, verdicts and notes; failed candidates go to stderr."""
-    _print_header(comparison, out)
+    print_header(comparison.reference, comparison.text, out)
     done = [c for c in comparison.candidates if c.error is None]
     if done:
         assert done[0].divergence is not None and done[0].parts is not None
@@ -140,8 +141,8 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
         out.print(f"\n[bold]{comparison.choice.rule}[/bold]: {escape(name)}", soft_wrap=True)
 
 
-def _print_header(comparison: Comparison, out: Console) -> None:
-    reference, text = comparison.reference, comparison.text
+def print_header(reference: ModelIdentity, text: TextInfo, out: Console) -> None:
+    """The reference, and what was read."""
     out.print(
         f"reference  {escape(str(reference.path))} ({reference.architecture}, {reference.dtype}, "
         f"d {reference.hidden_size}, V {reference.vocab_size})"
@@ -212,7 +213,7 @@ def _print_notes(done: list[CandidateResult], out: Console) -> None:
                 f"note: {escape(name)}: |gap| is over the bound, which covers hidden states and head weights "
                 "but not the rounding in llama.cpp's quantized head kernel"
             )
-    fallen = [f"{_short(Path(c.path).stem)} ({len(c.fallbacks)})" for c in done if c.fallbacks]
+    fallen = [f"{short(Path(c.path).stem)} ({len(c.fallbacks)})" for c in done if c.fallbacks]
     if fallen:
         out.print(
             f"note: tensors that could not take their ftype's own type, in {escape(', '.join(fallen))}; "
@@ -295,7 +296,7 @@ def progress_bars(*, shown: bool) -> Iterator[Steps]:
 
     def steps(name: str, done: int, total: int) -> None:
         if name not in tasks:
-            tasks[name] = bars.add_task(escape(_short(name)), total=total)
+            tasks[name] = bars.add_task(escape(short(name)), total=total)
         bars.update(tasks[name], completed=done, total=total)
 
     with bars:

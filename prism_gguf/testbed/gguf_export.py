@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from prism_gguf.errors import InvalidModelError
+from prism_gguf.gguf_file import metadata_entries
 
 
 def _permute(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
@@ -93,17 +93,6 @@ def rewrite_f16(template: Path, out: Path, tensors: Callable[[], Iterator[tuple[
             writer.add_key_value(key, value, kind, sub_type)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     _write(writer, tensors())
-
-
-MetadataEntry = tuple[str, Any, gguf.GGUFValueType, gguf.GGUFValueType | None]
-
-
-def metadata_entries(reader: gguf.GGUFReader) -> Iterator[MetadataEntry]:
-    """(key, value, type, item type of an array) of all metadata but the architecture, which a writer is made with."""
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            yield key, field.contents(), field.types[0], sub_type
 
 
 def _write(writer: gguf.GGUFWriter, tensors: Iterator[tuple[str, np.ndarray]]) -> None:

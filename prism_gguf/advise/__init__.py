@@ -1,0 +1,1 @@
+"""What to change in a quantized file: measured before it is recommended."""
