@@ -40,7 +40,15 @@ class InvalidProfileError(PrismGgufError):
 
 
 class InvalidRecipeError(PrismGgufError):
-    """A pattern that matches no tensor, or a recipe that cannot be read."""
+    """A recipe that cannot be read, or that llama.cpp cannot follow for this base."""
+
+
+class InvalidImatrixError(PrismGgufError):
+    """An importance matrix that is none, is damaged, or belongs to another model."""
+
+
+class InvalidOutputError(PrismGgufError):
+    """A file that exists already, or cannot be written where it should be."""
 
 
 class InvalidBudgetError(PrismGgufError):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, ReaderField
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
@@ -44,6 +44,10 @@ _FALLBACK_STANDS_FOR: dict[str, tuple[str, ...]] = {
     "Q5_1": ("Q5_K",),
     "Q8_0": ("Q6_K",),
 }
+_FALLBACKS = {wanted: taken for taken, all_wanted in _FALLBACK_STANDS_FOR.items() for wanted in all_wanted}
+
+PROVENANCE = "prism_gguf."
+"""Prefix of the metadata keys that `prism-gguf quantize` writes."""
 
 _FTYPE_NAMES = {
     member.value: member.name.removeprefix("MOSTLY_").removeprefix("ALL_").replace("_XXSC", "")
@@ -89,6 +93,32 @@ class Fallback:
         return f"rows of {self.row_width} are not a multiple of {self.block_size}"
 
 
+def row_block(kind: str) -> int:
+    """How many values of a row a ggml type packs together: rows must be a multiple of it."""
+    return int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0])
+
+
+def fallback_type(wanted: str, row_width: int) -> str:
+    """The type that llama.cpp takes where rows of ``row_width`` do not divide into ``wanted``'s blocks, or ``wanted``."""
+    if row_width % row_block(wanted) == 0:
+        return wanted
+    taken = _FALLBACKS.get(wanted, "F16")
+    return taken if row_width % row_block(taken) == 0 else "F16"
+
+
+def find_fallbacks(tensors: Iterable[TensorInfo], promised: str) -> Iterator[Fallback]:
+    """The tensors that cannot have the type which the ftype ``promised`` stands for."""
+    if not re.match(r"(I?Q\d_(K|X|S|M)|TQ)", promised):
+        return  # The type's blocks are 32 wide, or it is not quantized: nothing that could fall back.
+    for tensor in tensors:
+        wanted = _FALLBACK_STANDS_FOR.get(tensor.type)
+        if wanted is None or len(tensor.shape) < 2:
+            continue
+        block = row_block(wanted[0])
+        if tensor.row_width % block:
+            yield Fallback(tensor.name, tensor.type, wanted, tensor.row_width, block)
+
+
 @dataclass(frozen=True)
 class Imatrix:
     """What llama-quantize recorded of the importance matrix it was given."""
@@ -108,11 +138,6 @@ def metadata_entries(reader: GGUFReader) -> Iterator[MetadataEntry]:
         if not key.startswith("GGUF.") and key != "general.architecture":
             sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             yield key, field.contents(), field.types[0], sub_type
-
-
-def fallback_type(wanted: str) -> str | None:
-    """The type that llama.cpp takes where rows do not divide into the wanted type's blocks; None where it has none."""
-    return next((taken for taken, stands_for in _FALLBACK_STANDS_FOR.items() if wanted in stands_for), None)
 
 
 def split_parts(path: Path) -> list[Path]:
@@ -164,6 +189,32 @@ class _FastReader(GGUFReader):
         return at - orig_offs, parts, list(range(2, len(parts))), [GGUFValueType.ARRAY, GGUFValueType.STRING]
 
 
+def open_reader(path: Path) -> GGUFReader:
+    """gguf-py's reader of one file, memory-mapped.
+
+    Raises:
+        InvalidModelError: not a GGUF, truncated or damaged.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InvalidModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+    try:
+        return _FastReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, RuntimeError) as error:
+        # gguf-py maps the file and reads past its end when it was cut short; numpy then says so in its own words.
+        raise InvalidModelError(
+            f"{path}: cannot be read as GGUF, probably truncated or damaged: download or make it again "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _entry_bytes(field: ReaderField) -> int:
+    """Bytes of a metadata entry: key, type, for an array its items' type and number, and values; lengths go with texts."""
+    is_array, is_text = field.types[0] == GGUFValueType.ARRAY, field.types[-1] == GGUFValueType.STRING
+    values = sum(field.parts[i].nbytes for i in field.data) + (8 * len(field.data) if is_text else 0)
+    return 8 + len(field.name.encode()) + 4 + (12 if is_array else 0) + values
+
+
 class GgufFile:
     """A causal language model's GGUF (or all parts of a split one), memory-mapped.
 
@@ -178,23 +229,9 @@ class GgufFile:
         if not self.path.is_file():
             raise InvalidModelError(f"{self.path}: no such file")
         self.parts = split_parts(self.path)
-        self.readers = [self._open(part) for part in self.parts]
+        self.readers = [open_reader(part) for part in self.parts]
         self._tensors = {t.name: t for reader in self.readers for t in reader.tensors}
         self._check_causal()
-
-    @staticmethod
-    def _open(path: Path) -> GGUFReader:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise InvalidModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
-        try:
-            return _FastReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, RuntimeError) as error:
-            # gguf-py maps the file and reads past its end when it was cut short; numpy then says so in its own words.
-            raise InvalidModelError(
-                f"{path}: cannot be read as GGUF, probably truncated or damaged: download or make it again "
-                f"({type(error).__name__}: {error})"
-            ) from error
 
     def _check_causal(self) -> None:
         kind = self.metadata("general.type")
@@ -317,26 +354,28 @@ class GgufFile:
 
     @cached_property
     def imatrix(self) -> Imatrix | None:
+        if self.provenance.get("imatrix") is False:
+            return None  # the record is of the file that this one was requantized from
         keys = ("file", "dataset", "entries_count", "chunks_count")
         values = [self.metadata(f"quantize.imatrix.{key}") for key in keys]
         return None if all(v is None for v in values) else Imatrix(*values)
 
     @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What `prism-gguf quantize` recorded, without the keys' prefix; empty for files that others made."""
+        keys = [key for key in self.readers[0].fields if key.startswith(PROVENANCE)]
+        return {key.removeprefix(PROVENANCE): self.metadata(key) for key in keys}
+
+    @cached_property
+    def metadata_bytes(self) -> dict[str, int]:
+        """Bytes that each metadata entry takes, its key included."""
+        fields = self.readers[0].fields
+        return {key: _entry_bytes(field) for key, field in fields.items() if not key.startswith("GGUF.")}
+
+    @cached_property
     def fallbacks(self) -> list[Fallback]:
         """Tensors that llama.cpp gave another type because their rows do not divide into the wanted type's blocks."""
-        return list(self._find_fallbacks())
-
-    def _find_fallbacks(self) -> Iterator[Fallback]:
-        promised = self.named_ftype or self.recorded_ftype or ""
-        if not re.match(r"(I?Q\d_(K|X|S|M)|TQ)", promised):
-            return  # The type's blocks are 32 wide, or it is not quantized: nothing that could fall back.
-        for tensor in self.tensors:
-            wanted = _FALLBACK_STANDS_FOR.get(tensor.type)
-            if wanted is None or len(tensor.shape) < 2:
-                continue
-            block = GGML_QUANT_SIZES[GGMLQuantizationType[wanted[0]]][0]
-            if tensor.row_width % block:
-                yield Fallback(tensor.name, tensor.type, wanted, tensor.row_width, block)
+        return list(find_fallbacks(self.tensors, self.named_ftype or self.recorded_ftype or ""))
 
     @cached_property
     def n_vocab_tokens(self) -> int | None:
@@ -364,6 +403,7 @@ class GgufFile:
             "types": self.types,
             "head": {**asdict(self.head_tensor), "tied": self.tied},
             "imatrix": None if self.imatrix is None else asdict(self.imatrix),
+            "provenance": self.provenance,
             "fallbacks": [{**asdict(f), "reason": f.reason} for f in self.fallbacks],
             "tensors": [asdict(t) for t in self.tensors],
         }

@@ -12,7 +12,7 @@ import llama_cpp.llama_cpp as C
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from prism_gguf.adapters.llama_cpp import native_log
+from prism_gguf.adapters.native_log import native_log
 from prism_gguf.errors import RuntimeFailureError
 from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import GgufFile, metadata_entries
@@ -55,7 +55,21 @@ def quantize(
     """
     GgufFile(base)
     with written_whole(Path(out)) as partial:
-        _run(base, partial, mix, imatrix, requantize, threads, metadata or {}, False, progress)
+        write_quantized(base, partial, mix, imatrix, requantize, threads, metadata or {}, progress)
+
+
+def write_quantized(
+    base: str | Path,
+    out: Path,
+    mix: Mix,
+    imatrix: ImportanceMatrix | None,
+    requantize: bool,
+    threads: int,
+    metadata: Metadata,
+    progress: Progress,
+) -> None:
+    """``quantize`` straight into ``out``, for a caller that keeps files whole itself."""
+    _run(base, out, mix, imatrix, requantize, threads, metadata, False, progress)
 
 
 def planned_types(

@@ -3,13 +3,29 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from gguf_edit import edited
 
-from prism_gguf.errors import InvalidModelError, InvalidProfileError, RuntimeFailureError
-from prism_gguf.gguf_file import GgufFile
+from prism_gguf.adapters.ggml import quantize_rows
+from prism_gguf.errors import (
+    InvalidImatrixError,
+    InvalidModelError,
+    InvalidOutputError,
+    InvalidProfileError,
+    InvalidRecipeError,
+    RuntimeFailureError,
+)
+from prism_gguf.gguf_file import GgufFile, Imatrix
+from prism_gguf.imatrix import read_imatrix, write_imatrix
 from prism_gguf.isolation import NativeWorker
+from prism_gguf.make import check_output, make
 from prism_gguf.mix import Mix
+from prism_gguf.plan import check_recipe, plan
 from prism_gguf.quantize import planned_types, quantize
+from prism_gguf.recipe import Recipe, recipe_of
+from prism_gguf.testbed.gguf_export import finish, metadata_entries
 
 
 def test_head_and_embedding_types(ladder: dict[str, Path], tmp_path: Path) -> None:
@@ -66,3 +82,180 @@ def test_named_tensors_take_their_types_and_the_dry_run_knows(ladder: dict[str, 
     assert made.metadata("prism_gguf.requantized") is False
     assert seen[-1] == (1, 1)
     assert len(seen) == len(planned) + 1
+
+
+def imatrix_of(base: Path, out: Path, *, without: str = "none") -> Path:
+    """An importance matrix for every matrix of the base: squares of a seeded normal's values over seven tokens."""
+    draw = np.random.default_rng(0)
+    matrices = [t for t in GgufFile(base).tensors if len(t.shape) > 1 and without not in t.name]
+    sums = {t.name: draw.standard_normal(t.row_width).astype(np.float32) ** 2 for t in matrices}
+    write_imatrix(out, sums, dict.fromkeys(sums, 7.0), datasets=["wiki.txt"], n_chunks=3, chunk_size=512)
+    return out
+
+
+ODD = {"blk.0.ffn_down.weight": "IQ2_XXS", "blk.1.attn_k.weight": "TQ1_0", "blk.2.ffn_up.weight": "IQ4_NL"}
+
+
+@pytest.mark.parametrize(
+    ("what", "with_imatrix"),
+    [
+        (Mix("Q8_0"), False),
+        (Mix("Q4_K_M"), True),
+        (Recipe("Q3_K_M", ODD, name="odd " * 50), True),
+    ],
+)
+def test_the_plan_is_what_is_made(
+    what: Mix | Recipe, with_imatrix: bool, ladder: dict[str, Path], tmp_path: Path
+) -> None:
+    imatrix = imatrix_of(ladder["F16"], tmp_path / "imatrix.dat") if with_imatrix else None
+    out = tmp_path / "out.gguf"
+    with NativeWorker() as worker:
+        planned = plan(ladder["F16"], what, imatrix=imatrix, worker=worker)
+        make(planned, out, worker=worker)
+    made = GgufFile(out)
+    assert out.stat().st_size == planned.file_bytes
+    assert {t.name: (t.type, t.n_bytes) for t in made.tensors} == {t.name: (t.type, t.n_bytes) for t in planned.tensors}
+    assert (made.bits_per_weight, made.types) == (planned.bits_per_weight, planned.types)
+    assert made.ftype == what.ftype
+    for key, value in planned.metadata.items():
+        assert made.metadata(key) == value
+    assert (made.imatrix is not None) == with_imatrix
+    if isinstance(what, Recipe):
+        assert {name: made_type for name, made_type in recipe_of(made).tensor_types.items() if name in ODD} == ODD
+        assert made.provenance["recipe"] == ("odd " * 50)[:127]
+
+
+def test_importance_weights_reach_the_quantizer(ladder: dict[str, Path], tmp_path: Path) -> None:
+    imatrix = imatrix_of(ladder["F16"], tmp_path / "imatrix.gguf")
+    out, name = tmp_path / "out.gguf", "blk.1.ffn_up.weight"
+    with NativeWorker() as worker:
+        make(plan(ladder["F16"], Mix("Q4_K_S", pure=True), imatrix=imatrix, worker=worker), out, worker=worker)
+    base, made = ({t.name: t for t in gguf.GGUFReader(path).tensors}[name] for path in (ladder["F16"], out))
+    weights = read_imatrix(imatrix).weights[name]
+    rows = base.data.astype(np.float32)
+    np.testing.assert_array_equal(made.data, quantize_rows(rows, made.tensor_type, weights))
+    assert (made.data != quantize_rows(rows, made.tensor_type)).any()
+    record = GgufFile(out).imatrix
+    assert record == Imatrix(str(imatrix)[:127], "wiki.txt", 30, 3)
+
+
+def copied(base: Path, out: Path, *, alignment: int = 32, name: str = "n", part: int = 0) -> None:
+    """Write the same model aligned otherwise, or in parts of so many tensors."""
+    reader = gguf.GGUFReader(base)
+    # Publishers split off a first part without tensors.
+    writer = gguf.GGUFWriter(out, "llama", split_max_tensors=part, small_first_shard=part > 0)
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
+    for key, value, kind, sub_type in metadata_entries(reader):
+        writer.add_key_value(key, name if key == "general.name" else value, kind, sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    finish(writer)
+
+
+def test_other_alignments_and_split_bases(ladder: dict[str, Path], tmp_path: Path) -> None:
+    # llama-quantize keeps the base's alignment in the metadata but writes 32: every other such file cannot be read.
+    for length in (8, 40):
+        copied(ladder["F16"], tmp_path / f"{length}.gguf", alignment=64, name="n" * length)
+    copied(ladder["F16"], tmp_path / "split.gguf", part=15)
+    kept = {t.name: bytes(t.data) for t in gguf.GGUFReader(ladder["Q8_0"]).tensors}
+    with NativeWorker() as worker:
+        for base in ("8.gguf", "40.gguf", "split-00001-of-00004.gguf"):
+            out = tmp_path / f"out-{base.split('-')[0]}.gguf"
+            planned = plan(tmp_path / base, Mix("Q8_0"), worker=worker)
+            make(planned, out, worker=worker)
+            assert out.stat().st_size == planned.file_bytes
+            assert {t.name: bytes(t.data) for t in gguf.GGUFReader(out).tensors} == kept
+
+
+def test_what_llama_cpp_would_do_silently_is_refused(ladder: dict[str, Path], tmp_path: Path) -> None:
+    f16, norm = ladder["F16"], "blk.0.attn_norm.weight"
+    imatrix = imatrix_of(f16, tmp_path / "imatrix.gguf", without="ffn_down")
+    sums = {"blk.0.ffn_up.weight": np.ones(128, np.float32), "blk.0.ffn_gate.weight": np.ones(256, np.float32)}
+    other = tmp_path / "other.gguf"
+    write_imatrix(other, sums, dict.fromkeys(sums, 1.0), datasets=["x"], n_chunks=1, chunk_size=1)
+    foreign = tmp_path / "foreign.gguf"
+    write_imatrix(foreign, {"x": np.ones(2)}, {"x": 1.0}, datasets=["x"], n_chunks=1, chunk_size=1)
+    cases: list[tuple[Mix | Recipe, Path | None, type[Exception], str]] = [
+        (
+            Recipe("Q4_K_M", {"blk.9.attn_v.weight": "Q6_K"}),
+            None,
+            InvalidRecipeError,
+            r"no tensor blk\.9\.attn_v\.weight",
+        ),
+        (Recipe("Q4_K_M", {norm: "Q8_0"}), None, InvalidRecipeError, f"{norm} cannot become Q8_0: .* never quantizes"),
+        (
+            Recipe("F16", {"output.weight": "Q8_0"}),
+            None,
+            InvalidRecipeError,
+            "the ftype F16 leaves types by tensor out",
+        ),
+        (Recipe("Q4_K_M", {"output.weight": "Q8_K"}), None, InvalidRecipeError, "quantizes no tensor to Q8_K"),
+        (
+            Recipe("Q4_K_M", ODD),
+            None,
+            InvalidRecipeError,
+            "ffn_down.weight: IQ2_XXS needs an importance matrix; give one",
+        ),
+        (Mix("Q2_K_S"), None, InvalidRecipeError, "and 25 more: Q2_K needs an importance matrix"),
+        (Recipe("Q4_K_M", ODD), imatrix, InvalidRecipeError, r"imatrix\.gguf has none for it"),
+        (
+            Recipe("Q4_K_M", {"output.weight": "Q6_K"}, complete=True),
+            None,
+            InvalidRecipeError,
+            "does not say what token_embd",
+        ),
+        (Mix("Q4_K_M"), other, InvalidImatrixError, r"has 128 values for blk\.0\.ffn_up\.weight, which has 256"),
+        (Mix("Q4_K_M"), foreign, InvalidImatrixError, "names no tensor of testbed-F16.gguf"),
+    ]
+    with NativeWorker() as worker:
+        for what, given, error, message in cases:
+            with pytest.raises(error, match=message) as caught:
+                plan(f16, what, imatrix=given, worker=worker)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(InvalidModelError, match=r"quantized already \(Q8_0\).*--allow-requantize"):
+            plan(ladder["Q8_0"], Mix("Q4_K_M"), worker=worker)
+        (note,) = plan(f16, Mix("Q4_K_M"), imatrix=imatrix, worker=worker).notes
+        assert "has nothing for blk.0.ffn_down.weight, blk.1" in note and note.endswith(" and 1 more")
+
+
+def test_rows_that_do_not_divide(ladder: dict[str, Path], tmp_path: Path) -> None:
+    narrow = {
+        "blk.0.ffn_gate.weight": np.zeros((768, 224), np.float16),
+        "blk.1.ffn_gate.weight": np.zeros((768, 20), np.float16),
+    }
+    base = edited(ladder["F16"], tmp_path / "narrow.gguf", tensor=lambda name, data: narrow.get(name, data))
+    gguf_file = GgufFile(base)
+    for name, width, taken in (("blk.0.ffn_gate.weight", 224, "Q5_0"), ("blk.1.ffn_gate.weight", 20, "F16")):
+        message = f"{name}: rows of {width} are not a multiple of Q4_K's block of 256; name {taken}, which is what"
+        with pytest.raises(InvalidRecipeError, match=message):
+            check_recipe(Recipe("Q4_K_M", {name: "Q4_K"}), gguf_file)
+    assert planned_types(base, Mix("Q4_K_S", pure=True))["blk.0.ffn_gate.weight"] == "Q5_0"
+
+
+def test_requantizing_says_so(ladder: dict[str, Path], tmp_path: Path) -> None:
+    imatrix = imatrix_of(ladder["F16"], tmp_path / "imatrix.gguf")
+    with NativeWorker() as worker:
+        make(plan(ladder["F16"], Mix("Q8_0"), imatrix=imatrix, worker=worker), tmp_path / "a.gguf", worker=worker)
+        again = plan(tmp_path / "a.gguf", Mix("Q4_K_M"), requantize=True, worker=worker)
+        make(again, tmp_path / "b.gguf", worker=worker)
+    first, second = GgufFile(tmp_path / "a.gguf"), GgufFile(tmp_path / "b.gguf")
+    assert (first.provenance["requantized"], second.provenance["requantized"]) == (False, True)
+    assert second.provenance["base_types"] == "Q8_0 30, F32 9"
+    assert first.imatrix is not None and second.imatrix is None  # the base's record is not this file's
+    assert second.file_bytes == again.file_bytes
+
+
+def test_outputs_that_must_not_be_written(ladder: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_text("mine")
+    check_output(out, ladder["F16"], overwrite=True)
+    for path, base, options, message in [
+        (out, ladder["F16"], {}, "exists already"),
+        (out, out, {"overwrite": True}, "is the base itself"),
+        (tmp_path / "none" / "out.gguf", ladder["F16"], {}, "there is no folder"),
+        (tmp_path / "out.bin", ladder["F16"], {}, r"ends in \.gguf"),
+        (tmp_path / "x.gguf", ladder["F16"], {"n_bytes": 2**62}, "bytes, and .* are free there"),
+    ]:
+        with pytest.raises(InvalidOutputError, match=message):
+            check_output(path, base, **options)  # type: ignore[arg-type]

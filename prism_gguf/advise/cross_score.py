@@ -227,7 +227,9 @@ def _rows(
         block, size = GGML_QUANT_SIZES[kind]
         if kind not in tokens:
             reason = f"rows of {gguf.hidden_size} are not a multiple of {block}"
-            left_out.append(HeadRow(kind.name, left_out=reason, taken_instead=fallback_type(kind.name)))
+            left_out.append(
+                HeadRow(kind.name, left_out=reason, taken_instead=fallback_type(kind.name, gguf.hidden_size))
+            )
             continue
         n_bytes = gguf.vocab_size * (gguf.hidden_size // block * size)
         score = judge.score(tokens[kind], "exact", kernel=body.kernel and ggml.activation_type(kind) is not None)

@@ -165,7 +165,16 @@ def export_kld_base(capture: Path, file: Path, quiet: bool) -> None:
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def inspect(file: Path, as_json: bool) -> None:
+@click.option(
+    "--recipe", "as_recipe", is_flag=True, help="Print the recipe that FILE was made by, as its tensors show."
+)
+@click.option(
+    "--format",
+    "recipe_format",
+    type=click.Choice(["yaml", "json", "tensor-types", "command"]),
+    help="Of the recipe: YAML (default), JSON, a tensor-type-file, or llama-quantize's command line.",
+)
+def inspect(file: Path, as_json: bool, as_recipe: bool, recipe_format: str | None) -> None:
     """What FILE.gguf is made of: types, bits per weight, head, imatrix, and tensors that fell back to another type.
 
     Runs nothing; reads only the file's header.
@@ -174,7 +183,11 @@ def inspect(file: Path, as_json: bool) -> None:
     from prism_gguf.report.terminal import console, print_inspection
 
     gguf = GgufFile(file)
-    if as_json:
+    if as_recipe or recipe_format:
+        from prism_gguf.recipe import recipe_of
+
+        click.echo(recipe_of(gguf).formatted(recipe_format or ("json" if as_json else "yaml")), nl=False)
+    elif as_json:
         click.echo(json.dumps(gguf.to_dict(), indent=2))
     else:
         print_inspection(gguf, console())

@@ -115,6 +115,6 @@ def sweep(
 def _read_imatrix(file: Path | None) -> Any:
     if file is None:
         return None
-    from prism_gguf.imatrix import read_imatrix  # type: ignore[attr-defined]
+    from prism_gguf.imatrix import read_imatrix
 
     return read_imatrix(file)

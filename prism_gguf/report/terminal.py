@@ -234,6 +234,8 @@ def print_inspection(gguf: GgufFile, out: Console) -> None:
         + (", tied to the token embedding" if gguf.tied else ""),
         "imatrix": _imatrix(gguf),
     }
+    if gguf.provenance:
+        rows["made by"] = _maker(gguf)
     for key, value in rows.items():
         out.print(f"{key:<13}{escape(value)}", soft_wrap=True)
     out.print()
@@ -262,6 +264,16 @@ def _imatrix(gguf: GgufFile) -> str:
     if imatrix is None:
         return "none recorded"
     return f"{imatrix.file} from {imatrix.dataset}, {imatrix.entries} entries, {imatrix.chunks} chunks"
+
+
+def _maker(gguf: GgufFile) -> str:
+    """What `prism-gguf quantize` recorded."""
+    made = gguf.provenance
+    again = ", which was quantized already" if made.get("requantized") else ""
+    return (
+        f"prism-gguf {made.get('version')} from {made.get('base')} ({made.get('base_types')}){again}, "
+        f"recipe {made.get('recipe')}, SHA-256 {str(made.get('recipe_sha256'))[:12]}…"
+    )
 
 
 def _print_fallbacks(gguf: GgufFile, out: Console) -> None:
