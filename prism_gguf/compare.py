@@ -23,7 +23,7 @@ from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.reading import Reading, Source
 from prism_gguf.reference import ReadOptions, RunOptions, Steps, ensure_capture, no_steps
 from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, Ranking, TextInfo
-from prism_gguf.text import EvaluationText, read_folder
+from prism_gguf.text import EvaluationText, read_folder, second_half
 
 if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
     from prism_gguf.adapters.llama_cpp import LlamaCppModel
@@ -159,6 +159,11 @@ def failed_row(path: str, error: PrismGgufError) -> CandidateResult:
 def default_texts() -> list[EvaluationText]:
     """The packaged text: technical prose, code, dialogue, German, Chinese."""
     return read_folder(Path(__file__).parent / "default_text")
+
+
+def calibration_texts() -> list[EvaluationText]:
+    """The second halves of the packaged texts, for what is learned from text: comparisons do not reach them by default."""
+    return [second_half(text) for text in default_texts()]
 
 
 def given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path | None:

@@ -57,3 +57,11 @@ class InvalidBudgetError(PrismGgufError):
 
 class OverBudgetError(PrismGgufError):
     """A file that was not made because it would be too large."""
+
+
+class InvalidSensitivityError(PrismGgufError):
+    """A sensitivity file that is none, or belongs to another model."""
+
+
+class InfeasibleBudgetError(PrismGgufError):
+    """A budget that no choice of types keeps; the message names the smallest feasible one."""

@@ -161,6 +161,20 @@ def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
     return list(texts.values())
 
 
+def first_half(text: EvaluationText) -> EvaluationText:
+    """What lies before the line in the middle: to judge by, where ``second_half`` was learned from."""
+    return replace(text, text=text.text[: _middle(text)])
+
+
+def second_half(text: EvaluationText) -> EvaluationText:
+    """What lies behind the line in the middle."""
+    return replace(text, text=text.text[_middle(text) :])
+
+
+def _middle(text: EvaluationText) -> int:
+    return text.text.find("\n", len(text.text) // 2) + 1
+
+
 def read_folder(folder: Path) -> list[EvaluationText]:
     """All ``*.txt`` files of a folder, one domain each."""
     return read_texts([str(path) for path in sorted(folder.glob("*.txt"))])

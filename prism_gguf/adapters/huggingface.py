@@ -118,7 +118,7 @@ class HuggingFaceModel:
             # transformers says what it missed in many lines; the first tells.
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise InvalidModelError(f"{self._path}: transformers cannot load it as a causal LM: {reason}") from error
-        self._model = model.eval()
+        self._model = model.eval().requires_grad_(False)
         self._head = self._model.get_output_embeddings()
         if self._head is None or not hasattr(self._head, "weight"):
             raise InvalidModelError(f"{self._path}: {type(self._model).__name__} has no output head")
@@ -129,7 +129,7 @@ class HuggingFaceModel:
         self._prove_head()
 
     def _on_head(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
-        self._states = args[0].detach()
+        self._states = args[0]
         if self._stop:
             raise _HeadReached
 
@@ -151,6 +151,28 @@ class HuggingFaceModel:
         states = self._states
         self._states = None
         return states.reshape(-1, states.shape[-1]).float(), logits
+
+    def traced_states(self, tokens: torch.Tensor, mode: TorchFunctionMode) -> torch.Tensor:
+        """Final states (k, n, d) float32 of token ids (k, n), computed under ``mode``, which may leave a graph."""
+        self._stop = True
+        with mode, contextlib.suppress(_HeadReached):
+            self._model(input_ids=tokens, use_cache=False)
+        states, self._states = self._states, None
+        assert states is not None
+        return states.float()
+
+    @property
+    def network(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self._head.weight
+
+    @property
+    def embedding_weight(self) -> torch.Tensor:
+        return self._model.get_input_embeddings().weight
 
     def _prove_head(self) -> None:
         """Check on a short prompt that transformed ``Z Hᵀ`` is what the model calls its logits.
@@ -185,7 +207,7 @@ class HuggingFaceModel:
             dtype=str(weight.dtype).removeprefix("torch."),
             hidden_size=weight.shape[1],
             vocab_size=weight.shape[0],
-            tied=weight is self._model.get_input_embeddings().weight,
+            tied=weight is self.embedding_weight,
         )
 
     @property

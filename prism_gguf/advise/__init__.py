@@ -1,1 +1,1 @@
-"""What to change in a quantized file: measured before it is recommended."""
+"""From a diagnosis to a better file: what each tensor costs in each type, and the best use of a budget."""

@@ -1,0 +1,100 @@
+"""The importance matrix of a reference: mean squared activations at the input of every matrix that llama.cpp quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
+from prism_gguf.advise.gradients import linear_arguments, products_by_weight
+from prism_gguf.advise.tensor_names import QuantizableTensor, quantizable_tensors
+from prism_gguf.errors import InvalidModelError
+from prism_gguf.imatrix import write_imatrix
+from prism_gguf.isolation import Progress, no_progress
+from prism_gguf.reading import Reading
+from prism_gguf.reference import RunOptions
+
+
+class _Observed(Float32Compute):
+    """Computes as the reference does, and adds up the squared inputs of the products asked for.
+
+    Attributes:
+        sums: tensor → (matrices, columns) float64.
+        counts: tensor → (matrices,) tokens that went through each.
+    """
+
+    def __init__(self, tensors: Sequence[QuantizableTensor]) -> None:
+        super().__init__()
+        self._uses = products_by_weight(tensors)
+        self.sums = {t.name: np.zeros((t.rows.shape[0], t.rows.shape[2])) for t in tensors}
+        self.counts = {t.name: np.zeros(t.rows.shape[0]) for t in tensors}
+
+    def add(self, tensor: QuantizableTensor, matrix: int, x: torch.Tensor) -> None:
+        flat = x.flatten(0, -2)
+        self.sums[tensor.name][matrix] += flat.square().sum(0).double().numpy()
+        self.counts[tensor.name][matrix] += len(flat)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.nn.functional.linear:
+            x, weight, _ = linear_arguments(*args, **(kwargs or {}))
+            for tensor, matrix in self._uses.get((weight.data_ptr(), tuple(weight.shape)), ()):
+                self.add(tensor, matrix, x.float())
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def collect_imatrix(
+    reference: str, reading: Reading, out: str, options: RunOptions, *, progress: Progress = no_progress
+) -> dict[str, str]:
+    """Run a checkpoint over a text and write its importance matrix as ``imatrix.gguf``. Runs in the worker.
+
+    Unlike llama-imatrix it has an entry for the output head (for tied embeddings, ``token_embd.weight``).
+
+    Returns:
+        Parameter → reason, for every matrix that has no entry.
+
+    Raises:
+        InvalidModelError: the reference is a GGUF, or nothing in it can be mapped.
+    """
+    if reference.endswith(".gguf"):
+        raise InvalidModelError(
+            f"{reference}: activations are taken from the Hugging Face checkpoint; name its folder or hub id, not a GGUF"
+        )
+    options.limit_threads()
+    with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model, torch.no_grad():
+        windows, _ = reading.windows(model)
+        tensors, left_out = quantizable_tensors(model.network)
+        if not tensors:
+            raise InvalidModelError(f"{reference}: no tensor has a name: {next(iter(left_out.values()), 'none found')}")
+        observed = _Observed(tensors)
+        head = next((t for t in tensors if t.products[0] is model.head_weight), None)
+        for number, tokens in enumerate(windows.tokens):
+            progress(number, windows.n_windows)
+            states = model.traced_states(torch.from_numpy(tokens[None].astype(np.int64)), observed)
+            if head is not None:
+                observed.add(head, 0, states)
+        progress(windows.n_windows, windows.n_windows)
+    seen = {name for name, counts in observed.counts.items() if counts.any()}  # not an embedding that is no head
+    write_imatrix(
+        Path(out),
+        {name: observed.sums[name] for name in seen},
+        {name: observed.counts[name] for name in seen},
+        datasets=windows.domain_names,
+        n_chunks=windows.n_windows,
+        chunk_size=windows.n_ctx,
+    )
+    return left_out
+
+
+def imatrix(reference: str | Path, reading: Reading, out: Path, options: RunOptions, *, steps: Any) -> dict[str, str]:
+    """See ``collect_imatrix``."""
+    from prism_gguf.isolation import NativeWorker
+
+    with NativeWorker(verbose=options.verbose) as worker:
+        return worker.run(
+            collect_imatrix, str(reference), reading, str(out), options, progress=partial(steps, "imatrix")
+        )

@@ -1,0 +1,296 @@
+"""What quantizing each tensor to each type would cost, in nats: measured once, good for any budget."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prism_gguf import __version__
+from prism_gguf.cache import default_cache, key_of, locked, model_fingerprint
+from prism_gguf.environment import environment
+from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
+from prism_gguf.files import write_whole, written_whole
+from prism_gguf.imatrix import ImportanceMatrix
+from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.mix import ggml_type
+from prism_gguf.reading import Reading
+from prism_gguf.reference import RunOptions, Steps, no_steps
+
+if TYPE_CHECKING:
+    from prism_gguf.adapters.huggingface import HuggingFaceModel
+    from prism_gguf.advise.tensor_names import QuantizableTensor
+    from prism_gguf.advise.weight_errors import WeightErrors
+
+SCHEMA = "prism-gguf/sensitivity/1"
+# What mixes are made of, from 8.5 to 2.6 bits per weight; types of smaller blocks serve rows that 256 does not divide.
+TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K")
+# Tokens that go through the network together: autograd keeps their activations.
+_TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class SensitivityOptions(RunOptions):
+    """How sensitivities are measured.
+
+    Attributes:
+        types: ggml types to try.
+        imatrix: importance matrix to quantize with, or None.
+
+    Raises:
+        InvalidProfileError: an unknown type.
+    """
+
+    types: tuple[str, ...] = TYPES
+    imatrix: Path | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "types", tuple(dict.fromkeys(ggml_type(name).name for name in self.types)))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a type costs a tensor.
+
+    Attributes:
+        kld: predicted mean KLD with this tensor alone in this type, nats per token; see ``fisher`` (diagonal estimate).
+        kld_se: its standard error, over windows.
+        kld_directional: the other, noisier estimate, which assumes nothing of the errors.
+    """
+
+    kld: float
+    kld_se: float
+    kld_directional: float
+
+
+@dataclass(frozen=True)
+class TensorSensitivity:
+    """One tensor: name in the GGUF, parameter of the checkpoint, shape (matrices, rows, columns), costs by type."""
+
+    name: str
+    parameter: str
+    shape: tuple[int, int, int]
+    costs: dict[str, Cost]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `prism-gguf sensitivity` writes.
+
+    Attributes:
+        reference: path and fingerprint of the checkpoint.
+        text: fingerprint, windows and n_ctx of what it read, and the domains.
+        imatrix: file and SHA-256 of the importance matrix, or None.
+        tensors: in the model's order.
+        left_out: parameter → why it has no sensitivity.
+    """
+
+    tool_version: str
+    command: list[str]
+    created: str
+    environment: dict[str, Any]
+    reference: dict[str, Any]
+    text: dict[str, Any]
+    imatrix: dict[str, Any] | None
+    tensors: list[TensorSensitivity]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @property
+    def directional_ratio(self) -> float:
+        """Sum of all directional over all diagonal estimates: far from 1 where errors are not independent."""
+        costs = [cost for tensor in self.tensors for cost in tensor.costs.values()]
+        return sum(c.kld_directional for c in costs) / sum(c.kld for c in costs)
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """Read what ``Sensitivity.to_dict`` gave.
+
+    Raises:
+        InvalidSensitivityError: it is none, or one of another version.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("schema") != SCHEMA:
+            raise KeyError("schema")
+        tensors = [
+            TensorSensitivity(
+                t["name"], t["parameter"], tuple(t["shape"]), {q: Cost(**c) for q, c in t["costs"].items()}
+            )
+            for t in data.pop("tensors")
+        ]
+        return Sensitivity(tensors=tensors, **data)
+    except OSError as error:
+        raise InvalidSensitivityError(f"{path}: {error.strerror}; make it with `prism-gguf sensitivity`") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidSensitivityError(
+            f"{path}: not a sensitivity file of this version ({SCHEMA}); make it with `prism-gguf sensitivity`"
+        ) from error
+
+
+def sensitivity(
+    reference: str | Path, reading: Reading, options: SensitivityOptions, *, steps: Steps = no_steps
+) -> Sensitivity:
+    """Sensitivities of a checkpoint's tensors, unless they were measured before.
+
+    Killed at any moment, the next run goes on where this one was.
+
+    Raises:
+        PrismGgufError: the reference, its text or the imatrix cannot be used.
+    """
+    with NativeWorker(verbose=options.verbose) as worker:
+        return worker.run(ensure_sensitivity, str(reference), reading, options, progress=partial(steps, "sensitivity"))
+
+
+def ensure_sensitivity(
+    reference: str, reading: Reading, options: SensitivityOptions, *, progress: Progress = no_progress
+) -> Sensitivity:
+    """See ``sensitivity``. Runs in the worker."""
+    from prism_gguf.imatrix import read_imatrix
+
+    if reference.endswith(".gguf"):
+        raise InvalidModelError(
+            f"{reference}: gradients need the Hugging Face checkpoint; name its folder or hub id, not a GGUF"
+        )
+    cache = options.cache or default_cache()
+    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
+    recorded = None if options.imatrix is None else {"file": str(options.imatrix), "digest": imatrix_digest(imatrix)}
+    fingerprint = model_fingerprint(reference, cache)
+    digest = None if recorded is None else recorded["digest"]
+    key = key_of([SCHEMA, fingerprint, reading.digest, *options.types, digest])
+    folder = cache / "sensitivities"
+    result = folder / f"{key}.json"
+    with locked(result, cache):
+        if result.exists():
+            return read_sensitivity(result)
+        options.limit_threads()
+        found = _measure(reference, fingerprint, reading, options, imatrix, folder / key, progress)
+        found = Sensitivity(**{**vars(found), "imatrix": recorded})
+        write_whole(result, json.dumps(found.to_dict()))
+        shutil.rmtree(folder / key)
+    return found
+
+
+def imatrix_digest(imatrix: ImportanceMatrix | None) -> str | None:
+    """SHA-256 of an importance matrix's values, whatever file they are in."""
+    if imatrix is None:
+        return None
+    return key_of([part for name in sorted(imatrix.weights) for part in (name, imatrix.weights[name].tobytes().hex())])
+
+
+def _measure(
+    reference: str,
+    fingerprint: str,
+    reading: Reading,
+    options: SensitivityOptions,
+    imatrix: ImportanceMatrix | None,
+    folder: Path,
+    progress: Progress,
+) -> Sensitivity:
+    from prism_gguf.adapters.huggingface import HuggingFaceModel
+    from prism_gguf.advise.tensor_names import quantizable_tensors
+    from prism_gguf.advise.weight_errors import WeightErrors
+
+    with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:
+        windows, _ = reading.windows(model)
+        if windows.n_windows < 2:
+            raise InvalidTextError(f"{windows.n_windows} window of text: a standard error needs two; give more text")
+        tensors, left_out = quantizable_tensors(model.network)
+        if not tensors:
+            raise InvalidModelError(
+                f"{reference}: no tensor can be scored: {next(iter(left_out.values()), 'none found')}"
+            )
+        errors = WeightErrors(folder, options.types, imatrix, threads=options.runtime().n_threads)
+        _check_room(folder, errors.n_bytes(tensors))
+        total = len(tensors) + windows.n_windows
+        errors.prepare(tensors, lambda done, _: progress(done, total))
+        parts = _gradients(model, tensors, errors, windows.tokens, folder, lambda n: progress(len(tensors) + n, total))
+        directional, diagonal = (np.concatenate(part) for part in zip(*parts, strict=True))
+    n, n_ctx = windows.tokens.shape
+    return Sensitivity(
+        tool_version=__version__,
+        command=sys.argv,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        environment=environment(),
+        reference={"path": reference, "fingerprint": fingerprint},
+        text={
+            "fingerprint": windows.fingerprint,
+            "n_windows": n,
+            "n_ctx": n_ctx,
+            "domains": windows.domain_names,
+        },
+        imatrix=None,
+        tensors=_costs(tensors, errors, directional / np.sqrt(n_ctx), diagonal / n_ctx),
+        left_out=left_out,
+    )
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.iterdir())
+    if needed > free:
+        raise InvalidModelError(
+            f"{folder}: needs {needed / 2**30:.1f} GiB for the quantized tensors, {free / 2**30:.1f} GiB are free; "
+            "name a --cache elsewhere, or fewer types with --type"
+        )
+
+
+def _gradients(
+    model: HuggingFaceModel,
+    tensors: Sequence[QuantizableTensor],
+    errors: WeightErrors,
+    tokens: np.ndarray,
+    folder: Path,
+    done: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(directional, diagonal) sums of one batch of windows after the other; each is kept, for a later run to go on from."""
+    import torch
+
+    from prism_gguf.advise.fisher import FisherProducts
+    from prism_gguf.advise.gradients import backward
+
+    # Experts get the tokens of all windows in one flat batch, so there it must be one window.
+    several = all(t.rows.shape[0] == 1 for t in tensors)
+    size = max(1, _TOKENS_PER_BATCH // tokens.shape[1]) if several else 1
+    for start in range(0, len(tokens), size):
+        done(start)
+        batch = torch.from_numpy(tokens[start : start + size].astype(np.int64))
+        path = folder / f"windows-{start}.npz"
+        if not path.exists():
+            sums = FisherProducts(tensors, errors, len(batch))
+            backward(model, batch, tensors, sums.add_product, partial(sums.add_embedding, 0), seed=start)
+            with written_whole(path) as partial_path, partial_path.open("wb") as stream:
+                np.savez(stream, directional=sums.directional, diagonal=sums.diagonal)
+        stored = np.load(path)
+        yield stored["directional"], stored["diagonal"]
+    done(len(tokens))
+
+
+def _costs(
+    tensors: Sequence[QuantizableTensor], errors: WeightErrors, directional: np.ndarray, diagonal: np.ndarray
+) -> list[TensorSensitivity]:
+    """From ⟨g, D⟩ and Σ g² D² of each window, both per token: KLD is half of the mean square."""
+    mean = 0.5 * diagonal.mean(0)
+    error = 0.5 * diagonal.std(0, ddof=1) / np.sqrt(len(diagonal))
+    squares = 0.5 * np.square(directional).mean(0)
+    found = []
+    for row, tensor in enumerate(tensors):
+        columns = {name: errors.types.index(name) for name in errors.types_of(tensor)}
+        costs = {name: Cost(*(float(v[row, at]) for v in (mean, error, squares))) for name, at in columns.items()}
+        n, height, width = tensor.rows.shape
+        found.append(TensorSensitivity(tensor.name, tensor.parameter, (n, height, width), costs))
+    return found
+
+
+def by_name(found: Sensitivity) -> Mapping[str, TensorSensitivity]:
+    """Sensitivities by the tensor's name in the GGUF."""
+    return {tensor.name: tensor for tensor in found.tensors}

@@ -1,0 +1,112 @@
+"""Which parameter of a checkpoint is which tensor of its GGUF, by gguf-py's own map."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+# transformers' model types that llama.cpp's converter (convert_hf_to_gguf.py) knows under another name, beyond spelling.
+_ARCHITECTURES = {
+    "cohere": "command-r",
+    "mistral": "llama",
+    "ministral": "llama",
+    "mixtral": "llama",
+    "smollm3": "smollm3",
+    "phi": "phi2",
+    "gpt_neox": "gptneox",
+    "stablelm": "stablelm",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+}
+
+# What llama.cpp never quantizes, by parts of the name (src/llama-quant.cpp, tensor_allows_quantization).
+_NEVER_QUANTIZED = re.compile(
+    r"_norm\.weight|ffn_gate_inp|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj|ssm_conv1d|shortconv\.conv|indexer\.[kq]_proj"
+    r"|time_mix_(first|w\d|v\d|a\d|g\d|decay_w\d|lerp_fused)|attn_rel_b|position_embd|token_types"
+)
+
+
+@dataclass(frozen=True)
+class QuantizableTensor:
+    """One matrix, or one stack of experts' matrices, of the checkpoint.
+
+    Attributes:
+        name: in the GGUF.
+        parameter: in the checkpoint.
+        rows: (matrices, rows, columns) as stored; a view, no copy. Plain tensors have one matrix.
+        products: the parameter slices that the forward pass multiplies by, one for each matrix, and where in its rows
+            this tensor's begin: merged gate and up projections of experts are one slice with two tensors in it.
+    """
+
+    name: str
+    parameter: str
+    rows: torch.Tensor
+    products: tuple[torch.Tensor, ...]
+    first_row: int = 0
+
+
+def gguf_architecture(config: Any) -> MODEL_ARCH | None:
+    """gguf-py's architecture of a checkpoint's text model, or None where it knows none of that name."""
+    kind = config.get_text_config().model_type
+    spellings = {kind, kind.removesuffix("_text"), _ARCHITECTURES.get(kind, kind)}
+    spellings |= {s.replace("_", sign) for s in spellings for sign in ("", "-")}
+    return next((arch for arch, name in MODEL_ARCH_NAMES.items() if name in spellings), None)
+
+
+def quantizable_tensors(model: Any) -> tuple[list[QuantizableTensor], dict[str, str]]:
+    """The matrices of a transformers model that llama.cpp quantizes, and why the others were left out.
+
+    A q or k projection may have its rows in another order in the GGUF; rows are quantized one by one, so that makes no
+    difference to anything asked here.
+
+    Returns:
+        (tensors in the model's order; parameter → reason for each matrix that is none of them).
+    """
+    architecture = gguf_architecture(model.config)
+    if architecture is None:
+        kind = model.config.get_text_config().model_type
+        reason = f"gguf-py knows no architecture '{kind}'"
+        return [], {name: reason for name, value in model.named_parameters() if value.ndim > 1}
+    names = get_tensor_name_map(architecture, model.config.get_text_config().num_hidden_layers)
+    tensors, left_out = [], {}
+    for parameter, value in model.named_parameters():
+        if value.ndim < 2:
+            continue
+        found = [(name, a, b) for part, a, b in _parts(parameter, value) if (name := _name(names, part)) is not None]
+        if not found:
+            left_out[parameter] = "gguf-py's map has no name for it"
+        elif _NEVER_QUANTIZED.search(found[0][0]):
+            left_out[parameter] = f"{found[0][0]}: llama.cpp never quantizes it"
+        elif value.ndim == 3 and "_exps" in found[0][0]:
+            slices = tuple(value[i] for i in range(len(value)))
+            tensors += [QuantizableTensor(n, parameter, value.detach()[:, a:b], slices, a) for n, a, b in found]
+        elif value.ndim == 2 and _is_product(model, parameter):
+            tensors.append(QuantizableTensor(found[0][0], parameter, value.detach()[None], (value,)))
+        else:
+            left_out[parameter] = f"{found[0][0]}: not used as the matrix of a linear layer"
+    return tensors, left_out
+
+
+def _name(names: Any, parameter: str) -> str | None:
+    """The GGUF's name; merged experts are parameters without a suffix."""
+    name = names.get_name(parameter, try_suffixes=(".weight",))
+    return name if name is None or name.endswith(".weight") else f"{name}.weight"
+
+
+def _parts(parameter: str, value: torch.Tensor) -> list[tuple[str, int, int]]:
+    """(parameter, first row, end) of what is one tensor each in the GGUF: experts' gate and up projections are two."""
+    n_rows = value.shape[-2]
+    if value.ndim == 3 and parameter.endswith("experts.gate_up_proj"):
+        stem, half = parameter.removesuffix("gate_up_proj"), n_rows // 2
+        return [(f"{stem}gate_proj", 0, half), (f"{stem}up_proj", half, n_rows)]
+    return [(parameter, 0, n_rows)]
+
+
+def _is_product(model: Any, parameter: str) -> bool:
+    """Whether it is multiplied as (rows, columns): a linear layer, the embedding or the head; GPT-2 has transposed ones."""
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    return isinstance(module, (torch.nn.Linear, torch.nn.Embedding))

@@ -1,0 +1,97 @@
+"""What quantization adds to each weight, D = dequantize(quantize(W)) − W, of every tensor and type, packed on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES
+
+from prism_gguf.adapters import ggml
+from prism_gguf.advise.tensor_names import QuantizableTensor
+from prism_gguf.files import written_whole
+from prism_gguf.imatrix import ImportanceMatrix
+from prism_gguf.isolation import Progress
+from prism_gguf.mix import ggml_type
+
+
+class WeightErrors:
+    """Every tensor in every type, as llama.cpp quantizes it; made once, in a folder that outlives an interruption.
+
+    Args:
+        folder: for the packed rows: about 0.6 bytes a weight and type.
+        types: ggml type names.
+        imatrix: importance weights, or None.
+    """
+
+    def __init__(
+        self, folder: Path, types: Sequence[str], imatrix: ImportanceMatrix | None, *, threads: int = 1
+    ) -> None:
+        self._folder, self._imatrix, self._threads = folder, imatrix, threads
+        self.types = tuple(types)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._pool = ThreadPoolExecutor(threads)
+
+    def types_of(self, tensor: QuantizableTensor) -> list[str]:
+        """The types that llama.cpp can give it: rows are whole blocks, and importance is known where it is needed."""
+        width = tensor.rows.shape[2]
+        known = self.importance(tensor) is not None
+        return [
+            name
+            for name in self.types
+            if width % GGML_QUANT_SIZES[ggml_type(name)][0] == 0
+            and (known or not ggml.requires_imatrix(ggml_type(name)))
+        ]
+
+    def importance(self, tensor: QuantizableTensor) -> np.ndarray | None:
+        """(matrices, columns) float32, or None where the imatrix does not know the tensor."""
+        weights = None if self._imatrix is None else self._imatrix.weights.get(tensor.name)
+        n, _, width = tensor.rows.shape
+        return None if weights is None or weights.size != n * width else weights.reshape(n, width)
+
+    def n_bytes(self, tensors: Sequence[QuantizableTensor]) -> int:
+        """Size of all packed rows."""
+        return sum(
+            t.rows.numel() // GGML_QUANT_SIZES[ggml_type(name)][0] * GGML_QUANT_SIZES[ggml_type(name)][1]
+            for t in tensors
+            for name in self.types_of(t)
+        )
+
+    def prepare(self, tensors: Sequence[QuantizableTensor], progress: Progress) -> None:
+        """Quantize what was not quantized before."""
+        for number, tensor in enumerate(tensors):
+            progress(number, len(tensors))
+            for name in self.types_of(tensor):
+                path = self._path(tensor, name)
+                if not path.exists():
+                    with written_whole(path) as partial, partial.open("wb") as stream:
+                        self._write(tensor, name, stream)
+        progress(len(tensors), len(tensors))
+
+    def _write(self, tensor: QuantizableTensor, name: str, stream: IO[bytes]) -> None:
+        importance = self.importance(tensor)
+        parts = []
+        for matrix, rows in enumerate(tensor.rows):
+            weights = None if importance is None else importance[matrix]
+            parts.append(ggml.quantize_rows(rows.float().numpy(), ggml_type(name), weights, threads=self._threads))
+        np.save(stream, np.stack(parts))
+
+    def _path(self, tensor: QuantizableTensor, name: str) -> Path:
+        return self._folder / f"{tensor.name}.{name}.npy"
+
+    def errors(self, tensor: QuantizableTensor, matrix: int, rows: slice | np.ndarray) -> torch.Tensor:
+        """D of some rows in each of ``types_of(tensor)``: (types, rows, columns) float32."""
+        names = self.types_of(tensor)
+        weights = tensor.rows[matrix, rows].float()
+        out = torch.empty(len(names), *weights.shape)
+
+        def one(number: int) -> None:
+            packed = np.load(self._path(tensor, names[number]), mmap_mode="r")[matrix, rows]
+            out[number] = torch.from_numpy(ggml.dequantize(packed, ggml_type(names[number]))).sub_(weights)
+
+        list(self._pool.map(one, range(len(names))))
+        return out

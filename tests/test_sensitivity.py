@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
+
+from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
+from prism_gguf.advise.fisher import FisherProducts
+from prism_gguf.advise.gradients import backward, fisher_gradient
+from prism_gguf.advise.sensitivity import SensitivityOptions, ensure_sensitivity, read_sensitivity
+from prism_gguf.advise.tensor_names import quantizable_tensors
+from prism_gguf.advise.weight_errors import WeightErrors
+from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
+from prism_gguf.mix import Mix
+from prism_gguf.output_head import LogitTransform, OutputHead
+from prism_gguf.quantize import planned_types
+from prism_gguf.reading import Reading
+from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.text import Score
+
+SMALL: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=1, tie_word_embeddings=True)
+GEMMA2 = Gemma2Config(**SMALL, intermediate_size=96, num_key_value_heads=1, head_dim=32, final_logit_softcapping=3.0)
+PHI3 = Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=1, pad_token_id=0)
+MOE = Qwen3MoeConfig(
+    **SMALL, intermediate_size=96, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, num_key_value_heads=1
+)
+
+
+def make_model(config: PreTrainedConfig) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval().requires_grad_(False)
+    for parameter in model.parameters():  # far from uniform predictions
+        parameter.mul_(3.0) if parameter.ndim > 1 else None
+    return model
+
+
+class Small(HuggingFaceModel):
+    """A model that has no files: random weights, and no tokenizer."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._path = "small"
+        self._model = make_model(config)
+        self._head = self._model.get_output_embeddings()
+        self._transform = LogitTransform(softcap=getattr(config, "final_logit_softcapping", None))
+        self._states, self._stop = None, False
+        self._hook = self._head.register_forward_pre_hook(self._on_head)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GEMMA2, PHI3, MOE], ids=lambda c: c.model_type)
+def test_products_are_those_of_the_whole_gradient(config: PreTrainedConfig, tmp_path: Path) -> None:
+    model = Small(config)
+    tensors, _ = quantizable_tensors(model.network)
+    errors = WeightErrors(tmp_path, ["Q4_0", "Q8_0"], None)
+    errors.prepare(tensors, lambda *_: None)
+    tokens = torch.randint(0, config.vocab_size, (1 if config is MOE else 3, 24))
+    sums = FisherProducts(tensors, errors, len(tokens))
+    backward(model, tokens, tensors, sums.add_product, lambda ids, d: sums.add_embedding(0, ids, d), seed=5)
+
+    # The same random loss by plain autograd, with all weights asking for gradients.
+    generator = torch.Generator().manual_seed(5)
+    head, network = model.output_head(), model.network
+    for number, ids in enumerate(tokens):
+        states = model.traced_states(ids[None], Float32Compute())[0]
+        delta = fisher_gradient(states, head, generator)
+        network.requires_grad_(True)
+        hidden = network.model(input_ids=ids[None]).last_hidden_state[0]
+        network.zero_grad()
+        ((hidden @ model.head_weight.T) * delta).sum().backward()
+        network.requires_grad_(False)
+        gradients = {name: p.grad for name, p in network.named_parameters()}
+        for row, tensor in enumerate(tensors):
+            gradient = gradients[tensor.parameter]
+            assert gradient is not None
+            gradient = gradient if gradient.ndim == 3 else gradient[None]
+            gradient = gradient[:, tensor.first_row : tensor.first_row + tensor.rows.shape[1]]
+            kinds = errors.types_of(tensor)
+            for matrix in range(len(gradient)):
+                d = errors.errors(tensor, matrix, slice(None))
+                expected = [float((gradient[matrix].double() * d[k].double()).sum()) for k in range(len(kinds))]
+                if matrix == 0:
+                    whole = np.zeros(len(kinds))
+                whole += expected
+            columns = [errors.types.index(kind) for kind in kinds]
+            np.testing.assert_allclose(sums.directional[number, row, columns], whole, rtol=2e-3, atol=1e-5)
+
+
+def test_names_of_fused_and_merged_weights() -> None:
+    fused = {t.name for t in quantizable_tensors(make_model(PHI3))[0]}
+    assert {"blk.1.attn_qkv.weight", "blk.1.ffn_up.weight", "output.weight"} <= fused
+    merged, left_out = quantizable_tensors(make_model(MOE))
+    shapes = {t.name: tuple(t.rows.shape) for t in merged}
+    assert shapes["blk.0.ffn_gate_exps.weight"] == shapes["blk.0.ffn_up_exps.weight"] == (4, 32, 64)
+    assert shapes["blk.0.ffn_down_exps.weight"] == (4, 64, 32)
+    assert "never quantizes" in left_out["model.layers.0.mlp.gate.weight"]
+    gpt2 = GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=2)
+    named, left_out = quantizable_tensors(make_model(gpt2))
+    assert [t.name for t in named] == ["token_embd.weight"]
+    assert "not used as the matrix" in left_out["transformer.h.0.attn.c_attn.weight"]
+
+
+def test_tensors_are_those_that_llama_cpp_quantizes(ladder: dict[str, Path]) -> None:
+    with HuggingFaceModel(MODEL) as model:
+        tensors, left_out = quantizable_tensors(model.network)
+    planned = planned_types(ladder["F16"], Mix("Q8_0"))
+    assert {t.name for t in tensors} == {name for name, kind in planned.items() if kind == "Q8_0"}
+    assert not left_out
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5, softcap=2.0)])
+def test_random_gradients_have_the_fisher_covariance(transform: LogitTransform) -> None:
+    torch.manual_seed(0)
+    rows, hidden = torch.randn(5, 8), torch.randn(1, 8)
+    head = OutputHead("h", "F32", 5, 8, lambda start, stop: rows[start:stop].numpy(), transform=transform)
+    generator = torch.Generator().manual_seed(0)
+    u = fisher_gradient(hidden.expand(200_000, 8).contiguous(), head, generator)
+    logits = transform.apply(hidden @ rows.T)[0]
+    p = torch.softmax(logits, 0)
+    slope = transform.scale * (1 - torch.square(logits / transform.softcap) if transform.softcap else torch.ones(5))
+    expected = torch.diag(p) - torch.outer(p, p)
+    torch.testing.assert_close(u.T @ u / len(u), slope[:, None] * expected * slope, atol=4e-3, rtol=0)
+    torch.testing.assert_close(u.mean(0), torch.zeros(5), atol=4e-3, rtol=0)
+
+
+def reading(windows: int = 10, n_ctx: int = 128) -> Reading:
+    return Reading(held_out_texts(), n_ctx, windows, Score.ALL)
+
+
+def test_predictions_are_what_quantizing_costs(tmp_path: Path) -> None:
+    found = ensure_sensitivity(str(MODEL), reading(), SensitivityOptions(types=("Q4_0", "Q3_K"), cache=tmp_path))
+    assert len(found.tensors) == 30 and not found.left_out
+    assert found.directional_ratio == pytest.approx(1, abs=0.4)
+    with HuggingFaceModel(MODEL) as model:
+        tensors, _ = quantizable_tensors(model.network)
+        windows = Reading([held_out_texts()[1]], 128, 12, Score.ALL).windows(model)[0]
+        ids = torch.from_numpy(windows.tokens.astype(np.int64))[4:]  # other windows than those above
+        errors = WeightErrors(tmp_path, ["Q3_K"], None, threads=2)
+        errors.prepare(tensors, lambda *_: None)
+        parameters = dict(model.network.named_parameters())
+
+        @torch.no_grad()
+        def log_probabilities() -> torch.Tensor:
+            with Float32Compute():
+                return torch.log_softmax(model.network(input_ids=ids).logits.float(), -1)
+
+        reference, measured = log_probabilities(), []
+        for tensor in tensors:
+            parameter = parameters[tensor.parameter]
+            kept = parameter.data
+            parameter.data = kept.float() + errors.errors(tensor, 0, slice(None))[0]
+            changed = log_probabilities()
+            parameter.data = kept
+            measured.append(float((reference.exp() * (reference - changed)).sum(-1).mean()))
+    predicted = [t.costs["Q3_K"].kld for t in found.tensors]
+    assert spearmanr(predicted, measured).statistic > 0.95
+    assert sum(predicted) == pytest.approx(sum(measured), rel=0.3)
+    assert all(0 < t.costs["Q3_K"].kld_se < t.costs["Q3_K"].kld for t in found.tensors)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    options = SensitivityOptions(types=("Q4_0",), cache=tmp_path / "a")
+    chosen = reading(windows=3, n_ctx=1024)  # one batch is two windows
+
+    def kill(done: int, total: int) -> None:
+        if done == total - 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        ensure_sensitivity(str(MODEL), chosen, options, progress=kill)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "sensitivities").rglob("*.np[yz]")}
+    assert len(kept) == 31
+    steps: list[int] = []
+    found = ensure_sensitivity(str(MODEL), chosen, options, progress=lambda done, _: steps.append(done))
+    fresh = ensure_sensitivity(str(MODEL), chosen, SensitivityOptions(types=("Q4_0",), cache=tmp_path / "b"))
+    assert [t.costs for t in found.tensors] == [t.costs for t in fresh.tensors]
+    again: list[int] = []
+    ensure_sensitivity(str(MODEL), chosen, options, progress=lambda done, _: again.append(done))
+    assert steps and not again
+    assert not list((tmp_path / "a" / "sensitivities").rglob("*.np[yz]"))  # nothing large is left
+
+
+def test_files_are_read_back_and_foreign_ones_refused(tmp_path: Path) -> None:
+    found = ensure_sensitivity(str(MODEL), reading(2), SensitivityOptions(types=("Q8_0",), cache=tmp_path))
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(found.to_dict()))
+    assert read_sensitivity(path).tensors == found.tensors
+    for content in ("{", "[]", "{}", '{"schema": "prism-gguf/sensitivity/1", "tensors": []}'):
+        path.write_text(content)
+        with pytest.raises(InvalidSensitivityError, match="not a sensitivity file"):
+            read_sensitivity(path)
+    with pytest.raises(InvalidSensitivityError, match="No such file"):
+        read_sensitivity(tmp_path / "none.json")
+
+
+def test_what_cannot_be_measured_is_said(ladder: dict[str, Path], tmp_path: Path) -> None:
+    options = SensitivityOptions(types=("Q8_0",), cache=tmp_path)
+    with pytest.raises(InvalidModelError, match="gradients need the Hugging Face checkpoint"):
+        ensure_sensitivity(str(ladder["F16"]), reading(), options)
+    with pytest.raises(InvalidTextError, match="a standard error needs two"):
+        ensure_sensitivity(str(MODEL), Reading(held_out_texts()[:1], 128, 1, Score.ALL), options)
