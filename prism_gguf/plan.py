@@ -244,6 +244,11 @@ def _aligned(n: int) -> int:
     return -(-n // _ALIGNMENT) * _ALIGNMENT
 
 
+def stored_bytes(tensor: TensorInfo, kind: str) -> int:
+    """Bytes that a tensor takes in a file in some type, padding included."""
+    return _aligned(_tensor_bytes(tensor, kind))
+
+
 def _tensor_bytes(tensor: TensorInfo, kind: str) -> int:
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     return int(tensor.n_elements // block * size)

@@ -1,0 +1,237 @@
+"""The best recipe for a budget: from sensitivities, checked by measuring, and held against llama.cpp's own mix."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prism_gguf import __version__
+from prism_gguf.advise.problem import Problem, Solution
+from prism_gguf.advise.sensitivity import Sensitivity
+from prism_gguf.budget import Budget
+from prism_gguf.cache import default_cache
+from prism_gguf.compare import Candidate, CompareOptions, compare_candidates
+from prism_gguf.errors import RuntimeFailureError
+from prism_gguf.isolation import NativeWorker
+from prism_gguf.make import make
+from prism_gguf.plan import Plan
+from prism_gguf.reading import Source
+from prism_gguf.recipe import Recipe
+from prism_gguf.reference import Steps, no_steps
+from prism_gguf.results import CandidateResult
+
+SCHEMA = "prism-gguf/advice/1"
+ADVISED, REFINED, DEFAULT = "advised", "refined", "default"
+# A measured share may come out at nothing, or below; its tensor still is not free.
+_LEAST_FACTOR = 0.1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One choice of the recipe: what the whole file's KLD falls by (nats per token) where this tensor stays unquantized."""
+
+    tensor: str
+    type: str
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class MeasuredFile:
+    """A file that was made on the way: size, KLD to the reference with its standard error, or why it failed."""
+
+    name: str
+    file_bytes: int
+    bits_per_weight: float
+    kld: float | None = None
+    kld_se: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What `prism-gguf advise` found.
+
+    Attributes:
+        recipe: the best that was found.
+        budget, budget_bytes: as the user wrote it, and the largest file within it.
+        measured: the recipe's file; None where nothing was measured.
+        default: llama.cpp's own mix of the same size, with the same imatrix; None where none fits, or nothing was measured.
+        default_ftype: which one that is.
+        files: every file that was measured.
+        checks: choices that were measured one by one.
+        left_out: quantizable tensors without sensitivity, which keep the default's type.
+    """
+
+    recipe: Recipe
+    budget: str
+    budget_bytes: int
+    default_ftype: str | None
+    measured: MeasuredFile | None = None
+    default: MeasuredFile | None = None
+    files: list[MeasuredFile] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def gain(self) -> float | None:
+        """The part of the default mix's KLD that the recipe saves; None where one of them was not measured."""
+        ours, theirs = self.measured, self.default
+        if ours is None or theirs is None or ours.kld is None or theirs.kld is None:
+            return None
+        return 1 - ours.kld / theirs.kld
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "tool_version": __version__,
+            "command": sys.argv,
+            **asdict(self),
+            "recipe": self.recipe.to_dict(),
+            "gain": self.gain,
+        }
+
+
+def advise(
+    reference: str | Path,
+    base: Path,
+    budget: Budget,
+    found: Sensitivity,
+    texts: Sequence[Source] | None,
+    options: CompareOptions,
+    *,
+    imatrix: Path | None = None,
+    n_checks: int = 6,
+    measure: bool = True,
+    steps: Steps = no_steps,
+) -> Advice:
+    """The recipe with the least KLD within a budget.
+
+    The exact optimum of the sensitivities is made and compared with the reference, and so is llama.cpp's own mix of the
+    same size. Then its most expensive choices are left unquantized, one at a time, to see what each really costs; the
+    budget is allocated again with what was seen; and of the two recipes the one that measured better is kept.
+
+    Args:
+        found: sensitivities of the reference, measured with the same imatrix.
+        texts: to measure on, best not what the sensitivities have read; None takes the packaged text.
+        n_checks: choices to measure one by one.
+        measure: False leaves all measuring out.
+
+    Raises:
+        InfeasibleBudgetError: the message names the smallest feasible budget.
+        PrismGgufError: the base, the reference or the imatrix cannot be used.
+    """
+    with NativeWorker(verbose=options.verbose) as worker:
+        steps("allocate", 0, 1)
+        problem = Problem(base, budget, found, imatrix, worker)
+        best = problem.solve(worker)
+        steps("allocate", 1, 1)
+        advice = _advice(problem, best)
+        if not measure:
+            return advice
+        leading = sorted((n for n in best.costs if best.costs[n] > 0), key=best.costs.__getitem__)[::-1][:n_checks]
+        files = {ADVISED: best.plan, **({} if problem.default is None else {DEFAULT: problem.default})}
+        files |= {name: problem.without(best, name, worker) for name in leading}
+    compared = partial(_compared, reference, texts, replace(options, attribution=False, fail_on=()), steps)
+    rows = compared(files)
+    checks = _checks(best, rows, leading)
+    chosen = ADVISED
+    if checks:
+        with NativeWorker(verbose=options.verbose) as worker:
+            again = problem.solve(worker, _factors(best, checks))
+        if again.recipe.tensor_types != best.recipe.tensor_types:
+            rows |= compared({REFINED: again.plan})
+            if _kld(rows[REFINED]) < _kld(rows[ADVISED]):
+                best, chosen = again, REFINED
+    made = {name: _measured_file(name, row) for name, row in rows.items() if name not in leading}
+    return replace(
+        _advice(problem, best),
+        measured=made[chosen],
+        default=made.get(DEFAULT),
+        files=list(made.values()),
+        checks=checks,
+    )
+
+
+def _advice(problem: Problem, best: Solution) -> Advice:
+    found = best.plan
+    recipe = replace(
+        best.recipe, n_bytes=found.n_bytes, file_bytes=found.file_bytes, bits_per_weight=found.bits_per_weight
+    )
+    default = None if problem.default is None else problem.default.mix.ftype
+    return Advice(recipe, problem.budget.text, problem.limit, default, left_out=problem.left_out)
+
+
+def _compared(
+    reference: str | Path,
+    texts: Sequence[Source] | None,
+    options: CompareOptions,
+    steps: Steps,
+    files: Mapping[str, Plan],
+) -> dict[str, CandidateResult]:
+    """Make each file, compare it with the reference, delete it; rows by name.
+
+    Raises:
+        RuntimeFailureError: the recipe's own file could not be measured.
+    """
+    cache = options.cache or default_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="advise-", dir=cache) as folder:
+
+        @contextmanager
+        def made(planned: Plan, path: Path, worker: NativeWorker) -> Iterator[None]:
+            make(
+                planned, path, threads=options.threads or 0, worker=worker, progress=partial(steps, f"make {path.stem}")
+            )
+            try:
+                yield
+            finally:
+                path.unlink()
+
+        paths = {name: Path(folder) / f"{name.removesuffix('.weight')}.gguf" for name in files}
+        candidates = [
+            Candidate(str(paths[name]), partial(made, planned, paths[name])) for name, planned in files.items()
+        ]
+        comparison = compare_candidates(reference, candidates, texts, options, steps=steps)
+    rows = dict(zip(files, comparison.candidates, strict=True))
+    for name in {ADVISED, REFINED} & rows.keys():
+        if (error := rows[name].error) is not None:
+            raise RuntimeFailureError(f"the {name} file could not be measured: {error.message}")
+    return rows
+
+
+def _kld(row: CandidateResult) -> float:
+    assert row.divergence is not None
+    return row.divergence.kld_mean
+
+
+def _checks(best: Solution, rows: Mapping[str, CandidateResult], names: Sequence[str]) -> list[Check]:
+    """Measured beside predicted, for those that could be measured."""
+    whole, types = _kld(rows[ADVISED]), best.recipe.tensor_types
+    measured = {name: whole - _kld(rows[name]) for name in names if rows[name].error is None}
+    return [Check(name, types[name], best.costs[name], kld) for name, kld in measured.items()]
+
+
+def _factors(best: Solution, checks: Sequence[Check]) -> dict[str, float]:
+    """What predictions are off by: each tensor that was measured for itself, the others by as much as these together."""
+    overall = sum(c.measured for c in checks) / sum(c.predicted for c in checks)
+    factors = dict.fromkeys(best.costs, max(overall, _LEAST_FACTOR))
+    return factors | {c.tensor: max(c.measured / c.predicted, _LEAST_FACTOR) for c in checks}
+
+
+def _measured_file(name: str, row: CandidateResult) -> MeasuredFile:
+    divergence = row.divergence
+    return MeasuredFile(
+        name,
+        row.file_bytes or 0,
+        row.bits_per_weight or 0.0,
+        None if divergence is None else divergence.kld_mean,
+        None if divergence is None else divergence.kld_mean_se,
+        None if row.error is None else row.error.message,
+    )
