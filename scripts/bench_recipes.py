@@ -32,7 +32,7 @@ def files(of: Subject, ftype: str, work: Path, matrix: Path, checks: int) -> dic
         Reading(of.calibration, 256, 40, Score.ALL),
         SensitivityOptions(imatrix=matrix, cache=work / "cache"),
     )
-    options = CompareOptions(windows=16, cache=work / "cache")
+    options = CompareOptions(windows=10, cache=work / "cache")
     budget = Budget.parse(f"same-as:{ftype}")
     advice = advise(of.checkpoint, of.f16, budget, found, of.calibration, options, imatrix=matrix, n_checks=checks)
     for check in advice.checks:
