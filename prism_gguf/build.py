@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prism_gguf.cache import default_cache, key_of, model_fingerprint
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.gguf_file import GgufFile
+from prism_gguf.imatrix import imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.make import make
 from prism_gguf.mix import UNQUANTIZED, Mix
-
-if TYPE_CHECKING:
-    from prism_gguf.imatrix import ImportanceMatrix
+from prism_gguf.plan import Plan, plan
 
 MADE_OF = "prism_gguf.made_of"
 """Metadata key of a file that was made here: what it was made of."""
@@ -53,36 +49,41 @@ class Workshop:
     def _fingerprint(self) -> str:
         return model_fingerprint(str(self.base), self.cache or default_cache())
 
-    def build(
-        self,
-        worker: NativeWorker,
-        name: str,
-        mix: Mix,
-        imatrix: ImportanceMatrix | None = None,
-        *,
-        progress: Progress = no_progress,
-    ) -> bool:
+    def plan(self, worker: NativeWorker, name: str, mix: Mix, imatrix: Path | None = None) -> Plan:
+        """What the file of this name will be, and what it is made of.
+
+        Raises:
+            PrismGgufError: as in ``plan.plan``.
+        """
+        matrix = None if imatrix is None else read_imatrix(imatrix)
+        key = key_of([self._fingerprint, mix, imatrix_digest(matrix), version("llama-cpp-python")])
+        return plan(
+            self.base,
+            mix,
+            name=name,
+            imatrix=imatrix,
+            requantize=self.allow_requantize,
+            metadata={MADE_OF: key},
+            worker=worker,
+        )
+
+    def build(self, worker: NativeWorker, name: str, planned: Plan, *, progress: Progress = no_progress) -> bool:
         """Make one file, unless the very same was made before; whether it had to be made.
 
         Raises:
-            InvalidModelError: the base is no GGUF, or a file that was not made here is in the way.
+            InvalidModelError: a file that was not made here is in the way.
+            InvalidOutputError: the disk is full, or the folder cannot be written to.
             RuntimeFailureError: llama.cpp refused or failed.
         """
         out = self.path(name)
-        key = key_of([self._fingerprint, mix, _digest(imatrix), version("llama-cpp-python")])
         if out.exists():
             found = _made_of(out)
-            if found == key:
+            if found == planned.metadata[MADE_OF]:
                 return False
             if found is None:
                 raise InvalidModelError(f"{out}: is in the way, and was not made here; move it or name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own, so that what an interrupted child leaves behind goes with it.
-        with tempfile.TemporaryDirectory(prefix=".prism-gguf-", dir=self.folder) as temporary:
-            fresh = Path(temporary) / out.name
-            arguments = (str(self.base), str(fresh), mix, imatrix, self.allow_requantize, self.threads, {MADE_OF: key})
-            worker.run(_quantize, *arguments, progress=progress)
-            fresh.replace(out)
+        make(planned, out, overwrite=True, threads=self.threads, worker=worker, progress=progress)
         return True
 
 
@@ -92,38 +93,3 @@ def _made_of(path: Path) -> str | None:
         return GgufFile(path).metadata(MADE_OF)
     except InvalidModelError:
         return None
-
-
-def _digest(imatrix: ImportanceMatrix | None) -> str | None:
-    """SHA-256 over the weights: where they come from does not change what is made of them."""
-    if imatrix is None:
-        return None
-    digest = hashlib.sha256()
-    for name, weights in sorted(imatrix.weights.items()):
-        digest.update(f"{name} {weights.dtype.str} ".encode() + weights.tobytes())
-    return digest.hexdigest()
-
-
-def _quantize(
-    base: str,
-    out: str,
-    mix: Mix,
-    imatrix: ImportanceMatrix | None,
-    requantize: bool,
-    threads: int,
-    metadata: Mapping[str, str],
-    *,
-    progress: Progress = no_progress,
-) -> None:
-    from prism_gguf.quantize import quantize
-
-    quantize(
-        base,
-        out,
-        mix,
-        imatrix=imatrix,
-        requantize=requantize,
-        threads=threads,
-        metadata=metadata,
-        progress=progress,
-    )

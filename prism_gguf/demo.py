@@ -29,7 +29,7 @@ def build_ladder(folder: Path, *, steps: Steps, threads: int = 0, cache: Path | 
         worker.run(_make_f16, str(workshop.base))
         for number, entry in enumerate(entries):
             steps("quantize", number, len(entries))
-            workshop.build(worker, entry.name, entry.mix())
+            workshop.build(worker, entry.name, workshop.plan(worker, entry.name, entry.mix()))
         steps("quantize", len(entries), len(entries))
     return [workshop.base, *(workshop.path(entry.name) for entry in entries)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,16 @@ class ImportanceMatrix:
     file: str | None = None
     datasets: tuple[str, ...] = ()
     n_chunks: int = 0
+
+
+def imatrix_digest(imatrix: ImportanceMatrix | None) -> str | None:
+    """SHA-256 over the weights: where they come from does not change what is made of them. None for no matrix."""
+    if imatrix is None:
+        return None
+    digest = hashlib.sha256()
+    for name, weights in sorted(imatrix.weights.items()):
+        digest.update(f"{name} {weights.dtype.str} ".encode() + weights.tobytes())
+    return digest.hexdigest()
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:

@@ -26,8 +26,8 @@ from prism_gguf.gguf_file import (
 )
 from prism_gguf.imatrix import ImportanceMatrix, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
-from prism_gguf.mix import Mix
-from prism_gguf.recipe import UNQUANTIZED, Recipe, mix_digest
+from prism_gguf.mix import UNQUANTIZED, Mix
+from prism_gguf.recipe import Recipe, mix_digest
 
 if TYPE_CHECKING:  # llama.cpp is loaded in the child process only
     from prism_gguf.quantize import Metadata
@@ -102,6 +102,7 @@ def plan(
     name: str = "",
     imatrix: Path | None = None,
     requantize: bool = False,
+    metadata: Metadata | None = None,
     worker: NativeWorker,
     progress: Progress = no_progress,
 ) -> Plan:
@@ -110,6 +111,7 @@ def plan(
     Args:
         what: a recipe, or a mix; ``name`` says where a mix comes from.
         requantize: allow a base that is quantized already.
+        metadata: to write beside the provenance.
 
     Raises:
         InvalidModelError: the base cannot be read, or is quantized and that was not allowed.
@@ -135,14 +137,14 @@ def plan(
     _check_planned(wanted, types, mix, gguf, complete)
     _check_weights(types, mix, gguf, matrix)
     tensors = tuple(replace(t, type=types[t.name], n_bytes=_tensor_bytes(t, types[t.name])) for t in gguf.tensors)
-    metadata = provenance(gguf, mix, name, matrix, bool(quantized))
+    written = {**provenance(gguf, mix, name, matrix, bool(quantized)), **(metadata or {})}
     return Plan(
         base=Path(base),
         mix=mix,
         name=name,
         tensors=tensors,
-        file_bytes=planned_file_bytes(gguf, tensors, metadata),
-        metadata=metadata,
+        file_bytes=planned_file_bytes(gguf, tensors, written),
+        metadata=written,
         imatrix=imatrix,
         imatrix_text="none" if matrix is None else _described(matrix),
         requantize=bool(quantized),

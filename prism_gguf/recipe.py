@@ -20,7 +20,7 @@ import yaml
 
 from prism_gguf.errors import InvalidOutputError, InvalidProfileError, InvalidRecipeError
 from prism_gguf.files import write_whole
-from prism_gguf.mix import Mix, ftype_value
+from prism_gguf.mix import UNQUANTIZED, Mix, ftype_value
 from prism_gguf.patterns import expand, group, listed
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Recipe", "expand", "group", "read_recipe", "recipe_of", "write_recipe"]
 
 SCHEMA = "prism-gguf/recipe/1"
-UNQUANTIZED = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from prism_gguf.build import Workshop
 from prism_gguf.cache import is_capture
 from prism_gguf.compare import Candidate, CompareOptions, compare_candidates, with_control
 from prism_gguf.errors import InvalidModelError, InvalidProfileError, OverBudgetError, PrismGgufError
 from prism_gguf.gguf_file import GgufFile
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import UNQUANTIZED, Mix
+from prism_gguf.plan import Plan
 from prism_gguf.profiles import Profile, ProfileEntry
 from prism_gguf.reading import Source
 from prism_gguf.reference import Steps, no_steps
 from prism_gguf.results import CandidateResult, Choice, Comparison
-
-if TYPE_CHECKING:
-    from prism_gguf.imatrix import ImportanceMatrix
 
 
 def sweep(
@@ -34,7 +29,7 @@ def sweep(
     texts: Sequence[Source] | None = None,
     options: CompareOptions | None = None,
     *,
-    imatrix: ImportanceMatrix | None = None,
+    imatrix: Path | None = None,
     folder: Path | None = None,
     keep: bool = True,
     allow_requantize: bool = False,
@@ -83,7 +78,7 @@ def sweep(
         if isinstance(plan, PrismGgufError):
             raise plan
         progress = partial(steps, f"make {entry.name}")
-        built = workshop.build(worker, entry.name, plan, _imatrix(entry, imatrix), progress=progress)
+        built = workshop.build(worker, entry.name, plan, progress=progress)
         try:
             yield
         finally:
@@ -109,48 +104,41 @@ def profile_options(
     return replace(options or CompareOptions(), **taken)  # type: ignore[arg-type]
 
 
-def planned_bytes(gguf: GgufFile, types: Mapping[str, str]) -> int:
-    """Size of the file that takes these types: exact but for a few hundred bytes of metadata that the quantizer adds."""
-    metadata = gguf.file_bytes - sum(t.n_bytes for t in gguf.tensors)
-    sizes = ((t.n_elements, GGML_QUANT_SIZES[GGMLQuantizationType[types[t.name]]]) for t in gguf.tensors)
-    return metadata + sum(n // block * size for n, (block, size) in sizes)
-
-
-def _imatrix(entry: ProfileEntry, imatrix: ImportanceMatrix | None) -> ImportanceMatrix | None:
+def _imatrix(entry: ProfileEntry, imatrix: Path | None) -> Path | None:
     return None if entry.imatrix == "none" else imatrix
 
 
 def _plans(
     base: GgufFile,
     profile: Profile,
-    imatrix: ImportanceMatrix | None,
+    imatrix: Path | None,
     workshop: Workshop,
     options: CompareOptions,
     steps: Steps,
-) -> Iterator[Mix | PrismGgufError]:
+) -> Iterator[Plan | PrismGgufError]:
     """What each entry makes of the base, or why it is not made."""
     # llama.cpp quantizes matrices only: a pattern that fits nothing else is a mistake.
     tensors = [t.name for t in base.tensors if len(t.shape) > 1]
     with NativeWorker(verbose=options.verbose) as worker:
-
-        def size_of(mix: Mix, imatrix: ImportanceMatrix | None) -> int:
-            return worker.run(_planned_bytes, str(base.path), mix, imatrix)
-
         limit = None
         if (budget := profile.budget) is not None:
             overhead = base.file_bytes - sum(t.n_bytes for t in base.tensors)
-            limit = budget.file_bytes(base.n_parameters, overhead, lambda ftype: size_of(Mix(ftype), imatrix))
+            limit = budget.file_bytes(
+                base.n_parameters,
+                overhead,
+                lambda ftype: workshop.plan(worker, ftype, Mix(ftype), imatrix).file_bytes,
+            )
         for number, entry in enumerate(profile.entries):
             steps("plan", number, len(profile.entries))
             name = workshop.path(entry.name).name
             try:
                 if entry.imatrix == "required" and imatrix is None:
                     raise InvalidProfileError(f"{name}: needs an importance matrix; give one with --imatrix")
-                mix = entry.mix(tensors)
-                if limit is not None and (size := size_of(mix, _imatrix(entry, imatrix))) > limit:
+                planned = workshop.plan(worker, entry.name, entry.mix(tensors), _imatrix(entry, imatrix))
+                if limit is not None and (size := planned.file_bytes) > limit:
                     assert budget is not None
                     raise OverBudgetError(f"{name}: {_mib(size)} is over the budget of {budget.text} ({_mib(limit)})")
-                yield mix
+                yield planned
             except PrismGgufError as error:
                 yield error
         steps("plan", len(profile.entries), len(profile.entries))
@@ -158,13 +146,6 @@ def _plans(
 
 def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.2f} MiB"
-
-
-def _planned_bytes(base: str, mix: Mix, imatrix: ImportanceMatrix | None, *, progress: Progress = no_progress) -> int:
-    """``planned_bytes`` of a mix. Runs in the worker."""
-    from prism_gguf.quantize import planned_types
-
-    return planned_bytes(GgufFile(base), planned_types(base, mix, imatrix=imatrix))
 
 
 def _choice(comparison: Comparison, made: Collection[str], profile: Profile, options: CompareOptions) -> Choice | None:

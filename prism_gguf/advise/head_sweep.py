@@ -65,7 +65,7 @@ class HeadOptions(ReadOptions):
         """Importance of the head's columns by tensor name; empty without an imatrix."""
         if self.imatrix is None:
             return {}
-        from prism_gguf.imatrix import read_imatrix  # type: ignore[attr-defined,unused-ignore]
+        from prism_gguf.imatrix import read_imatrix
 
         weights = read_imatrix(self.imatrix).weights
         return {name: weights[name] for name in ("output.weight", "token_embd.weight") if name in weights}

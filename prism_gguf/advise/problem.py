@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prism_gguf.advise.allocation import Option, allocate, next_smaller
-from prism_gguf.advise.sensitivity import Sensitivity, TensorSensitivity, imatrix_digest
+from prism_gguf.advise.sensitivity import Sensitivity, TensorSensitivity
 from prism_gguf.budget import Budget
 from prism_gguf.errors import IncompatibleModelsError, InfeasibleBudgetError, InvalidSensitivityError
 from prism_gguf.gguf_file import GgufFile
-from prism_gguf.imatrix import read_imatrix
+from prism_gguf.imatrix import imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.plan import Plan, plan, stored_bytes

@@ -19,7 +19,7 @@ from prism_gguf.cache import default_cache, key_of, locked, model_fingerprint
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
 from prism_gguf.files import write_whole, written_whole
-from prism_gguf.imatrix import ImportanceMatrix
+from prism_gguf.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.mix import ggml_type
 from prism_gguf.reading import Reading
@@ -156,17 +156,15 @@ def ensure_sensitivity(
     reference: str, reading: Reading, options: SensitivityOptions, *, progress: Progress = no_progress
 ) -> Sensitivity:
     """See ``sensitivity``. Runs in the worker."""
-    from prism_gguf.imatrix import read_imatrix
-
     if reference.endswith(".gguf"):
         raise InvalidModelError(
             f"{reference}: gradients need the Hugging Face checkpoint; name its folder or hub id, not a GGUF"
         )
     cache = options.cache or default_cache()
     imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
-    recorded = None if options.imatrix is None else {"file": str(options.imatrix), "digest": imatrix_digest(imatrix)}
+    digest = imatrix_digest(imatrix)
+    recorded = None if digest is None else {"file": str(options.imatrix), "digest": digest}
     fingerprint = model_fingerprint(reference, cache)
-    digest = None if recorded is None else recorded["digest"]
     key = key_of([SCHEMA, fingerprint, reading.digest, *options.types, digest])
     folder = cache / "sensitivities"
     result = folder / f"{key}.json"
@@ -179,13 +177,6 @@ def ensure_sensitivity(
         write_whole(result, json.dumps(found.to_dict()))
         shutil.rmtree(folder / key)
     return found
-
-
-def imatrix_digest(imatrix: ImportanceMatrix | None) -> str | None:
-    """SHA-256 of an importance matrix's values, whatever file they are in."""
-    if imatrix is None:
-        return None
-    return key_of([part for name in sorted(imatrix.weights) for part in (name, imatrix.weights[name].tobytes().hex())])
 
 
 def _measure(

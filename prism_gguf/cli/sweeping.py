@@ -103,18 +103,10 @@ def sweep(
             profile,
             sources(text, chat),
             profile_options(profile, compare_options(**options), given),
-            imatrix=_read_imatrix(imatrix),
+            imatrix=imatrix,
             folder=out,
             keep=not delete,
             allow_requantize=allow_requantize,
             steps=steps,
         )
     finish(comparison, json_file, quiet, details)
-
-
-def _read_imatrix(file: Path | None) -> Any:
-    if file is None:
-        return None
-    from prism_gguf.imatrix import read_imatrix
-
-    return read_imatrix(file)
