@@ -165,9 +165,11 @@ def test_predictions_are_what_quantizing_costs(tmp_path: Path) -> None:
             changed = log_probabilities()
             parameter.data = kept
             measured.append(float((reference.exp() * (reference - changed)).sum(-1).mean()))
-    predicted = [t.costs["Q3_K"].kld for t in found.tensors]
+    predicted = [t.costs["Q3_K"].kld_weights for t in found.tensors]
     assert spearmanr(predicted, measured).statistic > 0.95
     assert sum(predicted) == pytest.approx(sum(measured), rel=0.3)
+    costs = [t.costs["Q3_K"] for t in found.tensors]
+    assert all(c.kld == pytest.approx(c.kld_weights + c.kld_kernel) and 0 <= c.kld_kernel < c.kld for c in costs)
     assert all(0 < t.costs["Q3_K"].kld_se < t.costs["Q3_K"].kld for t in found.tensors)
 
 

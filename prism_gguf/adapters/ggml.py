@@ -197,8 +197,7 @@ def activation_rounding(weight_type: int, width: int) -> Callable[[np.ndarray], 
     def rounded(hidden: np.ndarray) -> np.ndarray:
         hidden = np.ascontiguousarray(hidden, dtype=np.float32)
         packed = np.empty((len(hidden), width // block * size), dtype=np.uint8)
-        for row, out in zip(hidden, packed, strict=True):
-            convert(row.ctypes.data, out.ctypes.data, width)
+        convert(hidden.ctypes.data, packed.ctypes.data, hidden.size)  # no block is in two rows
         layout = _EIGHT_BIT.get(kind)
         return dequantize(packed, kind.value) if layout is None else _widen_eight_bit(packed, layout)
 

@@ -34,10 +34,14 @@ _LEAST_FACTOR = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    """One choice of the recipe: what the whole file's KLD falls by (nats per token) where this tensor stays unquantized."""
+    """One choice of the recipe: what the whole file's KLD falls by (nats per token) where this tensor is in ``finest``.
+
+    Not where it stays unquantized: the kernel's rounding would go too, which no other choice of type can mend.
+    """
 
     tensor: str
     type: str
+    finest: str
     predicted: float
     measured: float
 
@@ -114,8 +118,8 @@ def advise(
     """The recipe with the least KLD within a budget.
 
     The exact optimum of the sensitivities is made and compared with the reference, and so is llama.cpp's own mix of the
-    same size. Then its most expensive choices are left unquantized, one at a time, to see what each really costs; the
-    budget is allocated again with what was seen; and of the two recipes the one that measured better is kept.
+    same size. Then its most expensive choices are put in their finest type, one at a time, to see what each really costs;
+    the budget is allocated again with what was seen; and of the two recipes the one that measured better is kept.
 
     Args:
         found: sensitivities of the reference, measured with the same imatrix.
@@ -135,12 +139,13 @@ def advise(
         advice = _advice(problem, best)
         if not measure:
             return advice
-        leading = sorted((n for n in best.costs if best.costs[n] > 0), key=best.costs.__getitem__)[::-1][:n_checks]
+        gains = {name: cost - problem.finest(name)[1] for name, cost in best.costs.items()}
+        leading = sorted((name for name in gains if gains[name] > 0), key=gains.__getitem__, reverse=True)[:n_checks]
         files = {ADVISED: best.plan, **({} if problem.default is None else {DEFAULT: problem.default})}
-        files |= {name: problem.without(best, name, worker) for name in leading}
+        files |= {name: problem.with_finest(best, name, worker) for name in leading}
     compared = partial(_compared, reference, texts, replace(options, attribution=False, fail_on=()), steps)
     rows = compared(files)
-    checks = _checks(best, rows, leading)
+    checks = _checks(problem, best, rows, {name: gains[name] for name in leading})
     chosen = ADVISED
     if checks:
         with NativeWorker(verbose=options.verbose) as worker:
@@ -211,11 +216,13 @@ def _kld(row: CandidateResult) -> float:
     return row.divergence.kld_mean
 
 
-def _checks(best: Solution, rows: Mapping[str, CandidateResult], names: Sequence[str]) -> list[Check]:
+def _checks(
+    problem: Problem, best: Solution, rows: Mapping[str, CandidateResult], predicted: Mapping[str, float]
+) -> list[Check]:
     """Measured beside predicted, for those that could be measured."""
     whole, types = _kld(rows[ADVISED]), best.recipe.tensor_types
-    measured = {name: whole - _kld(rows[name]) for name in names if rows[name].error is None}
-    return [Check(name, types[name], best.costs[name], kld) for name, kld in measured.items()]
+    measured = {name: whole - _kld(rows[name]) for name in predicted if rows[name].error is None}
+    return [Check(n, types[n], problem.finest(n)[0], predicted[n], kld) for n, kld in measured.items()]
 
 
 def _factors(best: Solution, checks: Sequence[Check]) -> dict[str, float]:

@@ -6,6 +6,9 @@ quantization adds to the weights, the KLD that D costs is E⟨g, D⟩² / 2 per 
 - directional: the mean of ⟨g, D⟩² over windows. Right whatever D is, but each window gives one squared normal variable.
 - diagonal: Σ g² D². The expectation of the above if the signs of D's elements are independent, as rounding errors nearly
   are. Every element of every window contributes, so a dozen windows give what a thousand squared normals would.
+
+llama.cpp's kernels round activations too (x to 8 bits, before a product with quantized weights). With e that rounding and
+δ W the gradient at x, it costs Σ (δ W)² e² / 2 in the same way: nats that a type brings along whatever its weights are.
 """
 
 from __future__ import annotations
@@ -15,18 +18,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from prism_gguf.adapters import ggml
 from prism_gguf.advise.tensor_names import QuantizableTensor
 from prism_gguf.advise.weight_errors import WeightErrors
+from prism_gguf.mix import ggml_type
 
 # Weights of one tensor in all types that exist in float32 at a time.
 _CHUNK = 8 * 2**20
 
 
 class FisherProducts:
-    """⟨g, D⟩ and Σ g² D² per window, tensor and type, gathered while a backward pass runs.
+    """⟨g, D⟩, Σ g² D² and Σ (δ W)² e² per window, tensor and type, gathered while a backward pass runs.
 
     Attributes:
-        directional, diagonal: (windows, tensors, types) float64; NaN where a tensor cannot have a type.
+        directional, diagonal, kernel: (windows, tensors, types) float64; NaN where a tensor cannot have a type.
     """
 
     def __init__(self, tensors: Sequence[QuantizableTensor], errors: WeightErrors, n_windows: int) -> None:
@@ -38,18 +43,38 @@ class FisherProducts:
         self.directional = np.full((n_windows, len(tensors), len(errors.types)), np.nan)
         for name, columns in self._columns.items():
             self.directional[:, self._number[name], columns] = 0
-        self.diagonal = self.directional.copy()
+        self.diagonal, self.kernel = self.directional.copy(), self.directional.copy()
 
     def add_product(
-        self, tensor: QuantizableTensor, matrix: int, window: int, x: torch.Tensor, delta: torch.Tensor
+        self,
+        tensor: QuantizableTensor,
+        matrix: int,
+        window: int,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        at_input: torch.Tensor,
     ) -> None:
-        """A product's x (k, n, columns) and δ (k, n, rows) for windows ``window`` … (see ``gradients.Sink``)."""
+        """A product's x (k, n, columns), δ (k, n, rows) and δ W for windows ``window`` … (see ``gradients.Sink``)."""
+        self._add_kernel(tensor, window, x, at_input)
         n_rows, width = tensor.rows.shape[1:]
         step = max(1, _CHUNK // (width * max(1, len(self._columns[tensor.name]))))
         for start in range(0, n_rows, step):
             rows = slice(start, min(start + step, n_rows))
             gradient = torch.bmm(delta[..., rows].transpose(1, 2), x)
             self._add(tensor, window, gradient, self._errors.errors(tensor, matrix, rows))
+
+    def _add_kernel(self, tensor: QuantizableTensor, window: int, x: torch.Tensor, at_input: torch.Tensor) -> None:
+        """What rounding x costs: the same for all types that are multiplied by activations of the same kind."""
+        windows, costs = slice(window, window + len(x)), {}
+        for column in self._columns[tensor.name]:
+            kind = ggml_type(self._errors.types[column])
+            activations = ggml.activation_type(kind)
+            if activations is not None and activations not in costs:
+                rounding = ggml.activation_rounding(kind, x.shape[-1])
+                flat = x.flatten(0, -2).numpy()
+                error = flat - (flat if rounding is None else rounding(flat))
+                costs[activations] = np.square(error * at_input.flatten(0, -2).numpy()).reshape(len(x), -1).sum(1)
+            self.kernel[windows, self._number[tensor.name], column] += costs.get(activations, 0.0)
 
     def add_embedding(self, window: int, ids: torch.Tensor, delta: torch.Tensor) -> None:
         """Token ids (k, n) and δ (k, n, d) of the embedding's rows, for windows ``window`` …"""

@@ -6,7 +6,8 @@ E⟨g, D⟩² / 2 is the KLD, to second order, that adding D to the weights cost
 the model have the same covariance, but rare labels with huge gradients, which is where heavy tails come from).
 
 For a product y = x Wᵀ the gradient is δᵀ x with δ at y and x at its input: it is formed when the backward pass arrives, one
-tensor at a time, handed to a sink, and forgotten.
+tensor at a time, handed to a sink, and forgotten. δ W, the gradient at x, says what
+rounding x costs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
 from prism_gguf.advise.tensor_names import QuantizableTensor
 from prism_gguf.output_head import OutputHead
 
-Sink = Callable[[QuantizableTensor, int, int, torch.Tensor, torch.Tensor], None]
-"""(tensor, matrix, first sequence, x (k, n, columns), δ (k, n, rows)) of one product for k sequences, float32."""
+Sink = Callable[[QuantizableTensor, int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""(tensor, matrix, first sequence, x (k, n, columns), δ (k, n, rows), δ W (k, n, columns)) of one product, float32."""
 EmbeddingSink = Callable[[torch.Tensor, torch.Tensor], None]
 """(token ids (k, n), δ (k, n, d) float32 of the embedding's rows)."""
 
@@ -40,11 +41,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (x,), (delta,) = ctx.saved_tensors, grads
+        back = torch.zeros_like(x)
         for tensor, matrix in ctx.uses:
-            rows = delta[..., tensor.first_row : tensor.first_row + tensor.rows.shape[1]]
+            rows = slice(tensor.first_row, tensor.first_row + tensor.rows.shape[1])
+            own = delta[..., rows] @ ctx.weight[rows].float()
+            back += own
             # Experts see the tokens of one sequence, in a flat batch.
-            ctx.sink(tensor, matrix, 0, x if x.ndim == 3 else x[None], rows if rows.ndim == 3 else rows[None])
-        return delta @ ctx.weight.float(), None, None, None, None
+            ctx.sink(tensor, matrix, 0, *(v if v.ndim == 3 else v[None] for v in (x, delta[..., rows], own)))
+        return back, None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -128,9 +132,9 @@ def backward(
     generator = torch.Generator().manual_seed(seed)
     for number, hidden in enumerate(states.detach()):
         delta = fisher_gradient(hidden, head, generator)
-        if head_tensor is not None:
-            sink(head_tensor, 0, number, hidden[None], delta[None])
         gradient[number] = sum(delta[:, start:stop] @ rows for start, stop, rows in head.chunks())
+        if head_tensor is not None:
+            sink(head_tensor, 0, number, hidden[None], delta[None], gradient[number][None])
     states.backward(gradient)
 
 

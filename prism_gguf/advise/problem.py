@@ -145,9 +145,15 @@ class Problem:
         )
         return Solution(recipe, self._plan(recipe, worker), costs)
 
-    def without(self, solution: Solution, tensor: str, worker: NativeWorker) -> Plan:
-        """The file with one tensor of a solution left as the base has it."""
-        types = {**solution.recipe.tensor_types, tensor: self._stored[tensor].type}
+    def finest(self, tensor: str) -> tuple[str, float]:
+        """The quantized type that costs a tensor least, and what it costs: mostly Q8_0."""
+        costs = self._found[tensor].costs
+        kind = min(costs, key=lambda kind: costs[kind].kld)
+        return kind, costs[kind].kld
+
+    def with_finest(self, solution: Solution, tensor: str, worker: NativeWorker) -> Plan:
+        """The file of a solution with one tensor in its finest type."""
+        types = {**solution.recipe.tensor_types, tensor: self.finest(tensor)[0]}
         return self._plan(Mix(solution.recipe.ftype, tensor_types=types), worker)
 
     def _label(self, types: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ import datetime
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,13 +61,17 @@ class Cost:
     """What a type costs a tensor.
 
     Attributes:
-        kld: predicted mean KLD with this tensor alone in this type, nats per token; see ``fisher`` (diagonal estimate).
+        kld: predicted mean KLD with this tensor alone in this type, nats per token: of weights and kernel together.
         kld_se: its standard error, over windows.
-        kld_directional: the other, noisier estimate, which assumes nothing of the errors.
+        kld_weights: the weights' part (see ``fisher``, the diagonal estimate).
+        kld_kernel: what llama.cpp's rounding of the activations costs that this type is multiplied by.
+        kld_directional: the other, noisier estimate of the weights' part, which assumes nothing of the errors.
     """
 
     kld: float
     kld_se: float
+    kld_weights: float
+    kld_kernel: float
     kld_directional: float
 
 
@@ -108,9 +112,9 @@ class Sensitivity:
 
     @property
     def directional_ratio(self) -> float:
-        """Sum of all directional over all diagonal estimates: far from 1 where errors are not independent."""
+        """Sum of all directional over all diagonal estimates of the weights' part: far from 1 where errors go together."""
         costs = [cost for tensor in self.tensors for cost in tensor.costs.values()]
-        return sum(c.kld_directional for c in costs) / sum(c.kld for c in costs)
+        return sum(c.kld_directional for c in costs) / sum(c.kld_weights for c in costs)
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
@@ -206,7 +210,7 @@ def _measure(
         total = len(tensors) + windows.n_windows
         errors.prepare(tensors, lambda done, _: progress(done, total))
         parts = _gradients(model, tensors, errors, windows.tokens, folder, lambda n: progress(len(tensors) + n, total))
-        directional, diagonal = (np.concatenate(part) for part in zip(*parts, strict=True))
+        sums = [np.concatenate(part) for part in zip(*parts, strict=True)]
     n, n_ctx = windows.tokens.shape
     return Sensitivity(
         tool_version=__version__,
@@ -221,7 +225,7 @@ def _measure(
             "domains": windows.domain_names,
         },
         imatrix=None,
-        tensors=_costs(tensors, errors, directional / np.sqrt(n_ctx), diagonal / n_ctx),
+        tensors=_costs(tensors, errors, n_ctx, *sums),
         left_out=left_out,
     )
 
@@ -242,8 +246,8 @@ def _gradients(
     tokens: np.ndarray,
     folder: Path,
     done: Any,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(directional, diagonal) sums of one batch of windows after the other; each is kept, for a later run to go on from."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(directional, diagonal, kernel) sums of one batch after the other; each is kept, for a later run to go on from."""
     import torch
 
     from prism_gguf.advise.fisher import FisherProducts
@@ -260,28 +264,28 @@ def _gradients(
             sums = FisherProducts(tensors, errors, len(batch))
             backward(model, batch, tensors, sums.add_product, partial(sums.add_embedding, 0), seed=start)
             with written_whole(path) as partial_path, partial_path.open("wb") as stream:
-                np.savez(stream, directional=sums.directional, diagonal=sums.diagonal)
+                np.savez(stream, directional=sums.directional, diagonal=sums.diagonal, kernel=sums.kernel)
         stored = np.load(path)
-        yield stored["directional"], stored["diagonal"]
+        yield stored["directional"], stored["diagonal"], stored["kernel"]
     done(len(tokens))
 
 
 def _costs(
-    tensors: Sequence[QuantizableTensor], errors: WeightErrors, directional: np.ndarray, diagonal: np.ndarray
+    tensors: Sequence[QuantizableTensor],
+    errors: WeightErrors,
+    n_ctx: int,
+    directional: np.ndarray,
+    diagonal: np.ndarray,
+    kernel: np.ndarray,
 ) -> list[TensorSensitivity]:
-    """From ⟨g, D⟩ and Σ g² D² of each window, both per token: KLD is half of the mean square."""
-    mean = 0.5 * diagonal.mean(0)
-    error = 0.5 * diagonal.std(0, ddof=1) / np.sqrt(len(diagonal))
-    squares = 0.5 * np.square(directional).mean(0)
+    """From ``fisher``'s sums for each window: half of their mean, per token."""
+    both = 0.5 * (diagonal + kernel) / n_ctx
+    error = both.std(0, ddof=1) / np.sqrt(len(both))
+    values = (both.mean(0), error, *(0.5 * part.mean(0) / n_ctx for part in (diagonal, kernel, np.square(directional))))
     found = []
     for row, tensor in enumerate(tensors):
         columns = {name: errors.types.index(name) for name in errors.types_of(tensor)}
-        costs = {name: Cost(*(float(v[row, at]) for v in (mean, error, squares))) for name, at in columns.items()}
+        costs = {name: Cost(*(float(v[row, at]) for v in values)) for name, at in columns.items()}
         n, height, width = tensor.rows.shape
         found.append(TensorSensitivity(tensor.name, tensor.parameter, (n, height, width), costs))
     return found
-
-
-def by_name(found: Sensitivity) -> Mapping[str, TensorSensitivity]:
-    """Sensitivities by the tensor's name in the GGUF."""
-    return {tensor.name: tensor for tensor in found.tensors}

@@ -55,10 +55,10 @@ def print_advice(advice: Advice, file: Path, out: Console) -> None:
         out.print(_files(advice))
         out.print()
     if advice.checks:
-        table = _table("left unquantized", "type", "predicted", "measured")
+        table = _table("what it costs", "in", "beside", "predicted", "measured")
         for check in advice.checks:
             name = escape(check.tensor.removesuffix(".weight"))
-            table.add_row(name, check.type, number(check.predicted), number(check.measured))
+            table.add_row(name, check.type, check.finest, number(check.predicted), number(check.measured))
         out.print(table)
         out.print()
     counts = Counter(recipe.tensor_types.values())
