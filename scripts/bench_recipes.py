@@ -14,14 +14,14 @@ from pathlib import Path
 from bench_sensitivity import Subject, subject
 
 from prism_gguf.advise.advice import advise
-from prism_gguf.advise.collect import imatrix
+from prism_gguf.advise.calibrate import imatrix
 from prism_gguf.advise.sensitivity import SensitivityOptions, sensitivity
 from prism_gguf.budget import Budget
 from prism_gguf.compare import CompareOptions, compare
 from prism_gguf.make import quantize_file
 from prism_gguf.mix import Mix
 from prism_gguf.reading import Reading
-from prism_gguf.reference import RunOptions, no_steps
+from prism_gguf.reference import RunOptions
 from prism_gguf.text import Score, first_half
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         work = arguments.work / name
         of = subject(name, work)
         matrix = work / "imatrix.gguf"
-        imatrix(of.checkpoint, Reading(of.calibration, 512, 60, Score.ALL), matrix, RunOptions(), steps=no_steps)
+        imatrix(of.checkpoint, Reading(of.calibration, 512, 60, Score.ALL), matrix, RunOptions())
         made = {ftype: files(of, ftype, work, matrix, arguments.checks) for ftype in arguments.ftype}
         paths = [path for three in made.values() for path in three.values()]
         options = CompareOptions(windows=arguments.windows, attribution=False, cache=work / "cache")

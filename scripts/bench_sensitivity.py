@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.advise.collect import imatrix
+from prism_gguf.advise.calibrate import imatrix
 from prism_gguf.advise.sensitivity import SensitivityOptions, sensitivity
 from prism_gguf.advise.tensor_names import quantizable_tensors
 from prism_gguf.advise.weight_errors import WeightErrors
@@ -92,7 +92,7 @@ def measured(
 def weight_errors(of: Subject, kind: str, work: Path) -> dict[str, dict[str, float]]:
     """Relative and activation-weighted squared error of each tensor."""
     file = work / "imatrix.gguf"
-    imatrix(of.checkpoint, Reading(of.calibration, 256, 40, Score.ALL), file, RunOptions(), steps=no_steps)
+    imatrix(of.checkpoint, Reading(of.calibration, 256, 40, Score.ALL), file, RunOptions())
     importance = read_imatrix(file)
     found: dict[str, dict[str, float]] = {"relative weight MSE": {}, "activation-weighted MSE": {}}
     with HuggingFaceModel(of.checkpoint) as model:

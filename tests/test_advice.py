@@ -35,7 +35,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The testbed's importance matrix, from the second halves of its held-out texts."""
     out = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
     reading = Reading([second_half(t) for t in held_out_texts()], 256, 20, Score.ALL)
-    assert collect_imatrix(str(MODEL), reading, str(out), RunOptions()) == {}
+    assert collect_imatrix(str(MODEL), reading, out, RunOptions()) == {}
     return out
 
 

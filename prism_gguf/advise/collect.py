@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ class _Observed(Float32Compute):
 
 
 def collect_imatrix(
-    reference: str, reading: Reading, out: str, options: RunOptions, *, progress: Progress = no_progress
+    reference: str, reading: Reading, out: Path, options: RunOptions, *, progress: Progress = no_progress
 ) -> dict[str, str]:
     """Run a checkpoint over a text and write its importance matrix as ``imatrix.gguf``. Runs in the worker.
 
@@ -80,7 +79,7 @@ def collect_imatrix(
         progress(windows.n_windows, windows.n_windows)
     seen = {name for name, counts in observed.counts.items() if counts.any()}  # not an embedding that is no head
     write_imatrix(
-        Path(out),
+        out,
         {name: observed.sums[name] for name in seen},
         {name: observed.counts[name] for name in seen},
         datasets=windows.domain_names,
@@ -88,13 +87,3 @@ def collect_imatrix(
         chunk_size=windows.n_ctx,
     )
     return left_out
-
-
-def imatrix(reference: str | Path, reading: Reading, out: Path, options: RunOptions, *, steps: Any) -> dict[str, str]:
-    """See ``collect_imatrix``."""
-    from prism_gguf.isolation import NativeWorker
-
-    with NativeWorker(verbose=options.verbose) as worker:
-        return worker.run(
-            collect_imatrix, str(reference), reading, str(out), options, progress=partial(steps, "imatrix")
-        )

@@ -13,7 +13,7 @@ from prism_gguf.budget import Budget
 from prism_gguf.errors import IncompatibleModelsError, InfeasibleBudgetError, InvalidSensitivityError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import imatrix_digest, read_imatrix
-from prism_gguf.isolation import NativeWorker
+from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.plan import Plan, plan, stored_bytes
 from prism_gguf.recipe import Recipe
@@ -112,7 +112,7 @@ class Problem:
         }
         while True:
             try:
-                types = allocate(options, room)
+                types = worker.run(_allocate, options, room)
             except InfeasibleBudgetError:
                 least = self.limit - room + sum(min(o.n_bytes for o in kinds.values()) for kinds in options.values())
                 raise InfeasibleBudgetError(
@@ -180,6 +180,14 @@ class Problem:
             saved = kinds[below].kld - kinds[kind].kld
             reasons[name] = f"+{more:.2f} MiB over {below} buys {saved:.2g} nats"
         return reasons
+
+
+def _allocate(
+    options: Mapping[str, Mapping[str, Option]], budget: int, *, progress: Progress = no_progress
+) -> dict[str, str]:
+    """In the worker: HiGHS has been seen to print to standard output, which is the user's."""
+
+    return allocate(options, budget)
 
 
 def _check_imatrix(found: Sensitivity, imatrix: Path | None) -> None:

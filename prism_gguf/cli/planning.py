@@ -91,7 +91,7 @@ def imatrix(
 
     REFERENCE is a checkpoint directory or hub id. The file has an entry for the output head too.
     """
-    from prism_gguf.advise.collect import imatrix as collect
+    from prism_gguf.advise.calibrate import imatrix as collect
     from prism_gguf.reference import RunOptions
     from prism_gguf.report.terminal import progress_bars
 

@@ -1,0 +1,24 @@
+"""The importance matrix of a checkpoint, collected in a child process."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from prism_gguf.isolation import NativeWorker, Progress
+from prism_gguf.reading import Reading
+from prism_gguf.reference import RunOptions, Steps, no_steps
+
+
+def imatrix(
+    reference: str | Path, reading: Reading, out: Path, options: RunOptions, *, steps: Steps = no_steps
+) -> dict[str, str]:
+    """Write the importance matrix of ``reference`` over a text to ``out``; see ``collect.collect_imatrix``."""
+    with NativeWorker(verbose=options.verbose) as worker:
+        return worker.run(_collect, str(reference), reading, out, options, progress=partial(steps, "imatrix"))
+
+
+def _collect(reference: str, reading: Reading, out: Path, options: RunOptions, *, progress: Progress) -> dict[str, str]:
+    from prism_gguf.advise.collect import collect_imatrix
+
+    return collect_imatrix(reference, reading, out, options, progress=progress)
