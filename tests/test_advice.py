@@ -13,7 +13,7 @@ from prism_gguf.advise.sensitivity import Sensitivity, SensitivityOptions, ensur
 from prism_gguf.budget import Budget
 from prism_gguf.cli import main
 from prism_gguf.compare import CompareOptions
-from prism_gguf.errors import IncompatibleModelsError, InfeasibleBudgetError, InvalidSensitivityError
+from prism_gguf.errors import IncompatibleModelsError, InfeasibleBudgetError, InvalidModelError, InvalidSensitivityError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import read_imatrix
 from prism_gguf.make import quantize_file
@@ -110,6 +110,8 @@ def test_what_does_not_fit_is_refused(ladder: dict[str, Path], found: Sensitivit
 
     with pytest.raises(InfeasibleBudgetError, match=r"no file within 1.5bpw .* smallest feasible budget is 1\.\d\dMiB"):
         attempt("1.5bpw", found, matrix)
+    with pytest.raises(InvalidModelError, match="is Q8_0, and sensitivities are of the unquantized model"):
+        advise(MODEL, ladder["Q8_0"], Budget.parse("4bpw"), found, None, OPTIONS, imatrix=matrix, measure=False)
     with pytest.raises(InvalidSensitivityError, match="name the same with --imatrix"):
         attempt("4.8bpw", found, None)
     other = replace(found, tensors=[replace(t, shape=(1, 1, 1)) for t in found.tensors])

@@ -10,7 +10,12 @@ from pathlib import Path
 from prism_gguf.advise.allocation import Option, allocate, next_smaller
 from prism_gguf.advise.sensitivity import Sensitivity, TensorSensitivity
 from prism_gguf.budget import Budget
-from prism_gguf.errors import IncompatibleModelsError, InfeasibleBudgetError, InvalidSensitivityError
+from prism_gguf.errors import (
+    IncompatibleModelsError,
+    InfeasibleBudgetError,
+    InvalidModelError,
+    InvalidSensitivityError,
+)
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
@@ -42,6 +47,7 @@ class Problem:
         left_out: quantizable tensors without sensitivity: they keep the type of the default (or of Q2_K).
 
     Raises:
+        InvalidModelError: the base is quantized already.
         InvalidSensitivityError: the sensitivities were measured with another imatrix.
         IncompatibleModelsError: or for another model.
         InfeasibleBudgetError: the budget names the file of an ftype that llama.cpp cannot make.
@@ -53,6 +59,10 @@ class Problem:
         _check_imatrix(found, imatrix)
         self.base, self.budget, self._imatrix = base, budget, imatrix
         gguf = GgufFile(base)
+        if gguf.ftype not in UNQUANTIZED:
+            raise InvalidModelError(
+                f"{base}: is {gguf.ftype}, and sensitivities are of the unquantized model: name the F16, BF16 or F32 file"
+            )
         self._stored = {t.name: t for t in gguf.tensors}
         quantizable = self._quantizable(worker)
         self._found = {t.name: t for t in found.tensors if t.name in quantizable}
