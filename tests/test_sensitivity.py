@@ -72,11 +72,10 @@ def test_products_are_those_of_the_whole_gradient(config: PreTrainedConfig, tmp_
     backward(model, tokens, tensors, sums.add_product, lambda ids, d: sums.add_embedding(0, ids, d), seed=5)
 
     # The same random loss by plain autograd, with all weights asking for gradients.
-    generator = torch.Generator().manual_seed(5)
     head, network = model.output_head(), model.network
     for number, ids in enumerate(tokens):
         states = model.traced_states(ids[None], Float32Compute())[0]
-        delta = fisher_gradient(states, head, generator)
+        delta = fisher_gradient(states, head, torch.Generator().manual_seed(5 + number))
         network.requires_grad_(True)
         hidden = network.model(input_ids=ids[None]).last_hidden_state[0]
         network.zero_grad()

@@ -122,15 +122,15 @@ def backward(
 
     Args:
         tokens: (k, n) int64.
-        seed: of the random signs.
+        seed: of the random signs of the first sequence; the next takes the next.
     """
     head = model.output_head()
     head_tensor = next((t for t in tensors if t.products[0] is model.head_weight), None)
     mode = _Traced([t for t in tensors if t is not head_tensor], model.embedding_weight, sink, embedding_sink)
     states = model.traced_states(tokens, mode)
     gradient = torch.empty_like(states)
-    generator = torch.Generator().manual_seed(seed)
     for number, hidden in enumerate(states.detach()):
+        generator = torch.Generator().manual_seed(seed + number)
         delta = fisher_gradient(hidden, head, generator)
         gradient[number] = sum(delta[:, start:stop] @ rows for start, stop, rows in head.chunks())
         if head_tensor is not None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SCHEMA = "prism-gguf/sensitivity/1"
 # What mixes are made of, from 8.5 to 2.6 bits per weight; types of smaller blocks serve rows that 256 does not divide.
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K")
-# Tokens that go through the network together: autograd keeps their activations.
+# Tokens that go through the network together at most: autograd keeps their activations.
 _TOKENS_PER_BATCH = 2048
 
 
@@ -239,6 +239,19 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
+def _windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int) -> int:
+    """As many as half of the free memory has room for; results do not depend on it."""
+    import psutil
+
+    if any(t.rows.shape[0] > 1 for t in tensors):
+        return 1  # experts get the tokens of all windows in one flat batch
+    # Each product keeps its input and output in float32, and what lies between products about as much again.
+    body = (t.rows.shape for t in tensors if t.name not in ("token_embd.weight", "output.weight"))
+    bytes_per_token = 2 * 4 * sum(rows + width for _, rows, width in body)
+    room = psutil.virtual_memory().available // 2
+    return max(1, min(_TOKENS_PER_BATCH, int(room // max(1, bytes_per_token))) // n_ctx)
+
+
 def _gradients(
     model: HuggingFaceModel,
     tensors: Sequence[QuantizableTensor],
@@ -253,13 +266,11 @@ def _gradients(
     from prism_gguf.advise.fisher import FisherProducts
     from prism_gguf.advise.gradients import backward
 
-    # Experts get the tokens of all windows in one flat batch, so there it must be one window.
-    several = all(t.rows.shape[0] == 1 for t in tensors)
-    size = max(1, _TOKENS_PER_BATCH // tokens.shape[1]) if several else 1
+    size = _windows_per_batch(tensors, tokens.shape[1])
     for start in range(0, len(tokens), size):
         done(start)
         batch = torch.from_numpy(tokens[start : start + size].astype(np.int64))
-        path = folder / f"windows-{start}.npz"
+        path = folder / f"windows-{start}-{len(batch)}.npz"
         if not path.exists():
             sums = FisherProducts(tensors, errors, len(batch))
             backward(model, batch, tensors, sums.add_product, partial(sums.add_embedding, 0), seed=start)
