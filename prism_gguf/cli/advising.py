@@ -12,6 +12,7 @@ import click
 from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain, main
 from prism_gguf.cli.options import (
     check_capture_options,
+    imatrix_option,
     json_option,
     limit_options,
     quiet_option,
@@ -28,12 +29,7 @@ from prism_gguf.cli.options import (
 @click.option(
     "--type", "types", multiple=True, metavar="TYPE", help="Type to try, such as Q5_K; repeatable. Default: all."
 )
-@click.option(
-    "--imatrix",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Importance matrix to quantize the heads with, where it has an entry for them.",
-)
+@imatrix_option
 @click.option(
     "--run",
     type=click.Choice(["best", "all"]),

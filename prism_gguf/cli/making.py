@@ -11,6 +11,7 @@ import click
 from prism_gguf.cli.group import check_writable, main
 from prism_gguf.cli.measuring import compare_options, finish
 from prism_gguf.cli.options import (
+    imatrix_option,
     judging_options,
     output_options,
     runtime_options,
@@ -41,12 +42,7 @@ if TYPE_CHECKING:
 @click.option("--output-type", metavar="TYPE", help="With --type: ggml type of output.weight, such as Q6_K.")
 @click.option("--embedding-type", metavar="TYPE", help="With --type: ggml type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="With --type: every other tensor takes the ftype's own type.")
-@click.option(
-    "--imatrix",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Importance matrix of llama-imatrix: imatrix.gguf or legacy .dat.",
-)
+@imatrix_option
 @click.option("--allow-requantize", is_flag=True, help="Take a BASE that is quantized already; its loss stays.")
 @click.option("--dry-run", is_flag=True, help="Say the exact size and stop.")
 @click.option("--force", is_flag=True, help="Replace OUT.gguf if it exists.")

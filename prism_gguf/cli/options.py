@@ -52,17 +52,27 @@ text_options = options(
     ),
 )
 
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the physical cores.")
+cache_option = click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for captures and sensitivities. Default: the user's cache folder, or PRISM_GGUF_CACHE.",
+)
+verbose_option = click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
+imatrix_option = click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Importance matrix to quantize with: imatrix.gguf, or llama-imatrix's legacy .dat.",
+)
+
 runtime_options = options(
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the physical cores."),
+    threads_option,
     click.option("--n-gpu-layers", type=int, help="Layers that llama.cpp offloads. Default: llama.cpp's own."),
     click.option("--cache-type-k", type=_CACHE_TYPES, default="f16", show_default=True, help="KV cache type of K."),
     click.option("--cache-type-v", type=_CACHE_TYPES, default="f16", show_default=True, help="KV cache type of V."),
-    click.option(
-        "--cache",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for captures. Default: the user's cache folder, or PRISM_GGUF_CACHE.",
-    ),
-    click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
+    cache_option,
+    verbose_option,
 )
 
 limit_options = options(

@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.options import (
+    cache_option,
+    imatrix_option,
+    json_option,
+    quiet_option,
+    runtime_options,
+    sources,
+    text_options,
+    threads_option,
+    trust_option,
+    verbose_option,
+)
 from prism_gguf.cli.options import options as together
-from prism_gguf.cli.options import quiet_option, runtime_options, sources, text_options, trust_option
 
 if TYPE_CHECKING:
     from prism_gguf.reading import Reading
@@ -46,24 +57,12 @@ def _calibration(text: tuple[str, ...], chat: tuple[Path, ...], n_ctx: int, wind
     return Reading(sources(text, chat) or calibration_texts(), n_ctx, windows, Score.ALL)
 
 
-_cache_option = click.option(
-    "--cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for what is kept. Default: the user's cache folder, or PRISM_GGUF_CACHE.",
-)
-_threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads. Default: the physical cores."
-)
-_verbose_option = click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
 _types_option = click.option(
     "--type",
     "types",
     multiple=True,
     metavar="TYPE",
     help="ggml type to try, such as Q4_K; repeatable. Default: thirteen.",
-)
-_imatrix_option = click.option(
-    "--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix to quantize with."
 )
 
 
@@ -73,8 +72,8 @@ _imatrix_option = click.option(
     "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write, .gguf."
 )
 @calibration_options("the activations", windows=100, n_ctx=512)
-@_threads_option
-@_verbose_option
+@threads_option
+@verbose_option
 @trust_option
 @quiet_option
 def imatrix(
@@ -108,12 +107,12 @@ def imatrix(
 @click.option(
     "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write, JSON."
 )
-@_imatrix_option
+@imatrix_option
 @_types_option
 @calibration_options("the gradients", windows=40, n_ctx=256)
-@_threads_option
-@_cache_option
-@_verbose_option
+@threads_option
+@cache_option
+@verbose_option
 @trust_option
 @quiet_option
 def sensitivity(
@@ -158,15 +157,13 @@ def sensitivity(
     metavar="FILE",
     help="What `prism-gguf sensitivity` wrote. Default: measure it, or take it from the cache.",
 )
-@_imatrix_option
+@imatrix_option
 @_types_option
 @click.option(
     "--checks", type=click.IntRange(min=0), default=6, show_default=True, help="Choices to measure one by one."
 )
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Make the file and measure it.")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all that was found to FILE."
-)
+@json_option
 @text_options
 @runtime_options
 @trust_option

@@ -12,6 +12,7 @@ from prism_gguf.cli.group import check_writable, main
 from prism_gguf.cli.measuring import compare_options, finish
 from prism_gguf.cli.options import (
     check_capture_options,
+    imatrix_option,
     judging_options,
     output_options,
     runtime_options,
@@ -43,7 +44,7 @@ def profiles(name: str | None) -> None:
 @click.argument("base", type=click.Path(path_type=Path), metavar="BASE.gguf")
 @click.option("--reference", required=True, help="Checkpoint directory, hub id, GGUF or capture to compare with.")
 @click.option("--profile", "profile_name", required=True, metavar="NAME|FILE.yaml", help="See `prism-gguf profiles`.")
-@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix of this model.")
+@imatrix_option
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the files. Default: that of BASE.gguf."
 )
