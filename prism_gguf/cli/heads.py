@@ -1,0 +1,89 @@
+"""Commands that advise: head."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain, main
+from prism_gguf.cli.options import (
+    check_capture_options,
+    imatrix_option,
+    json_option,
+    limit_options,
+    quiet_option,
+    runtime_options,
+    sources,
+    text_options,
+    trust_option,
+)
+
+
+@main.command()
+@click.argument("reference")
+@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE.gguf…")
+@click.option(
+    "--type", "types", multiple=True, metavar="TYPE", help="Type to try, such as Q5_K; repeatable. Default: all."
+)
+@imatrix_option
+@click.option(
+    "--run",
+    type=click.Choice(["best", "all"]),
+    default="best",
+    show_default=True,
+    help="Tied heads, which are the input too: run the cheapest types that pass until one does so in the run, or all.",
+)
+@limit_options
+@text_options
+@runtime_options
+@trust_option
+@json_option
+@quiet_option
+def head(
+    reference: str,
+    candidates: tuple[str, ...],
+    types: tuple[str, ...],
+    run: str,
+    score: str,
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    json_file: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Which type should the output head of each CANDIDATE take?
+
+    Runs a candidate once, and scores every head type with the hidden states that it computed, llama.cpp's head kernel
+    included. REFERENCE is what `prism-gguf compare` takes; the heads are made from its rows.
+
+    A tied head is the input embedding too: the table then has the output side for every type, and what was run. Several
+    candidates give the table of bodies and heads.
+
+    Exit code: 0 if all is well, 1 if no head type keeps every limit (--fail-on), 2 if something could not be done.
+    """
+    from prism_gguf.advise.head_sweep import TYPES, HeadOptions, sweep_heads
+    from prism_gguf.files import write_whole
+    from prism_gguf.report.head_table import print_heads
+    from prism_gguf.report.terminal import console, progress_bars
+    from prism_gguf.text import Score
+
+    check_writable(json_file)
+    check_capture_options(reference)
+    chosen = HeadOptions(score=Score(score), types=types or TYPES, run_all=run == "all", **options)
+    with progress_bars(shown=not quiet) as steps:
+        report = sweep_heads(reference, candidates, sources(text, chat), chosen, steps=steps)
+    if json_file is not None:
+        write_whole(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
+    if not quiet:
+        print_heads(report, console())
+    for candidate in report.failed:
+        assert candidate.error is not None
+        complain(candidate.error.message)
+    if report.failed:
+        sys.exit(EXIT_BAD)
+    if not report.passed:
+        sys.exit(EXIT_GATE)
