@@ -1,4 +1,4 @@
-"""Commands that advise: head."""
+"""The command that scores output heads: head."""
 
 from __future__ import annotations
 
