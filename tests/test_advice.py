@@ -133,6 +133,7 @@ def test_tensors_without_sensitivity_keep_the_default_type(
     assert {n: advice.recipe.tensor_types[n] for n in advice.left_out} == {n: default[n] for n in advice.left_out}
 
 
+@pytest.mark.slow
 def test_from_checkpoint_to_file_on_the_command_line(ladder: dict[str, Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(t.text for t in held_out_texts())[:60_000])

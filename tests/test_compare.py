@@ -102,6 +102,7 @@ def test_a_file_against_itself_is_at_zero(ladder: dict[str, Path]) -> None:
     assert candidate.geometry.bound_holds
 
 
+@pytest.mark.slow
 def test_smollm2_control_and_a_quantized_file(smollm2, tmp_path: Path) -> None:
     out = tmp_path / "SmolLM2-Q4_K_M.gguf"
     with NativeWorker() as worker:

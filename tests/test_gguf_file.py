@@ -40,6 +40,7 @@ def test_head_rows_are_the_tensor(ladder: dict[str, Path]) -> None:
         assert file.head_bias() is None
 
 
+@pytest.mark.slow
 def test_fallbacks_are_named(smollm2, tmp_path: Path) -> None:
     from prism_gguf.isolation import NativeWorker
     from prism_gguf.mix import Mix

@@ -143,6 +143,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return checkpoint, folder / "tied-Q4_K_M.gguf"
 
 
+@pytest.mark.slow
 def test_a_tied_head_is_run_as_input_too(tied: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, candidate = tied
     types = ("Q8_0", "Q6_K", "Q4_K", "Q2_K")
@@ -186,6 +187,7 @@ def test_replacing_a_tensor_leaves_the_rest(ladder: dict[str, Path], tmp_path: P
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_the_command(ladder: dict[str, Path], tmp_path: Path) -> None:
     bad, out = tmp_path / "bad.gguf", tmp_path / "r.json"
     bad.write_bytes(b"GGUF")

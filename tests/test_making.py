@@ -57,6 +57,7 @@ def test_dry_run_profile_and_options(ladder: dict[str, Path], tmp_path: Path) ->
     assert GgufFile(out).types == {"Q4_K": 28, "F32": 9, "Q2_K": 1, "Q8_0": 1}
 
 
+@pytest.mark.slow
 def test_verify_says_what_was_predicted(ladder: dict[str, Path], tmp_path: Path) -> None:
     types = read_recipe(ladder["Q2_K"]).tensor_types
     write_recipe(tmp_path / "r.yaml", Recipe("Q2_K", types, predicted_kld=0.25, predicted_kld_se=0.01))
