@@ -124,7 +124,8 @@ def main() -> None:
     parser.add_argument("--model", choices=["testbed", "smollm2"], default="testbed")
     parser.add_argument("--type", nargs="+", default=["Q4_0"])
     parser.add_argument("--tensors", type=int, help="measure about so many, evenly spread; default all")
-    parser.add_argument("--windows", type=int, default=16, help="windows of 512 that brute force measures on")
+    parser.add_argument("--windows", type=int, default=16, help="windows that brute force measures on; five at least")
+    parser.add_argument("--n-ctx", type=int, default=512, help="tokens of such a window")
     arguments = parser.parse_args()
     of, work = subject(arguments.model, arguments.work), arguments.work
     started = time.monotonic()
@@ -137,7 +138,9 @@ def main() -> None:
     )
     print(f"directional / diagonal: {found.directional_ratio:.3f}")
     everything = {t.name: "F16" for t in found.tensors}
-    compare_options = CompareOptions(windows=arguments.windows, attribution=False, cache=work / "cache")
+    compare_options = CompareOptions(
+        windows=arguments.windows, n_ctx=arguments.n_ctx, attribution=False, cache=work / "cache"
+    )
     for kind in arguments.type:
         fitting = [t for t in found.tensors if kind in t.costs]
         step = max(1, len(fitting) // (arguments.tensors or len(fitting)))
@@ -149,7 +152,9 @@ def main() -> None:
         floor = truth["none"]
         per_tensor = sum(seconds[t.name] for t in chosen) / len(chosen)
         brute = per_tensor * n_costs
-        print(f"{kind}: {len(chosen)} of {len(fitting)} tensors measured on {arguments.windows} windows of 512")
+        print(
+            f"{kind}: {len(chosen)} of {len(fitting)} tensors measured on {arguments.windows} windows of {arguments.n_ctx}"
+        )
         together = sum(t.costs[kind].kld for t in fitting)
         print(f"  F16 {floor:.2g}, all tensors {truth['all']:.4g}, sum of predictions {together:.4g}")
         print(
