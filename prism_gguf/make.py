@@ -145,7 +145,16 @@ def _write(plan: Plan, out: Path, threads: int, *, progress: Progress) -> None:
     from prism_gguf.quantize import write_quantized
 
     matrix = None if plan.imatrix is None else read_imatrix(plan.imatrix)
-    write_quantized(plan.base, out, plan.mix, matrix, plan.requantize, threads, plan.metadata, progress)
+    write_quantized(
+        plan.base,
+        out,
+        plan.mix,
+        matrix,
+        requantize=plan.requantize,
+        threads=threads,
+        metadata=plan.metadata,
+        progress=progress,
+    )
 
 
 def check_output(out: Path, base: Path, *, overwrite: bool = False, n_bytes: int = 0) -> None:

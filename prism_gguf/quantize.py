@@ -55,21 +55,9 @@ def quantize(
     """
     GgufFile(base)
     with written_whole(Path(out)) as partial:
-        write_quantized(base, partial, mix, imatrix, requantize, threads, metadata or {}, progress)
-
-
-def write_quantized(
-    base: str | Path,
-    out: Path,
-    mix: Mix,
-    imatrix: ImportanceMatrix | None,
-    requantize: bool,
-    threads: int,
-    metadata: Metadata,
-    progress: Progress,
-) -> None:
-    """``quantize`` straight into ``out``, for a caller that keeps files whole itself."""
-    _run(base, out, mix, imatrix, requantize, threads, metadata, False, progress)
+        write_quantized(
+            base, partial, mix, imatrix, requantize=requantize, threads=threads, metadata=metadata, progress=progress
+        )
 
 
 def planned_types(
@@ -81,7 +69,7 @@ def planned_types(
         InvalidModelError, RuntimeFailureError: as in ``quantize``.
     """
     types = {tensor.name: tensor.type for tensor in GgufFile(base).tensors}
-    log = _run(base, Path(base), mix, imatrix, True, 0, {}, True, progress)
+    log = write_quantized(base, Path(base), mix, imatrix, requantize=True, progress=progress, dry_run=True)
     for _, _, name, kept, taken in _TENSOR_LINE.findall(log):
         types[name] = (taken or kept).upper()
     return types
@@ -111,18 +99,19 @@ def replace_tensor(source: GgufFile, out: str | Path, name: str, rows: np.ndarra
         writer.close()
 
 
-def _run(
+def write_quantized(
     base: str | Path,
     out: Path,
     mix: Mix,
     imatrix: ImportanceMatrix | None,
+    *,
     requantize: bool,
-    threads: int,
-    metadata: Metadata,
-    dry_run: bool,
+    threads: int = 0,
+    metadata: Metadata | None = None,
     progress: Progress,
+    dry_run: bool = False,
 ) -> str:
-    """Call llama.cpp's quantizer; what it logged."""
+    """``quantize`` straight into ``out``, for a caller that keeps files whole itself; what llama.cpp logged."""
     params = C.llama_model_quantize_default_params()
     params.nthread = threads
     params.ftype = ftype_value(mix.ftype)
@@ -133,7 +122,7 @@ def _run(
         params.output_tensor_type = ggml_type(mix.output_type)
     if mix.embedding_type is not None:
         params.token_embedding_type = ggml_type(mix.embedding_type)
-    keep = [_set_overrides(params, mix), _set_imatrix(params, imatrix), _set_metadata(params, metadata)]
+    keep = [_set_overrides(params, mix), _set_imatrix(params, imatrix), _set_metadata(params, metadata or {})]
     log = native_log()
     log.clear()
 

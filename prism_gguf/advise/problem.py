@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_gguf.advise.allocation import Option, allocate, next_smaller
+from prism_gguf.advise.allocation import Option, allocate, next_smaller, smallest_bytes
 from prism_gguf.advise.sensitivity import Sensitivity, TensorSensitivity
 from prism_gguf.budget import Budget
 from prism_gguf.errors import (
@@ -124,7 +124,7 @@ class Problem:
             try:
                 types = worker.run(_allocate, options, room)
             except InfeasibleBudgetError:
-                least = self.limit - room + sum(min(o.n_bytes for o in kinds.values()) for kinds in options.values())
+                least = self.limit - room + smallest_bytes(options)
                 raise InfeasibleBudgetError(
                     f"{self.base}: no file within {self.budget.text} ({self.limit / 2**20:.2f} MiB); the smallest feasible "
                     f"budget is {least / 2**20 + 0.005:.2f}MiB"
