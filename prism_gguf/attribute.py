@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from prism_gguf.capture import Capture
+from prism_gguf.capture_file import Capture
 from prism_gguf.decode import BLOCK, Decoded
 from prism_gguf.metrics.attribution import Coalitions, ProductChunk, coalitions, shapley
 from prism_gguf.metrics.divergence import clustered_mean, token_divergence

@@ -11,7 +11,7 @@ import torch
 
 from prism_gguf.adapters import WindowStates
 from prism_gguf.adapters.llama_cpp import LlamaCppModel, emulated_head
-from prism_gguf.capture import Capture
+from prism_gguf.capture_file import Capture
 from prism_gguf.isolation import Progress
 from prism_gguf.metrics.divergence import TokenDivergence, token_divergence
 from prism_gguf.output_head import OutputHead, paired_chunks
@@ -62,10 +62,10 @@ def decode_windows(
 def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path) -> np.ndarray:
     """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
     from prism_gguf.mix import Mix
-    from prism_gguf.quantize import quantize
+    from prism_gguf.quantizer import quantize_gguf
 
     windows, path, hidden = capture.windows, folder / "weights-F16.gguf", _new_states(capture, folder / "weights.npy")
-    quantize(model.gguf.path, path, Mix("F16"), requantize=True, threads=model.options.n_threads)
+    quantize_gguf(model.gguf.path, path, Mix("F16"), requantize=True, threads=model.options.n_threads)
     with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options) as unquantized:
         for number, tokens in enumerate(windows.tokens):
             for states in unquantized.window_states(tokens, windows.first_scored):

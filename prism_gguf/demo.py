@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prism_gguf.build import Workshop
-from prism_gguf.compare import CompareOptions, compare
+from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.profiles import load_profile
 from prism_gguf.reading import Source

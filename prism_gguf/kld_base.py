@@ -33,7 +33,7 @@ def export_kld_base(capture_folder: str, file: str, *, progress: Progress = no_p
     Raises:
         InvalidCaptureError: the capture scores other tokens than that format has.
     """
-    from prism_gguf.capture import read_capture
+    from prism_gguf.capture_file import read_capture
 
     capture = read_capture(Path(capture_folder))
     windows, n_vocab = capture.windows, capture.n_tokens

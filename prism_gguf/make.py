@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_gguf.cache import default_cache, is_capture, model_fingerprint
-from prism_gguf.compare import CompareOptions, compare
+from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.errors import InvalidOutputError
 from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import split_parts
@@ -71,7 +71,7 @@ class Made:
         }
 
 
-def quantize_file(
+def quantize(
     base: Path,
     out: Path,
     what: Recipe | Mix,
@@ -142,7 +142,7 @@ def make(
 
 def _write(plan: Plan, out: Path, threads: int, *, progress: Progress) -> None:
     """Runs in the worker."""
-    from prism_gguf.quantize import write_quantized
+    from prism_gguf.quantizer import write_quantized
 
     matrix = None if plan.imatrix is None else read_imatrix(plan.imatrix)
     write_quantized(

@@ -11,7 +11,7 @@ import torch
 
 from prism_gguf.adapters.llama_cpp import LlamaCppModel, gguf_output_head
 from prism_gguf.attribute import attribute
-from prism_gguf.capture import Capture
+from prism_gguf.capture_file import Capture
 from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
 from prism_gguf.errors import IncompatibleModelsError
 from prism_gguf.gguf_file import GgufFile

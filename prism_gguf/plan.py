@@ -30,7 +30,7 @@ from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.recipe import Recipe, mix_digest
 
 if TYPE_CHECKING:  # llama.cpp is loaded in the child process only
-    from prism_gguf.quantize import Metadata
+    from prism_gguf.quantizer import Metadata
 
 _ALIGNMENT = 32  # ggml's GGUF_DEFAULT_ALIGNMENT, which llama.cpp's quantizer writes whatever the base had
 _NEVER_STORED = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
@@ -154,7 +154,7 @@ def plan(
 
 def _dry_run(base: Path, mix: Mix, imatrix: Path | None, *, progress: Progress) -> dict[str, str]:
     """Runs in the worker."""
-    from prism_gguf.quantize import planned_types
+    from prism_gguf.quantizer import planned_types
 
     return planned_types(base, mix, imatrix=None if imatrix is None else read_imatrix(imatrix), progress=progress)
 

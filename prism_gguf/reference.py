@@ -112,7 +112,7 @@ def ensure_capture(
     reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
 ) -> Path:
     """The folder of a whole capture, made where there is none. Runs in the worker."""
-    from prism_gguf.capture import SCHEMA, adopt_head, write_capture
+    from prism_gguf.capture_file import SCHEMA, adopt_head, write_capture
 
     cache = options.cache or default_cache()
     is_gguf = reference.endswith(".gguf")

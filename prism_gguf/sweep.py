@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prism_gguf.build import Workshop
 from prism_gguf.cache import is_capture
-from prism_gguf.compare import Candidate, CompareOptions, compare_candidates, with_control
+from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates, with_control
 from prism_gguf.errors import InvalidModelError, InvalidProfileError, OverBudgetError, PrismGgufError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import NativeWorker

@@ -125,7 +125,7 @@ def prepare(work: Path) -> Path:
 
     from prism_gguf.isolation import NativeWorker
     from prism_gguf.mix import Mix
-    from prism_gguf.quantize import quantize
+    from prism_gguf.quantizer import quantize_gguf
 
     f16 = work / "SmolLM2-135M-F16.gguf"
     if not f16.exists():
@@ -134,7 +134,7 @@ def prepare(work: Path) -> Path:
         for ftype in LADDER:
             out = work / f"SmolLM2-135M-{ftype}.gguf"
             if not out.exists():
-                worker.run(quantize, str(f16), str(out), Mix(ftype))
+                worker.run(quantize_gguf, str(f16), str(out), Mix(ftype))
     return work / "hf"
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from bench_sensitivity import Subject, subject
 
-from prism_gguf.advise.advice import advise
-from prism_gguf.advise.calibrate import imatrix
-from prism_gguf.advise.sensitivity import SensitivityOptions, sensitivity
+from prism_gguf.advisor.advice import advise
+from prism_gguf.advisor.calibrate import imatrix
+from prism_gguf.advisor.sensitivity import SensitivityOptions, sensitivity
 from prism_gguf.budget import Budget
-from prism_gguf.compare import CompareOptions, compare
-from prism_gguf.make import quantize_file
+from prism_gguf.comparison import CompareOptions, compare
+from prism_gguf.make import quantize
 from prism_gguf.mix import Mix
 from prism_gguf.reading import Reading
 from prism_gguf.reference import RunOptions
@@ -41,9 +41,9 @@ def files(of: Subject, ftype: str, work: Path, matrix: Path, checks: int) -> dic
         print(f"  {ftype} {made.name}: {made.file_bytes} bytes, KLD {made.kld:.4g} on the calibration text")
     out = {name: work / f"{of.f16.stem}-{ftype}-{name}.gguf" for name in ("default", "imatrix", "recipe")}
     common = {"overwrite": True}
-    quantize_file(of.f16, out["default"], Mix(ftype), **common)  # type: ignore[arg-type]
-    quantize_file(of.f16, out["imatrix"], Mix(ftype), imatrix=matrix, **common)  # type: ignore[arg-type]
-    quantize_file(of.f16, out["recipe"], advice.recipe, imatrix=matrix, **common)  # type: ignore[arg-type]
+    quantize(of.f16, out["default"], Mix(ftype), **common)  # type: ignore[arg-type]
+    quantize(of.f16, out["imatrix"], Mix(ftype), imatrix=matrix, **common)  # type: ignore[arg-type]
+    quantize(of.f16, out["recipe"], advice.recipe, imatrix=matrix, **common)  # type: ignore[arg-type]
     (work / f"{of.f16.stem}-{ftype}.yaml").write_text(advice.recipe.to_yaml(), encoding="utf-8")
     return out
 

@@ -22,15 +22,15 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.advise.calibrate import imatrix
-from prism_gguf.advise.sensitivity import SensitivityOptions, sensitivity
-from prism_gguf.advise.tensor_names import quantizable_tensors
-from prism_gguf.advise.weight_errors import WeightErrors
-from prism_gguf.compare import Candidate, CompareOptions, calibration_texts, compare_candidates, default_texts
+from prism_gguf.advisor.calibrate import imatrix
+from prism_gguf.advisor.sensitivity import SensitivityOptions, sensitivity
+from prism_gguf.advisor.tensor_names import quantizable_tensors
+from prism_gguf.advisor.weight_errors import WeightErrors
+from prism_gguf.comparison import Candidate, CompareOptions, calibration_texts, compare_candidates, default_texts
 from prism_gguf.imatrix import read_imatrix
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import Mix
-from prism_gguf.quantize import quantize
+from prism_gguf.quantizer import quantize_gguf
 from prism_gguf.reading import Reading
 from prism_gguf.reference import RunOptions, no_steps
 from prism_gguf.testbed import MODEL, held_out_texts
@@ -74,7 +74,7 @@ def measured(
     @contextmanager
     def made(name: str, path: Path, worker: NativeWorker) -> Iterator[None]:
         started = time.monotonic()
-        worker.run(quantize, str(of.f16), str(path), mixes[name])
+        worker.run(quantize_gguf, str(of.f16), str(path), mixes[name])
         yield
         path.unlink()
         seconds[name] = time.monotonic() - started

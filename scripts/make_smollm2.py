@@ -65,13 +65,13 @@ def make(out: Path) -> tuple[Path, Path]:
 
     from prism_gguf.isolation import NativeWorker
     from prism_gguf.mix import Mix
-    from prism_gguf.quantize import quantize
+    from prism_gguf.quantizer import quantize_gguf
     from prism_gguf.testbed.gguf_export import llama_tensors, rewrite_f16
 
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "original-F16.gguf"
     with NativeWorker() as worker:
-        worker.run(partial(quantize, requantize=True), str(packaged_gguf()), str(raw), Mix("F16"))
+        worker.run(partial(quantize_gguf, requantize=True), str(packaged_gguf()), str(raw), Mix("F16"))
     model = AutoModelForCausalLM.from_pretrained(
         out, gguf_file=raw.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from prism_gguf.advise.advice import advise
-from prism_gguf.advise.collect import collect_imatrix
-from prism_gguf.advise.sensitivity import Sensitivity, SensitivityOptions, ensure_sensitivity
+from prism_gguf.advisor.advice import advise
+from prism_gguf.advisor.collect import collect_imatrix
+from prism_gguf.advisor.sensitivity import Sensitivity, SensitivityOptions, ensure_sensitivity
 from prism_gguf.budget import Budget
 from prism_gguf.cli import main
-from prism_gguf.compare import CompareOptions
+from prism_gguf.comparison import CompareOptions
 from prism_gguf.errors import IncompatibleModelsError, InfeasibleBudgetError, InvalidModelError, InvalidSensitivityError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import read_imatrix
-from prism_gguf.make import quantize_file
+from prism_gguf.make import quantize
 from prism_gguf.reading import Reading
 from prism_gguf.recipe import read_recipe
 from prism_gguf.reference import RunOptions
@@ -70,7 +70,7 @@ def test_a_recipe_beats_the_default_mix_of_its_size(
     assert all(c.measured == pytest.approx(c.predicted, rel=0.6) for c in advice.checks)
     # The file is what was advised, and not a byte larger than the default.
     out, default = tmp_path / "out.gguf", tmp_path / "default.gguf"
-    quantize_file(ladder["F16"], out, advice.recipe, imatrix=matrix)
+    quantize(ladder["F16"], out, advice.recipe, imatrix=matrix)
     assert out.stat().st_size == advice.recipe.file_bytes == advice.measured.file_bytes <= advice.budget_bytes
     types = {t.name: t.type for t in GgufFile(out).tensors}
     assert {name: types[name] for name in advice.recipe.tensor_types} == advice.recipe.tensor_types

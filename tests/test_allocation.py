@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prism_gguf.advise.allocation import Option, allocate, next_smaller
+from prism_gguf.advisor.allocation import Option, allocate, next_smaller
 from prism_gguf.errors import InfeasibleBudgetError
 
 Options = dict[str, dict[str, Option]]

@@ -44,11 +44,11 @@ def test_head_rows_are_the_tensor(ladder: dict[str, Path]) -> None:
 def test_fallbacks_are_named(smollm2, tmp_path: Path) -> None:
     from prism_gguf.isolation import NativeWorker
     from prism_gguf.mix import Mix
-    from prism_gguf.quantize import quantize
+    from prism_gguf.quantizer import quantize_gguf
 
     out = tmp_path / "SmolLM2-Q4_K_M.gguf"
     with NativeWorker() as worker:
-        worker.run(quantize, str(smollm2.f16), str(out), Mix("Q4_K_M"))
+        worker.run(quantize_gguf, str(smollm2.f16), str(out), Mix("Q4_K_M"))
     file = GgufFile(out)
     assert file.tied
     assert file.head_tensor.name == "token_embd.weight"

@@ -15,16 +15,16 @@ from click.testing import CliRunner, Result
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from prism_gguf.advise.cross_score import decode_body, score_heads
-from prism_gguf.advise.head_results import HeadReport, HeadRow
-from prism_gguf.advise.head_sweep import TYPES, HeadOptions, sweep_heads
+from prism_gguf.advisor.cross_score import decode_body, score_heads
+from prism_gguf.advisor.head_results import HeadReport, HeadRow
+from prism_gguf.advisor.head_sweep import TYPES, HeadOptions, sweep_heads
 from prism_gguf.cli import main
-from prism_gguf.compare import CompareOptions, compare
+from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import Mix
-from prism_gguf.quantize import quantize, replace_tensor
+from prism_gguf.quantizer import quantize_gguf, replace_tensor
 from prism_gguf.reading import Reading
 from prism_gguf.reference import CaptureOptions, ensure_capture
 from prism_gguf.results import GateResult
@@ -71,9 +71,9 @@ def measured(ladder: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     with NativeWorker() as worker:
         for kind in OTHERS:
             files[kind] = folder / f"{kind}.gguf"
-            worker.run(quantize, str(ladder["F16"]), str(files[kind]), Mix("Q4_K_M", output_type=kind))
+            worker.run(quantize_gguf, str(ladder["F16"]), str(files[kind]), Mix("Q4_K_M", output_type=kind))
         files["weighed"] = folder / "weighed.gguf"
-        weighed = partial(quantize, imatrix=ImportanceMatrix(WEIGHTS))
+        weighed = partial(quantize_gguf, imatrix=ImportanceMatrix(WEIGHTS))
         worker.run(weighed, str(ladder["F16"]), str(files["weighed"]), Mix("Q4_K_M", output_type="Q2_K"))
     return measure(MODEL, files)
 
@@ -140,7 +140,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         save_file(tensors, file, {"format": "pt"})
     write_f16(checkpoint, folder / "tied-F16.gguf", name="tied")
     with NativeWorker() as worker:
-        worker.run(quantize, str(folder / "tied-F16.gguf"), str(folder / "tied-Q4_K_M.gguf"), Mix("Q4_K_M"))
+        worker.run(quantize_gguf, str(folder / "tied-F16.gguf"), str(folder / "tied-Q4_K_M.gguf"), Mix("Q4_K_M"))
     return checkpoint, folder / "tied-Q4_K_M.gguf"
 
 
@@ -152,7 +152,7 @@ def test_a_tied_head_is_run_as_input_too(tied: tuple[Path, Path], tmp_path: Path
     other = tmp_path / "tied-other.gguf"
     with NativeWorker() as worker:
         mix = Mix("Q4_K_M", embedding_type="Q2_K")
-        worker.run(quantize, str(candidate.with_name("tied-F16.gguf")), str(other), mix)
+        worker.run(quantize_gguf, str(candidate.with_name("tied-F16.gguf")), str(other), mix)
     rows = by_type(everything)
     q2, q4, q6 = rows["Q2_K"], rows["Q4_K"], rows["Q6_K"]
     assert q2.run is not None and q2.output_side is not None and q6.run is not None and q6.output_side is not None

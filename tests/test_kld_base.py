@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from prism_gguf.capture import read_capture
+from prism_gguf.capture_file import read_capture
 from prism_gguf.errors import InvalidCaptureError, InvalidTextError
 from prism_gguf.kld_base import export_kld_base, read_tokens
 from prism_gguf.reading import Reading

@@ -14,9 +14,9 @@ from make_schema import OUT, schema
 
 import prism_gguf.decode
 from prism_gguf.adapters.llama_cpp import LlamaCppModel
-from prism_gguf.capture import read_capture
+from prism_gguf.capture_file import read_capture
 from prism_gguf.cli import main
-from prism_gguf.compare import CompareOptions, compare
+from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.isolation import no_progress
 from prism_gguf.reading import Reading
 from prism_gguf.reference import CaptureOptions, ensure_capture

@@ -10,7 +10,7 @@ from prism_gguf.errors import InvalidProfileError, InvalidRecipeError, InvalidTe
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import Mix
 from prism_gguf.profiles import Profile, load_profile, profile_names
-from prism_gguf.quantize import quantize
+from prism_gguf.quantizer import quantize_gguf
 
 FOLDER = Path(__file__).parent.parent / "quant_profiles"
 SHIPPED = ["demo", "full-ladder", "head-safe", "k-ladder", "machine-16gb", "machine-8gb", "publish"]
@@ -38,7 +38,7 @@ def test_the_full_ladder_requires_an_imatrix_where_llama_cpp_does(ladder: dict[s
         for entry in load_profile("full-ladder").entries:
             if entry.ftype.startswith(("IQ", "Q2")):
                 try:
-                    worker.run(quantize, str(ladder["F16"]), str(tmp_path / "x.gguf"), entry.mix())
+                    worker.run(quantize_gguf, str(ladder["F16"]), str(tmp_path / "x.gguf"), entry.mix())
                 except RuntimeFailureError as error:
                     assert str(error).endswith("ERROR: this quantization requires an importance matrix!")
                     refused.add(entry.name)

@@ -19,15 +19,15 @@ from transformers import (
 )
 
 from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
-from prism_gguf.advise.fisher import FisherProducts
-from prism_gguf.advise.gradients import backward, fisher_gradient
-from prism_gguf.advise.sensitivity import SensitivityOptions, ensure_sensitivity, read_sensitivity
-from prism_gguf.advise.tensor_names import quantizable_tensors
-from prism_gguf.advise.weight_errors import WeightErrors
+from prism_gguf.advisor.fisher import FisherProducts
+from prism_gguf.advisor.gradients import backward, fisher_gradient
+from prism_gguf.advisor.sensitivity import SensitivityOptions, ensure_sensitivity, read_sensitivity
+from prism_gguf.advisor.tensor_names import quantizable_tensors
+from prism_gguf.advisor.weight_errors import WeightErrors
 from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
 from prism_gguf.mix import Mix
 from prism_gguf.output_head import LogitTransform, OutputHead
-from prism_gguf.quantize import planned_types
+from prism_gguf.quantizer import planned_types
 from prism_gguf.reading import Reading
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.text import Score

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from prism_gguf.cli import main
-from prism_gguf.compare import CompareOptions
+from prism_gguf.comparison import CompareOptions
 from prism_gguf.errors import InvalidModelError, InvalidProfileError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import write_imatrix

@@ -50,7 +50,7 @@ def calibration_options(what: str, windows: int, n_ctx: int) -> Callable[[F], F]
 
 
 def _calibration(text: tuple[str, ...], chat: tuple[Path, ...], n_ctx: int, windows: int) -> Reading:
-    from prism_gguf.compare import calibration_texts
+    from prism_gguf.comparison import calibration_texts
     from prism_gguf.reading import Reading
     from prism_gguf.text import Score
 
@@ -90,7 +90,7 @@ def imatrix(
 
     REFERENCE is a checkpoint directory or hub id. The file has an entry for the output head too.
     """
-    from prism_gguf.advise.calibrate import imatrix as collect
+    from prism_gguf.advisor.calibrate import imatrix as collect
     from prism_gguf.reference import RunOptions
     from prism_gguf.report.terminal import progress_bars
 
@@ -130,8 +130,8 @@ def sensitivity(
 
     REFERENCE is a checkpoint directory or hub id. Killed at any moment, the next run goes on where this one was.
     """
-    from prism_gguf.advise.sensitivity import TYPES, SensitivityOptions
-    from prism_gguf.advise.sensitivity import sensitivity as measure
+    from prism_gguf.advisor.sensitivity import TYPES, SensitivityOptions
+    from prism_gguf.advisor.sensitivity import sensitivity as measure
     from prism_gguf.files import write_whole
     from prism_gguf.report.advice import print_sensitivity
     from prism_gguf.report.terminal import console, progress_bars
@@ -192,11 +192,11 @@ def advise(
     Allocated from sensitivities, checked by measuring files made with it, and held against llama.cpp's own mix of the same
     size. Text options say what is measured on; sensitivities are measured on other text (`prism-gguf sensitivity`).
     """
-    from prism_gguf.advise.advice import advise as run_advise
-    from prism_gguf.advise.sensitivity import TYPES, SensitivityOptions, read_sensitivity
-    from prism_gguf.advise.sensitivity import sensitivity as measure_sensitivity
+    from prism_gguf.advisor.advice import advise as run_advise
+    from prism_gguf.advisor.sensitivity import TYPES, SensitivityOptions, read_sensitivity
+    from prism_gguf.advisor.sensitivity import sensitivity as measure_sensitivity
     from prism_gguf.budget import Budget
-    from prism_gguf.compare import CompareOptions
+    from prism_gguf.comparison import CompareOptions
     from prism_gguf.files import write_whole
     from prism_gguf.gguf_file import GgufFile
     from prism_gguf.recipe import write_recipe

@@ -65,7 +65,7 @@ def head(
 
     Exit code: 0 if all is well, 1 if no head type keeps every limit (--fail-on), 2 if something could not be done.
     """
-    from prism_gguf.advise.head_sweep import TYPES, HeadOptions, sweep_heads
+    from prism_gguf.advisor.head_sweep import TYPES, HeadOptions, sweep_heads
     from prism_gguf.files import write_whole
     from prism_gguf.report.head_table import print_heads
     from prism_gguf.report.terminal import console, progress_bars

@@ -77,7 +77,8 @@ def quantize(
     Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken, 2 if something could not be done.
     """
     from prism_gguf.files import write_whole
-    from prism_gguf.make import Verification, check_output, quantize_file
+    from prism_gguf.make import Verification, check_output
+    from prism_gguf.make import quantize as run_quantize
     from prism_gguf.report.plan import print_plan
     from prism_gguf.report.terminal import console, progress_bars
 
@@ -87,7 +88,7 @@ def quantize(
     comparing = compare_options(**options)
     texts = sources(text, chat)
     with progress_bars(shown=not quiet) as steps:
-        result = quantize_file(
+        result = run_quantize(
             base,
             out,
             what,

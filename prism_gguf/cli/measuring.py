@@ -24,12 +24,12 @@ from prism_gguf.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from prism_gguf.compare import CompareOptions
+    from prism_gguf.comparison import CompareOptions
     from prism_gguf.results import Comparison
 
 
 def compare_options(score: str, fail_on: tuple[str, ...], **options: Any) -> CompareOptions:
-    from prism_gguf.compare import CompareOptions
+    from prism_gguf.comparison import CompareOptions
     from prism_gguf.text import Score
 
     return CompareOptions(score=Score(score), fail_on=tuple(fail_on), **options)
@@ -60,7 +60,7 @@ def compare(
 
     Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken or the conversion is, 2 if something could not be done.
     """
-    from prism_gguf.compare import compare as run_compare
+    from prism_gguf.comparison import compare as run_compare
     from prism_gguf.report.terminal import progress_bars
 
     check_writable(json_file)
@@ -124,7 +124,7 @@ def capture(
 
     Killed at any moment, the next run goes on where this one was. `compare` does the same by itself, in its cache.
     """
-    from prism_gguf.compare import default_texts
+    from prism_gguf.comparison import default_texts
     from prism_gguf.reading import Reading
     from prism_gguf.reference import CaptureOptions
     from prism_gguf.reference import capture as run_capture

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prism_gguf.advise.advice import Advice, MeasuredFile
-from prism_gguf.advise.sensitivity import Sensitivity
+from prism_gguf.advisor.advice import Advice, MeasuredFile
+from prism_gguf.advisor.sensitivity import Sensitivity
 from prism_gguf.report.terminal import number
 
 _MOST_SENSITIVE = 12

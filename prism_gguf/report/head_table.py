@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prism_gguf.advise.head_results import HeadReport, HeadRow, HeadScore, HeadSweep
+from prism_gguf.advisor.head_results import HeadReport, HeadRow, HeadScore, HeadSweep
 from prism_gguf.report.terminal import number, print_header, short
 
 _MIB = 2**20

@@ -20,8 +20,8 @@ import pytest
 import prism_gguf.reference
 from prism_gguf.adapters import WindowStates
 from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.capture import read_capture, write_capture
-from prism_gguf.compare import CompareOptions, compare
+from prism_gguf.capture_file import read_capture, write_capture
+from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.errors import IncompatibleModelsError, InvalidCaptureError
 from prism_gguf.reading import Reading, TokenSource
 from prism_gguf.reference import CaptureOptions, ensure_capture

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from prism_gguf import __version__
-from prism_gguf.advise.problem import Problem, Solution
-from prism_gguf.advise.sensitivity import Sensitivity
+from prism_gguf.advisor.problem import Problem, Solution
+from prism_gguf.advisor.sensitivity import Sensitivity
 from prism_gguf.budget import Budget
 from prism_gguf.cache import default_cache
-from prism_gguf.compare import Candidate, CompareOptions, compare_candidates
+from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates
 from prism_gguf.errors import RuntimeFailureError
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.make import make

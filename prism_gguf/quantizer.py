@@ -29,7 +29,7 @@ _TENSOR_LINE = re.compile(
 Metadata = Mapping[str, str | int | bool]
 
 
-def quantize(
+def quantize_gguf(
     base: str | Path,
     out: str | Path,
     mix: Mix,
@@ -63,10 +63,10 @@ def quantize(
 def planned_types(
     base: str | Path, mix: Mix, *, imatrix: ImportanceMatrix | None = None, progress: Progress = no_progress
 ) -> dict[str, str]:
-    """The ggml type of every tensor that ``quantize`` would give, by llama.cpp's own dry run: nothing is written.
+    """The ggml type of every tensor that ``quantize_gguf`` would give, by llama.cpp's own dry run: nothing is written.
 
     Raises:
-        InvalidModelError, RuntimeFailureError: as in ``quantize``.
+        InvalidModelError, RuntimeFailureError: as in ``quantize_gguf``.
     """
     types = {tensor.name: tensor.type for tensor in GgufFile(base).tensors}
     log = write_quantized(base, Path(base), mix, imatrix, requantize=True, progress=progress, dry_run=True)
@@ -111,7 +111,7 @@ def write_quantized(
     progress: Progress,
     dry_run: bool = False,
 ) -> str:
-    """``quantize`` straight into ``out``, for a caller that keeps files whole itself; what llama.cpp logged."""
+    """``quantize_gguf`` straight into ``out``, for a caller that keeps files whole itself; what llama.cpp logged."""
     params = C.llama_model_quantize_default_params()
     params.nthread = threads
     params.ftype = ftype_value(mix.ftype)

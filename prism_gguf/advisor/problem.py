@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_gguf.advise.allocation import Option, allocate, next_smaller, smallest_bytes
-from prism_gguf.advise.sensitivity import Sensitivity, TensorSensitivity
+from prism_gguf.advisor.allocation import Option, allocate, next_smaller, smallest_bytes
+from prism_gguf.advisor.sensitivity import Sensitivity, TensorSensitivity
 from prism_gguf.budget import Budget
 from prism_gguf.errors import (
     IncompatibleModelsError,

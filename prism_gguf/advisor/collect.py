@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
-from prism_gguf.advise.gradients import linear_arguments, products_by_weight
-from prism_gguf.advise.tensor_names import QuantizableTensor, quantizable_tensors
+from prism_gguf.advisor.gradients import linear_arguments, products_by_weight
+from prism_gguf.advisor.tensor_names import QuantizableTensor, quantizable_tensors
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.imatrix import write_imatrix
 from prism_gguf.isolation import Progress, no_progress

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_gguf import __version__
-from prism_gguf.advise.head_results import Body, HeadReport, HeadRow, HeadScore, HeadSweep
-from prism_gguf.compare import attempt, given_capture, open_reference, read_header
+from prism_gguf.advisor.head_results import Body, HeadReport, HeadRow, HeadScore, HeadSweep
+from prism_gguf.comparison import attempt, given_capture, open_reference, read_header
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidGateError, InvalidModelError, InvalidProfileError, PrismGgufError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
@@ -100,7 +100,8 @@ def sweep_heads(
 ) -> HeadReport:
     """Score every head type with each candidate's body: one run a candidate, and for tied heads further ones.
 
-    Arguments are those of ``compare.compare``. A candidate that fails becomes a row that says why; the others still finish.
+    Arguments are those of ``comparison.compare``. A candidate that fails becomes a row
+    that says why; the others still finish.
 
     Raises:
         PrismGgufError: the reference, the text, an option, or every one of the candidates cannot be used.
@@ -142,7 +143,7 @@ def sweep_heads(
 
 def decode_body(path: str, folder: Path, out: Path, options: HeadOptions, *, progress: Progress = no_progress) -> Body:
     """See ``cross_score``, which loads torch and llama.cpp: only the worker does. So do the next two."""
-    from prism_gguf.advise import cross_score
+    from prism_gguf.advisor import cross_score
 
     return cross_score.decode_body(path, folder, out, options, progress=progress)
 
@@ -150,7 +151,7 @@ def decode_body(path: str, folder: Path, out: Path, options: HeadOptions, *, pro
 def score_heads(
     folder: Path, bodies: Sequence[Body], options: HeadOptions, *, progress: Progress = no_progress
 ) -> dict[str, HeadSweep]:
-    from prism_gguf.advise import cross_score
+    from prism_gguf.advisor import cross_score
 
     return cross_score.score_heads(folder, bodies, options, progress=progress)
 
@@ -158,7 +159,7 @@ def score_heads(
 def run_head(
     body: Body, folder: Path, type_name: str, options: HeadOptions, *, progress: Progress = no_progress
 ) -> HeadScore:
-    from prism_gguf.advise import cross_score
+    from prism_gguf.advisor import cross_score
 
     return cross_score.run_head(body, folder, type_name, options, progress=progress)
 

@@ -15,9 +15,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from prism_gguf.adapters import ggml
 from prism_gguf.adapters.llama_cpp import LlamaCppModel, gguf_output_head
-from prism_gguf.advise.head_results import Body, HeadRow, HeadScore, HeadSweep
-from prism_gguf.capture import Capture, read_capture
-from prism_gguf.compare import open_candidate
+from prism_gguf.advisor.head_results import Body, HeadRow, HeadScore, HeadSweep
+from prism_gguf.capture_file import Capture, read_capture
+from prism_gguf.comparison import open_candidate
 from prism_gguf.decode import BLOCK, STATES, decode_windows
 from prism_gguf.gates import Gate
 from prism_gguf.gguf_file import GgufFile, fallback_type
@@ -25,11 +25,11 @@ from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.metrics.divergence import DivergenceStream, Room, TokenDivergence, clustered_mean
 from prism_gguf.metrics.statistics import divergence_statistics
 from prism_gguf.output_head import ROWS_PER_CHUNK, OutputHead
-from prism_gguf.quantize import replace_tensor
+from prism_gguf.quantizer import replace_tensor
 from prism_gguf.results import CandidateResult, Divergence, HeadInfo, Logits
 
 if TYPE_CHECKING:
-    from prism_gguf.advise.head_sweep import HeadOptions
+    from prism_gguf.advisor.head_sweep import HeadOptions
 
 _MAX_ROW_BYTES = 256 * 2**20  # of one chunk of the vocabulary, dequantized from all types at once
 _SERVED = "served.npz"

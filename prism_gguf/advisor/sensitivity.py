@@ -27,8 +27,8 @@ from prism_gguf.reference import RunOptions, Steps, no_steps
 
 if TYPE_CHECKING:
     from prism_gguf.adapters.huggingface import HuggingFaceModel
-    from prism_gguf.advise.tensor_names import QuantizableTensor
-    from prism_gguf.advise.weight_errors import WeightErrors
+    from prism_gguf.advisor.tensor_names import QuantizableTensor
+    from prism_gguf.advisor.weight_errors import WeightErrors
 
 SCHEMA = "prism-gguf/sensitivity/1"
 # What mixes are made of, from 8.5 to 2.6 bits per weight; types of smaller blocks serve rows that 256 does not divide.
@@ -193,8 +193,8 @@ def _measure(
     progress: Progress,
 ) -> Sensitivity:
     from prism_gguf.adapters.huggingface import HuggingFaceModel
-    from prism_gguf.advise.tensor_names import quantizable_tensors
-    from prism_gguf.advise.weight_errors import WeightErrors
+    from prism_gguf.advisor.tensor_names import quantizable_tensors
+    from prism_gguf.advisor.weight_errors import WeightErrors
 
     with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:
         windows, _ = reading.windows(model)
@@ -263,8 +263,8 @@ def _gradients(
     """(directional, diagonal, kernel) sums of one batch after the other; each is kept, for a later run to go on from."""
     import torch
 
-    from prism_gguf.advise.fisher import FisherProducts
-    from prism_gguf.advise.gradients import backward
+    from prism_gguf.advisor.fisher import FisherProducts
+    from prism_gguf.advisor.gradients import backward
 
     size = _windows_per_batch(tensors, tokens.shape[1])
     for start in range(0, len(tokens), size):

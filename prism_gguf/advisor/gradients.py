@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
-from prism_gguf.advise.tensor_names import QuantizableTensor
+from prism_gguf.advisor.tensor_names import QuantizableTensor
 from prism_gguf.output_head import OutputHead
 
 Sink = Callable[[QuantizableTensor, int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]

@@ -12,7 +12,7 @@ import torch
 from gguf import GGML_QUANT_SIZES
 
 from prism_gguf.adapters import ggml
-from prism_gguf.advise.tensor_names import QuantizableTensor
+from prism_gguf.advisor.tensor_names import QuantizableTensor
 from prism_gguf.files import written_whole
 from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.isolation import Progress

@@ -19,6 +19,6 @@ def imatrix(
 
 
 def _collect(reference: str, reading: Reading, out: Path, options: RunOptions, *, progress: Progress) -> dict[str, str]:
-    from prism_gguf.advise.collect import collect_imatrix
+    from prism_gguf.advisor.collect import collect_imatrix
 
     return collect_imatrix(reference, reading, out, options, progress=progress)

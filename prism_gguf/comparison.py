@@ -27,7 +27,7 @@ from prism_gguf.text import EvaluationText, read_folder, second_half
 
 if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
     from prism_gguf.adapters.llama_cpp import LlamaCppModel
-    from prism_gguf.capture import Capture
+    from prism_gguf.capture_file import Capture
     from prism_gguf.gates import Gate
 
 
@@ -265,7 +265,7 @@ def describe_capture(
     folder: str, is_default: bool, *, progress: Progress = no_progress
 ) -> tuple[ModelIdentity, TextInfo]:
     """What a result says of its reference and text. Runs in the worker."""
-    from prism_gguf.capture import read_capture
+    from prism_gguf.capture_file import read_capture
 
     capture = read_capture(Path(folder))
     windows = capture.windows
@@ -285,7 +285,7 @@ def measure_candidate(
     path: str, folder: Path, options: CompareOptions, *, progress: Progress = no_progress
 ) -> CandidateResult:
     """Run one GGUF over the captured windows and measure it. Runs in the worker."""
-    from prism_gguf.capture import read_capture
+    from prism_gguf.capture_file import read_capture
     from prism_gguf.measure import measure
 
     options.limit_threads()

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from gguf_edit import edited
 
-from prism_gguf.compare import CompareOptions, compare
+from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.errors import InvalidModelError, InvalidTextError
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import Mix
-from prism_gguf.quantize import quantize
+from prism_gguf.quantizer import quantize_gguf
 from prism_gguf.results import CandidateResult, Comparison, HeadInfo
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.text import EvaluationText
@@ -106,7 +106,7 @@ def test_a_file_against_itself_is_at_zero(ladder: dict[str, Path]) -> None:
 def test_smollm2_control_and_a_quantized_file(smollm2, tmp_path: Path) -> None:
     out = tmp_path / "SmolLM2-Q4_K_M.gguf"
     with NativeWorker() as worker:
-        worker.run(quantize, str(smollm2.f16), str(out), Mix("Q4_K_M"))
+        worker.run(quantize_gguf, str(smollm2.f16), str(out), Mix("Q4_K_M"))
     control, candidate = compare(smollm2.checkpoint, [smollm2.f16, out], TEXTS, FEW).candidates
     for row in (control, candidate):
         finite_and_bounded(row)
@@ -207,7 +207,7 @@ def test_unusable_references_and_texts_stop_the_comparison(ladder: dict[str, Pat
 def test_pure_quantization_of_a_head_with_another_type(ladder: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "body-f16-head-q4.gguf"
     with NativeWorker() as worker:
-        worker.run(quantize, str(ladder["F16"]), str(out), Mix("Q8_0", output_type="Q4_K", embedding_type="F16"))
+        worker.run(quantize_gguf, str(ladder["F16"]), str(out), Mix("Q8_0", output_type="Q4_K", embedding_type="F16"))
     candidate = compare(MODEL, [out], TEXTS[:1], FEW).candidates[0]
     finite_and_bounded(candidate)
     assert candidate.head is not None and candidate.head.type == "Q4_K"

@@ -23,7 +23,7 @@ from prism_gguf.isolation import NativeWorker
 from prism_gguf.make import check_output, make
 from prism_gguf.mix import Mix
 from prism_gguf.plan import check_recipe, plan
-from prism_gguf.quantize import planned_types, quantize
+from prism_gguf.quantizer import planned_types, quantize_gguf
 from prism_gguf.recipe import Recipe, recipe_of
 from prism_gguf.testbed.gguf_export import finish, metadata_entries
 
@@ -32,7 +32,7 @@ def test_head_and_embedding_types(ladder: dict[str, Path], tmp_path: Path) -> No
     out = tmp_path / "out.gguf"
     with NativeWorker() as worker:
         mix = Mix("Q4_K_M", output_type="Q2_K", embedding_type="Q8_0", pure=True)
-        worker.run(quantize, str(ladder["F16"]), str(out), mix)
+        worker.run(quantize_gguf, str(ladder["F16"]), str(out), mix)
     types = {t.name: t.type for t in GgufFile(out).tensors}
     assert types["output.weight"] == "Q2_K"
     assert types["token_embd.weight"] == "Q8_0"
@@ -44,9 +44,9 @@ def test_requantizing_needs_a_word(ladder: dict[str, Path], tmp_path: Path) -> N
     out = tmp_path / "out.gguf"
     with NativeWorker() as worker:
         with pytest.raises(RuntimeFailureError, match=r"requantizing from type .* is disabled"):
-            worker.run(quantize, str(ladder["Q8_0"]), str(out), Mix("Q4_K_M"))
+            worker.run(quantize_gguf, str(ladder["Q8_0"]), str(out), Mix("Q4_K_M"))
         assert list(tmp_path.iterdir()) == []  # no half-written file
-        worker.run(partial(quantize, requantize=True), str(ladder["Q8_0"]), str(out), Mix("Q4_K_M"))
+        worker.run(partial(quantize_gguf, requantize=True), str(ladder["Q8_0"]), str(out), Mix("Q4_K_M"))
     assert GgufFile(out).ftype == "Q4_K_M"
 
 
@@ -57,7 +57,7 @@ def test_bad_types_and_bases(ladder: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InvalidProfileError, match="'Q4_K_M' is no ggml type"):
         Mix("Q8_0", output_type="Q4_K_M")
     with pytest.raises(InvalidModelError, match="no such file"):
-        quantize(tmp_path / "none.gguf", out, Mix("Q8_0"))
+        quantize_gguf(tmp_path / "none.gguf", out, Mix("Q8_0"))
 
 
 def test_named_tensors_take_their_types_and_the_dry_run_knows(ladder: dict[str, Path], tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_named_tensors_take_their_types_and_the_dry_run_knows(ladder: dict[str, 
     with NativeWorker() as worker:
         planned = worker.run(planned_types, str(ladder["F16"]), mix)
         worker.run(
-            partial(quantize, metadata={"prism_gguf.recipe": "x", "prism_gguf.requantized": False}),
+            partial(quantize_gguf, metadata={"prism_gguf.recipe": "x", "prism_gguf.requantized": False}),
             str(ladder["F16"]),
             str(out),
             mix,

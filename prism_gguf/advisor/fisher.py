@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from prism_gguf.adapters import ggml
-from prism_gguf.advise.tensor_names import QuantizableTensor
-from prism_gguf.advise.weight_errors import WeightErrors
+from prism_gguf.advisor.tensor_names import QuantizableTensor
+from prism_gguf.advisor.weight_errors import WeightErrors
 from prism_gguf.mix import ggml_type
 
 # Weights of one tensor in all types that exist in float32 at a time.
