@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def write_capture(
     open_model: Callable[[], AbstractContextManager[Model]],
     reading: Reading,
     *,
+    fingerprint: str | None = None,
     self_contained: bool = False,
     progress: Progress = no_progress,
 ) -> None:
@@ -76,10 +77,11 @@ def write_capture(
 
     Args:
         key: what the capture depends on; windows that an earlier run left under the same key are kept.
+        fingerprint: the model's content (``cache.model_fingerprint``).
         self_contained: keep the head's rows too, rather than where to find them in the model's own file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = _run(folder, key, open_model, reading, self_contained, progress)
+    manifest = _run(folder, key, open_model, reading, fingerprint, self_contained, progress)
     # The model is gone by now: its weights and K_feat's rows are not in memory together.
     head = _read_head(folder, ModelIdentity(**manifest["identity"]), manifest["head"])
     manifest["k_feat"] = feature_constant(head)
@@ -91,6 +93,7 @@ def _run(
     key: str,
     open_model: Callable[[], AbstractContextManager[Model]],
     reading: Reading,
+    fingerprint: str | None,
     self_contained: bool,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def _run(
             "tool_version": __version__,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "environment": environment(),
-            "identity": asdict(model.identity),
+            "identity": asdict(replace(model.identity, fingerprint=fingerprint)),
             "windows": {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint},
             "texts": [asdict(text) for text in texts],
             "n_tokens": vocabulary.n_tokens,

@@ -20,9 +20,10 @@ from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidTextError, PrismGgufError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.mix import UNQUANTIZED
+from prism_gguf.ranking import rank
 from prism_gguf.reading import Reading, Source
 from prism_gguf.reference import ReadOptions, RunOptions, Steps, ensure_capture, no_steps
-from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, Ranking, TextInfo
+from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, TextInfo
 from prism_gguf.text import EvaluationText, read_folder, second_half
 
 if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
@@ -134,7 +135,7 @@ def compare_candidates(
         reference=identity,
         candidates=measured,
         noise_floor=floor,
-        ranking=_ranking(measured),
+        ranking=rank(measured),
     )
 
 
@@ -209,17 +210,6 @@ def _judged(
         for path, row in rows.items()
     }
     return floor, judged
-
-
-def _ranking(candidates: Sequence[CandidateResult]) -> Ranking:
-    klds = {c.path: c.divergence.kld_mean for c in candidates if c.divergence is not None}
-    bounds = {c.path: row.bound for c in candidates for row in c.geometry_alternatives if row.alignment == "procrustes"}
-    spearman = None
-    if min(len(set(klds.values())), len(set(bounds.values()))) >= 3:
-        from scipy.stats import spearmanr
-
-        spearman = float(spearmanr(list(klds.values()), [bounds[path] for path in klds]).statistic)
-    return Ranking(sorted(klds, key=klds.__getitem__), sorted(bounds, key=bounds.__getitem__), spearman)
 
 
 def attempt(

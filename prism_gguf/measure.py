@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prism_gguf.adapters.llama_cpp import LlamaCppModel, gguf_output_head
+from prism_gguf.adapters.llama_cpp import LlamaCppModel, emulated_head, gguf_output_head
 from prism_gguf.attribute import attribute
 from prism_gguf.capture_file import Capture
 from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
+from prism_gguf.divergent_tokens import divergent_tokens
 from prism_gguf.errors import IncompatibleModelsError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import Progress, no_progress
@@ -111,12 +112,14 @@ def measure(
     kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
     geometries = [_geometry_row(name, bound, gap - kernel) for name, bound in _bounds(features, heads, capture.k_feat)]
     gguf = model.gguf
+    emulated = emulated_head(gguf) if decoded.logits.source == "emulated" else None
     return CandidateResult(
         path=str(gguf.path),
         file_bytes=gguf.file_bytes,
         bits_per_weight=gguf.bits_per_weight,
         ftype=gguf.ftype,
         types=gguf.types,
+        tensor_types={t.name: t.type for t in gguf.tensors},
         fallbacks=[FallbackInfo(f.tensor, f.type, f.wanted, f.reason) for f in gguf.fallbacks],
         head=HeadInfo(candidate_head.tensor, candidate_head.type, gguf.tied),
         geometry=geometries[0],
@@ -127,6 +130,9 @@ def measure(
         attribution=shares,
         risk_attribution=risk_shares,
         logits=decoded.logits,
+        divergent_tokens=divergent_tokens(
+            capture, decoded.hidden, tokens.kld, emulated or candidate_head, shared_rows, model.text
+        ),
         notes=notes,
     )
 

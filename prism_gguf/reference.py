@@ -121,10 +121,11 @@ def ensure_capture(
         if is_gguf
         else ("transformers",)
     )
+    fingerprint = model_fingerprint(reference, cache)
     key = key_of(
         [
             SCHEMA,
-            model_fingerprint(reference, cache),
+            fingerprint,
             reading.digest,
             version(runtime[0]),
             *runtime,
@@ -142,7 +143,15 @@ def ensure_capture(
         else:
             options.limit_threads()
             open_model = partial(_open, reference, reading.n_ctx, options)
-            write_capture(folder, key, open_model, reading, self_contained=options.self_contained, progress=progress)
+            write_capture(
+                folder,
+                key,
+                open_model,
+                reading,
+                fingerprint=fingerprint,
+                self_contained=options.self_contained,
+                progress=progress,
+            )
     return folder
 
 

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from prism_gguf.adapters import ModelIdentity
+from prism_gguf.details import DivergentToken, LayerCost, Layers
 from prism_gguf.errors import OverBudgetError
 
 SCHEMA = "prism-gguf/comparison/1"
@@ -284,11 +285,13 @@ class Ranking:
         kld_mean: by measured divergence.
         bound: by PRISM's bound with W = Procrustes, the form that the paper ranks with.
         spearman: rank correlation of the bound with the divergence; None for less than three candidates.
+        best_for_size: the Pareto front, smallest file first: no file of at most that size has a lower divergence.
     """
 
     kld_mean: list[str]
     bound: list[str]
     spearman: float | None
+    best_for_size: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -314,13 +317,21 @@ class Failure:
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """One candidate: what the file is, and how far it is from the reference. Numbers are None where ``error`` is not."""
+    """One candidate: what the file is, and how far it is from the reference. Numbers are None where ``error`` is not.
+
+    Attributes:
+        types: how many tensors have each type; ``tensor_types`` has the type of each.
+        divergent_tokens: the scored tokens with the largest divergence, largest first.
+        layers: None unless it was asked for.
+        seconds: what measuring took, without making the file.
+    """
 
     path: str
     file_bytes: int | None = None
     bits_per_weight: float | None = None
     ftype: str | None = None
     types: dict[str, int] | None = None
+    tensor_types: dict[str, str] | None = None
     fallbacks: list[FallbackInfo] | None = None
     head: HeadInfo | None = None
     geometry: Geometry | None = None
@@ -331,6 +342,8 @@ class CandidateResult:
     attribution: Attribution | None = None
     risk_attribution: Attribution | None = None
     logits: Logits | None = None
+    divergent_tokens: list[DivergentToken] = field(default_factory=list)
+    layers: Layers | None = None
     verdict: Verdict | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
@@ -343,7 +356,7 @@ class CandidateResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidates against one reference on one text."""
+    """Candidates against one reference on one text; ``layer_cost`` is None unless drift by layer was asked for."""
 
     tool_version: str
     command: list[str]
@@ -355,6 +368,7 @@ class Comparison:
     noise_floor: NoiseFloor | None
     ranking: Ranking
     choice: Choice | None = None
+    layer_cost: LayerCost | None = None
 
     @property
     def conversion_problem(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf_edit import edited
@@ -18,6 +19,7 @@ from prism_gguf.capture_file import read_capture
 from prism_gguf.cli import main
 from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.isolation import no_progress
+from prism_gguf.ranking import rank
 from prism_gguf.reading import Reading
 from prism_gguf.reference import CaptureOptions, ensure_capture
 from prism_gguf.results import Comparison, Status
@@ -99,6 +101,42 @@ def test_ranking(compared: Comparison) -> None:
     assert [Path(p).stem.removeprefix("testbed-") for p in ranking.kld_mean][:2] == ["F16", "Q8_0"]
     assert ranking.spearman is not None and ranking.spearman > 0.8
     assert sorted(ranking.bound) == sorted(ranking.kld_mean)
+
+
+def test_best_for_size_is_the_pareto_front(compared: Comparison) -> None:
+    front = set(compared.ranking.best_for_size)
+    rows = [(c.file_bytes or 0, c.divergence.kld_mean, c.path) for c in compared.candidates if c.divergence]
+    for size, kld, path in rows:
+        beaten = any(s <= size and k <= kld and (s, k) != (size, kld) for s, k, _ in rows)
+        assert (path in front) == (not beaten)
+    worse = replace(compared.candidates[1], path="larger.gguf", file_bytes=(compared.candidates[1].file_bytes or 0) + 1)
+    assert rank([worse, *compared.candidates]).best_for_size == compared.ranking.best_for_size
+
+
+def test_most_divergent_tokens_are_the_runtime_s(compared: Comparison, ladder: dict[str, Path]) -> None:
+    """Against logits that llama.cpp computed itself, at the same places."""
+    row = compared.candidates[-1]
+    assert row.divergence is not None and len(row.divergent_tokens) == 10
+    klds = [token.kld for token in row.divergent_tokens]
+    assert klds == sorted(klds, reverse=True) and klds[0] == pytest.approx(row.divergence.kld_max)
+    windows = read_capture(ensure_capture(str(MODEL), Reading(TEXTS, 512, 4), CaptureOptions())).windows
+    with LlamaCppModel(ladder["Q2_K"], n_ctx=512) as model:
+        for token in row.divergent_tokens[:3]:
+            ids, at = windows.tokens[token.window], token.position
+            states = next(iter(model.window_states(ids, windows.first_scored, logits=True)))
+            assert states.logits is not None
+            logits = states.logits[at - states.start].astype(float)
+            p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+            assert token.p_candidate == pytest.approx(p[ids[at + 1]], rel=1e-3)
+            assert token.candidate_top[0].p == pytest.approx(p.max(), rel=1e-3)
+            assert token.candidate_top[0].token == model.text([int(p.argmax())])
+            assert token.token == model.text([int(ids[at + 1])])
+            assert token.context.endswith(model.text([int(ids[at])]))
+            assert token.context.replace("�", "").strip() in TEXTS[0].text + "".join(t.text for t in TEXTS)
+
+
+def test_reference_is_known_by_its_content(compared: Comparison) -> None:
+    assert compared.reference.fingerprint is not None and len(compared.reference.fingerprint) == 64
 
 
 def test_kernels_of_the_body_apart_from_its_weights(ladder: dict[str, Path]) -> None:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:  # torch is loaded where models run; results name models witho
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a model is, as far as a comparison needs to know and a result has to say."""
+    """What a model is, as far as a comparison needs to know and a result has to say.
+
+    ``fingerprint`` is a hash of its content (``cache.model_fingerprint``); None where only the model itself was asked.
+    """
 
     path: str
     kind: str  # "huggingface" or "gguf"
@@ -26,6 +29,7 @@ class ModelIdentity:
     hidden_size: int
     vocab_size: int
     tied: bool
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)

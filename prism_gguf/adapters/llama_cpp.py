@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,9 +189,16 @@ class LlamaCppModel:
         return buffer[:n].copy()
 
     def piece(self, token: int) -> str:
+        return self.text([token])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; a character whose bytes are spread over several of them comes out whole."""
+        return b"".join(map(self._piece_bytes, tokens)).decode("utf-8", "replace")
+
+    def _piece_bytes(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(256)
         n = C.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
-        return buffer.raw[: max(n, 0)].decode("utf-8", "replace")
+        return buffer.raw[: max(n, 0)]
 
     def render_chat(self, conversation: Conversation) -> str:
         template = self.gguf.metadata("tokenizer.chat_template")

@@ -1,0 +1,67 @@
+"""The tokens where a candidate diverges most, in their context, with what both models would have said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from prism_gguf.capture_file import Capture
+from prism_gguf.details import DivergentToken, Guess
+from prism_gguf.output_head import OutputHead
+
+_CONTEXT = 32  # tokens shown before the place
+_GUESSES = 3
+
+
+def divergent_tokens(
+    capture: Capture,
+    hidden: np.ndarray,
+    kld: np.ndarray,
+    head: OutputHead,
+    shared_rows: int,
+    text_of: Callable[[Sequence[int]], str],
+    *,
+    n_tokens: int = 10,
+) -> list[DivergentToken]:
+    """The ``n_tokens`` scored tokens with the largest divergence, largest first.
+
+    Args:
+        hidden: the candidate's states (n, d) float32.
+        kld: the divergence of each scored token (n,), nats.
+        head: the candidate's, with its kernel where that is known; without it probabilities are off by what it rounds.
+        shared_rows: vocabulary rows that both have.
+        text_of: the text of some token ids.
+    """
+    windows = capture.windows
+    chosen = np.argsort(-kld, kind="stable")[:n_tokens]
+    places = np.sort(chosen)  # states are read from disk in order
+    ours = head.all_logits(np.array(hidden[places]))[:, :shared_rows].double().softmax(dim=1)
+    theirs = capture.head.all_logits(capture.states[places])[:, :shared_rows].double().softmax(dim=1)
+    row_of = {place: row for row, place in enumerate(places)}
+    found = []
+    for place in chosen:
+        row, window = row_of[place], int(windows.window_of_token[place])
+        position, target = int(windows.position_of_token[place]), int(windows.targets[place])
+        before = windows.tokens[window, max(0, position + 1 - _CONTEXT) : position + 1]
+        found.append(
+            DivergentToken(
+                domain=windows.domains[window],
+                window=window,
+                position=position,
+                context=text_of(before.tolist()),
+                token=text_of([target]),
+                kld=float(kld[place]),
+                p_reference=float(theirs[row, target]),
+                p_candidate=float(ours[row, target]),
+                reference_top=_guesses(theirs[row], text_of),
+                candidate_top=_guesses(ours[row], text_of),
+            )
+        )
+    return found
+
+
+def _guesses(probabilities: torch.Tensor, text_of: Callable[[Sequence[int]], str]) -> list[Guess]:
+    top = probabilities.topk(min(_GUESSES, len(probabilities)))
+    return [Guess(text_of([int(token)]), float(p)) for p, token in zip(top.values, top.indices, strict=True)]
