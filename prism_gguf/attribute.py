@@ -9,6 +9,7 @@ import torch
 
 from prism_gguf.capture_file import Capture
 from prism_gguf.decode import BLOCK, Decoded
+from prism_gguf.isolation import Progress, no_progress, part, stage
 from prism_gguf.metrics.attribution import Coalitions, ProductChunk, coalitions, shapley
 from prism_gguf.metrics.divergence import clustered_mean, token_divergence
 from prism_gguf.output_head import OutputHead, paired_chunks
@@ -27,6 +28,8 @@ def attribute(
     ratio: float,
     weights_states: np.ndarray | None = None,
     n_tokens: int | None = None,
+    *,
+    progress: Progress = no_progress,
 ) -> tuple[Attribution, Attribution]:
     """The KLD and the risk gap, each split between scale, shape, head weights and kernels.
 
@@ -41,10 +44,11 @@ def attribute(
     size = min(n, n_tokens or max(BLOCK, _MAX_LOGITS // shared_rows))
     chosen = np.sort(np.random.default_rng(_SEED).choice(n, size, replace=False)) if size < n else np.arange(n)
     states = decoded.hidden if weights_states is None else weights_states
-    parts = [
-        _block(capture, decoded.hidden, states, candidate_head, ratio, chosen[at : at + BLOCK], shared_rows)
-        for at in range(0, size, BLOCK)
-    ]
+    parts = []
+    for at in range(0, size, BLOCK):
+        within = part(stage(progress, "attribution"), at // BLOCK * shared_rows, -(-size // BLOCK) * shared_rows)
+        block = chosen[at : at + BLOCK]
+        parts.append(_block(capture, decoded.hidden, states, candidate_head, ratio, block, shared_rows, within))
     tokens = decoded.tokens.where(chosen)
     clusters = capture.windows.window_of_token[chosen]
     split = weights_states is not None
@@ -87,6 +91,7 @@ def _block(
     ratio: float,
     chosen: np.ndarray,
     shared_rows: int,
+    progress: Progress,
 ) -> tuple[Coalitions, np.ndarray, np.ndarray]:
     """Coalitions of one block of tokens, and KLD and loss of the candidate's states with its head's exact product."""
     reference = torch.from_numpy(capture.states[chosen])
@@ -94,7 +99,7 @@ def _block(
     targets = capture.windows.targets[chosen]
 
     def chunks() -> Iterator[ProductChunk]:
-        for start, stop, rows, other in paired_chunks(capture.head, candidate_head, shared_rows):
+        for start, stop, rows, other in paired_chunks(capture.head, candidate_head, shared_rows, progress):
             yield ProductChunk(
                 start, stop, reference @ rows.T, candidate @ rows.T, reference @ other.T, candidate @ other.T
             )

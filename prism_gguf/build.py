@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,10 +12,11 @@ from prism_gguf.cache import default_cache, key_of, model_fingerprint
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import imatrix_digest, read_imatrix
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import NativeWorker, stage
 from prism_gguf.make import make
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.plan import Plan, plan
+from prism_gguf.reference import Steps, no_steps
 
 MADE_OF = "prism_gguf.made_of"
 """Metadata key of a file that was made here: what it was made of."""
@@ -31,6 +32,7 @@ class Workshop:
         allow_requantize: the base may be quantized already.
         threads: for the quantizer; 0 takes all.
         cache: where the base's fingerprint is remembered; None takes the user's cache folder.
+        steps: told of the work, file by file.
     """
 
     base: Path
@@ -38,6 +40,7 @@ class Workshop:
     allow_requantize: bool = False
     threads: int = 0
     cache: Path | None = None
+    steps: Steps = no_steps
 
     def path(self, name: str) -> Path:
         """Where the file of this name goes: the base's name with another ending."""
@@ -47,7 +50,8 @@ class Workshop:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return model_fingerprint(str(self.base), self.cache or default_cache())
+        progress = stage(partial(self.steps, self.base.stem), "hashing")
+        return model_fingerprint(str(self.base), self.cache or default_cache(), progress)
 
     def plan(self, worker: NativeWorker, name: str, mix: Mix, imatrix: Path | None = None) -> Plan:
         """What the file of this name will be, and what it is made of.
@@ -65,9 +69,10 @@ class Workshop:
             requantize=self.allow_requantize,
             metadata={MADE_OF: key},
             worker=worker,
+            progress=partial(self.steps, self.path(name).stem),
         )
 
-    def build(self, worker: NativeWorker, name: str, planned: Plan, *, progress: Progress = no_progress) -> bool:
+    def build(self, worker: NativeWorker, name: str, planned: Plan) -> bool:
         """Make one file, unless the very same was made before; whether it had to be made.
 
         Raises:
@@ -83,6 +88,7 @@ class Workshop:
             if found is None:
                 raise InvalidModelError(f"{out}: is in the way, and was not made here; move it or name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        progress = partial(self.steps, out.stem)
         make(planned, out, overwrite=True, threads=self.threads, worker=worker, progress=progress)
         return True
 

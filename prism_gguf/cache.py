@@ -7,14 +7,16 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.files import write_whole
 from prism_gguf.gguf_file import split_parts
+from prism_gguf.isolation import Progress, no_progress, part
 
 MANIFEST = "manifest.json"
 KEY = "key"
@@ -46,7 +48,7 @@ def is_hub_id(reference: str) -> bool:
     return not Path(reference).exists() and reference.count("/") == 1 and not reference.startswith((".", "/", "~"))
 
 
-def model_fingerprint(reference: str, cache: Path) -> str:
+def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progress) -> str:
     """SHA-256 over the content of a GGUF or checkpoint folder, or ``id@commit`` of a model on the hub.
 
     Hashing is repeated only for files whose size or time of change is another than last time.
@@ -65,7 +67,10 @@ def model_fingerprint(reference: str, cache: Path) -> str:
         raise InvalidModelError(f"{path}: no such file")
     else:
         raise InvalidModelError(f"{reference}: no such checkpoint directory, hub id (owner/name) or .gguf file")
-    return hashlib.sha256("".join(f"{f.name} {_file_digest(f, cache)}\n" for f in files).encode()).hexdigest()
+    before = [0, *accumulate(f.stat().st_size for f in files)]
+    digests = [_file_digest(f, cache, part(progress, at, before[-1])) for f, at in zip(files, before, strict=False)]
+    lines = (f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _hub_commit(model: str) -> str:
@@ -78,7 +83,7 @@ def _hub_commit(model: str) -> str:
     return f"{model}@{Path(str(config)).parent.name}"
 
 
-def _file_digest(file: Path, cache: Path) -> str:
+def _file_digest(file: Path, cache: Path, progress: Progress) -> str:
     stat = file.stat()
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
     memo = cache / "fingerprints" / f"{_name_of(file)}.json"
@@ -92,6 +97,7 @@ def _file_digest(file: Path, cache: Path) -> str:
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
+            progress(stream.tell(), stat.st_size)
     memo.parent.mkdir(parents=True, exist_ok=True)
     write_whole(memo, json.dumps({"state": state, "sha256": digest.hexdigest()}))
     return digest.hexdigest()
@@ -103,12 +109,20 @@ def key_of(parts: Sequence[object]) -> str:
 
 
 @contextmanager
-def locked(folder: Path, cache: Path) -> Iterator[None]:
+def locked(folder: Path, cache: Path, progress: Progress = no_progress) -> Iterator[None]:
     """Hold ``folder`` for this process, after whoever holds it now. The lock goes with the process, however it ends."""
     lock = cache / "locks" / _name_of(folder)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        progress(0, 0, "waiting for another run")
+        held.acquire()
+    try:
         yield
+    finally:
+        held.release()
 
 
 def _name_of(path: Path) -> str:

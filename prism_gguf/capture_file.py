@@ -22,7 +22,7 @@ from prism_gguf.cache import KEY, MANIFEST, is_capture, recorded_key
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidCaptureError
 from prism_gguf.files import write_whole, written_whole
-from prism_gguf.isolation import Progress, no_progress
+from prism_gguf.isolation import Progress, no_progress, stage
 from prism_gguf.metrics.diameter import diameter
 from prism_gguf.output_head import LogitTransform, OutputHead
 from prism_gguf.reading import Reading
@@ -84,7 +84,7 @@ def write_capture(
     manifest = _run(folder, key, open_model, reading, fingerprint, self_contained, progress)
     # The model is gone by now: its weights and K_feat's rows are not in memory together.
     head = _read_head(folder, ModelIdentity(**manifest["identity"]), manifest["head"])
-    manifest["k_feat"] = feature_constant(head)
+    manifest["k_feat"] = feature_constant(head, stage(progress, "diameter of the head"))
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -98,6 +98,7 @@ def _run(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write the states, token windows and, where it has to be, the head; the manifest, all but K_feat."""
+    progress(0, 0, "loading")
     with open_model() as model:
         windows, texts = reading.windows(model)
         shape = (windows.n_windows, windows.scored_per_window, model.identity.hidden_size)
@@ -106,12 +107,12 @@ def _run(
                 leftover.unlink()
             write_whole(folder / KEY, key)
         states = StateFile(folder, shape, writable=True)
-        for number, tokens in enumerate(windows.tokens):
-            progress(number, windows.n_windows)
-            if not states.has(number):
-                parts = [s.hidden for s in model.window_states(tokens, windows.first_scored)]
-                states.write(number, np.concatenate(parts))
-        progress(windows.n_windows, windows.n_windows)
+        missing = [number for number in range(windows.n_windows) if not states.has(number)]
+        for left, number in zip(range(len(missing), 0, -1), missing, strict=True):
+            progress(windows.n_windows - left, windows.n_windows, "running")
+            parts = [s.hidden for s in model.window_states(windows.tokens[number], windows.first_scored)]
+            states.write(number, np.concatenate(parts))
+        progress(0, 0, "saving")
         with written_whole(folder / _TOKENS) as partial, partial.open("wb") as stream:
             np.save(stream, windows.tokens)
         head, source = model.output_head(), None if self_contained else model.head_source()
@@ -139,7 +140,7 @@ def _run(
         }
 
 
-def feature_constant(head: OutputHead) -> float:
+def feature_constant(head: OutputHead, progress: Progress = no_progress) -> float:
     """K_feat of a reference's head: how fast its loss can change with a hidden state, in nats per unit.
 
     The loss's gradient is Σ_k (p_k − e_y,k) f'_k h_k. Without a soft cap f' is one constant and the gradient is a
@@ -152,7 +153,7 @@ def feature_constant(head: OutputHead) -> float:
         if head.transform.softcap is not None:
             yield head.n_rows, head.n_rows + 1, torch.zeros(1, head.width)
 
-    return abs(head.transform.scale) * diameter(chunks).value
+    return abs(head.transform.scale) * diameter(chunks, progress).value
 
 
 def _digest(head: OutputHead) -> str:
@@ -179,7 +180,7 @@ def _save_head(path: Path, head: OutputHead) -> None:
         save_file(tensors, partial)
 
 
-def read_capture(folder: Path) -> Capture:
+def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
     """Open what ``write_capture`` wrote; hidden states and head stay on disk until they are used.
 
     Raises:
@@ -215,11 +216,12 @@ def read_capture(folder: Path) -> Capture:
         raise InvalidCaptureError(f"{folder}: damaged capture ({error}); delete it and capture again") from error
     if windows.fingerprint != recorded["fingerprint"]:
         raise InvalidCaptureError(f"{folder}: damaged capture (token windows); delete it and capture again")
-    damaged = next((w for w in range(windows.n_windows) if not states.has(w)), None)
-    if damaged is not None:
-        raise InvalidCaptureError(
-            f"{folder}: damaged capture (states of window {damaged}); delete it and capture again"
-        )
+    for window in range(windows.n_windows):
+        progress(window, windows.n_windows, "checking the capture")
+        if not states.has(window):
+            raise InvalidCaptureError(
+                f"{folder}: damaged capture (states of window {window}); delete it and capture again"
+            )
     return capture
 
 

@@ -112,18 +112,25 @@ def compare_candidates(
         # Unreadable files are found before the reference takes its minutes.
         given = given_capture(reference, texts)
         n_ctx = options.n_ctx if given is None else 0
-        headers = {c.path: attempt(worker, c.path, read_header, n_ctx) for c in candidates if c.made is None}
+        headers = {
+            c.path: attempt(worker, c.path, read_header, n_ctx, progress=partial(steps, Path(c.path).stem))
+            for c in candidates
+            if c.made is None
+        }
         if all(isinstance(headers.get(c.path), CandidateResult) for c in candidates):
             raise InvalidModelError("; ".join(_message(header) for header in headers.values()))
         control = _control(headers, options.control)
         folder, identity, text = open_reference(worker, reference, given, texts, options, steps)
         rows: dict[str, CandidateResult] = {}
-        for path, candidate in sorted({c.path: c for c in candidates}.items(), key=lambda item: item[0] != control):
+        once = sorted({c.path: c for c in candidates}.items(), key=lambda item: item[0] != control)
+        for number, (path, candidate) in enumerate(once):
+            steps("", number, len(once), "files")
             header = headers.get(path)
             if isinstance(header, CandidateResult):
                 rows[path] = header
             else:
                 rows[path] = _measured(worker, candidate, folder, options, steps)
+        steps("", len(once), len(once), "files")
     floor, results = _judged(rows, control, gates, text.n_windows, options)
     measured = [results[c.path] for c in candidates]
     return Comparison(
@@ -145,7 +152,7 @@ def _measured(
     """One candidate's row; ``seconds`` is what measuring took, without making the file."""
     try:
         with nullcontext() if candidate.made is None else candidate.made(worker):
-            started, progress = time.monotonic(), partial(steps, Path(candidate.path).name)
+            started, progress = time.monotonic(), partial(steps, Path(candidate.path).stem)
             row = worker.run(measure_candidate, candidate.path, folder, options, progress=progress)
     except PrismGgufError as error:
         return failed_row(candidate.path, error)
@@ -226,6 +233,7 @@ def read_header(path: str, n_ctx: int, *, progress: Progress = no_progress) -> s
     """Open a candidate as data, for the errors that this finds; its ftype. Runs in the worker."""
     from prism_gguf.gguf_file import GgufFile
 
+    progress(0, 0, "reading the header")
     gguf = GgufFile(path)
     gguf.check_context(n_ctx)
     return gguf.ftype
@@ -240,13 +248,13 @@ def open_reference(
     steps: Steps,
 ) -> tuple[Path, ModelIdentity, TextInfo]:
     """The folder of a reference's capture, ``given`` or made, and what a result says of it and its text."""
+    progress = partial(steps, "reference")
+    progress(0, 0, "starting")
     if given is not None:
-        return given, *worker.run(describe_capture, str(given), False)
+        return given, *worker.run(describe_capture, str(given), False, progress=progress)
     reading = Reading(default_texts() if texts is None else texts, options.n_ctx, options.windows, options.score)
-    folder = worker.run(
-        ensure_capture, str(reference), reading, options.capture_options(), progress=partial(steps, "reference")
-    )
-    identity, text = worker.run(describe_capture, str(folder), texts is None)
+    folder = worker.run(ensure_capture, str(reference), reading, options.capture_options(), progress=progress)
+    identity, text = worker.run(describe_capture, str(folder), texts is None, progress=progress)
     # A cached capture may have been made from the same content under another name.
     return folder, replace(identity, path=str(reference)), text
 
@@ -257,7 +265,7 @@ def describe_capture(
     """What a result says of its reference and text. Runs in the worker."""
     from prism_gguf.capture_file import read_capture
 
-    capture = read_capture(Path(folder))
+    capture = read_capture(Path(folder), progress)
     windows = capture.windows
     text = TextInfo(
         fingerprint=windows.fingerprint,
@@ -279,7 +287,8 @@ def measure_candidate(
     from prism_gguf.measure import measure
 
     options.limit_threads()
-    capture = read_capture(folder)
+    capture = read_capture(folder, progress)
+    progress(0, 0, "loading")
     with (
         open_candidate(path, capture, options) as (model, shared, notes),
         tempfile.TemporaryDirectory(prefix="prism-gguf-") as temporary,

@@ -12,7 +12,7 @@ import torch
 from prism_gguf.adapters import WindowStates
 from prism_gguf.adapters.llama_cpp import LlamaCppModel, emulated_head
 from prism_gguf.capture_file import Capture
-from prism_gguf.isolation import Progress
+from prism_gguf.isolation import Progress, part, stage
 from prism_gguf.metrics.divergence import TokenDivergence, token_divergence
 from prism_gguf.output_head import OutputHead, paired_chunks
 from prism_gguf.results import Logits
@@ -53,21 +53,31 @@ def decode_windows(
     if served is not None:
         hidden, disagreement = _states(capture, model, folder, served, progress)
         if disagreement <= _MAX_EMULATION_KLD:
-            tokens = TokenDivergence.concatenate(list(_blocks(capture, hidden, served, shared_rows)))
+            tokens = TokenDivergence.concatenate(
+                list(_blocks(capture, hidden, served, shared_rows, stage(progress, "comparing")))
+            )
             return Decoded(hidden, tokens, Logits("emulated", disagreement))
     hidden, tokens = _states_and_logits(capture, model, folder, shared_rows, progress)
     return Decoded(hidden, tokens, Logits("runtime", disagreement))
 
 
-def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path) -> np.ndarray:
+def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, progress: Progress) -> np.ndarray:
     """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
     from prism_gguf.mix import Mix
     from prism_gguf.quantizer import quantize_gguf
 
     windows, path, hidden = capture.windows, folder / "weights-F16.gguf", _new_states(capture, folder / "weights.npy")
-    quantize_gguf(model.gguf.path, path, Mix("F16"), requantize=True, threads=model.options.n_threads)
+    quantize_gguf(
+        model.gguf.path,
+        path,
+        Mix("F16"),
+        requantize=True,
+        threads=model.options.n_threads,
+        progress=stage(progress, "making F16 of it"),
+    )
     with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options) as unquantized:
         for number, tokens in enumerate(windows.tokens):
+            progress(number, windows.n_windows, "running as F16")
             for states in unquantized.window_states(tokens, windows.first_scored):
                 hidden[windows.rows(number, states.start, states.stop)] = states.hidden
     path.unlink()
@@ -85,7 +95,8 @@ def _states(
     """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
     windows, hidden, worst = capture.windows, _new_states(capture, folder / STATES), 0.0
     proofs = {0, windows.n_windows // 2}
-    for number in sorted(range(windows.n_windows), key=lambda n: n not in proofs):
+    for done, number in enumerate(sorted(range(windows.n_windows), key=lambda n: n not in proofs)):
+        progress(done, windows.n_windows, "running")
         tokens = windows.tokens[number]
         for states in model.window_states(tokens, windows.first_scored, logits=number in proofs):
             hidden[windows.rows(number, states.start, states.stop)] = states.hidden
@@ -93,7 +104,6 @@ def _states(
                 worst = max(worst, _disagreement(states, served, tokens))
         if worst > _MAX_EMULATION_KLD:
             break
-        progress(number + 1, windows.n_windows)
     return hidden, worst
 
 
@@ -110,15 +120,18 @@ def _disagreement(states: WindowStates, served: OutputHead, tokens: np.ndarray) 
     return float(token_divergence(pairs, tokens[states.start + 1 + some]).kld.mean())
 
 
-def _blocks(capture: Capture, hidden: np.ndarray, served: OutputHead, shared_rows: int) -> Iterator[TokenDivergence]:
+def _blocks(
+    capture: Capture, hidden: np.ndarray, served: OutputHead, shared_rows: int, progress: Progress
+) -> Iterator[TokenDivergence]:
     """Divergence of the emulated logits, a block of tokens and a chunk of the vocabulary at a time."""
     targets = capture.windows.targets
     for at in range(0, len(hidden), BLOCK):
         block = slice(at, at + BLOCK)
         reference, candidate = torch.from_numpy(capture.states[block]), served.enter(np.array(hidden[block]))
+        within = part(progress, at // BLOCK * shared_rows, -(-len(hidden) // BLOCK) * shared_rows)
         pairs = (
             (start, capture.head.logits(reference, start, stop, rows), served.logits(candidate, start, stop, other))
-            for start, stop, rows, other in paired_chunks(capture.head, served, shared_rows)
+            for start, stop, rows, other in paired_chunks(capture.head, served, shared_rows, within)
         )
         yield token_divergence(pairs, targets[block])
 
@@ -130,7 +143,7 @@ def _states_and_logits(
     windows, hidden, head = capture.windows, _new_states(capture, folder / STATES), capture.head
     parts: list[TokenDivergence] = []
     for number, tokens in enumerate(windows.tokens):
-        progress(number, windows.n_windows)
+        progress(number, windows.n_windows, "running, with logits")
         for states in model.window_states(tokens, windows.first_scored, logits=True):
             assert states.logits is not None
             rows_of = windows.rows(number, states.start, states.stop)
@@ -141,5 +154,4 @@ def _states_and_logits(
                 for start, stop, rows in head.chunks(shared_rows)
             )
             parts.append(token_divergence(pairs, tokens[states.start + 1 : states.stop + 1]))
-    progress(windows.n_windows, windows.n_windows)
     return hidden, TokenDivergence.concatenate(parts)

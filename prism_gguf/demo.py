@@ -20,21 +20,26 @@ def _make_f16(out: str, *, progress: Progress = no_progress) -> None:
     write_f16(MODEL, Path(out), name="prism-gguf testbed")
 
 
-def build_ladder(folder: Path, *, steps: Steps, threads: int = 0, cache: Path | None = None) -> list[Path]:
+def build_ladder(
+    folder: Path, *, steps: Steps, threads: int = 0, cache: Path | None = None, verbose: bool = False
+) -> list[Path]:
     """Make the testbed's F16 GGUF and the demo profile's files in ``folder``; their paths, the F16 control first."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = load_profile("demo").entries
-    workshop = Workshop(folder / "testbed-F16.gguf", folder, threads=threads, cache=cache)
-    with NativeWorker() as worker:
+    workshop = Workshop(folder / "testbed-F16.gguf", folder, threads=threads, cache=cache, steps=steps)
+    with NativeWorker(verbose=verbose) as worker:
+        steps(workshop.base.stem, 0, 0, "making")
         worker.run(_make_f16, str(workshop.base))
         for number, entry in enumerate(entries):
-            steps("quantize", number, len(entries))
+            steps("", number, len(entries), "files to make")
             workshop.build(worker, entry.name, workshop.plan(worker, entry.name, entry.mix()))
-        steps("quantize", len(entries), len(entries))
+        steps("", len(entries), len(entries), "files to make")
     return [workshop.base, *(workshop.path(entry.name) for entry in entries)]
 
 
 def run_demo(folder: Path, texts: list[Source] | None, options: CompareOptions, *, steps: Steps) -> Comparison:
     """Build the ladder in ``folder`` and compare it with the testbed checkpoint, on text that it was not trained on."""
-    paths = build_ladder(folder, steps=steps, threads=options.threads or 0, cache=options.cache)
+    paths = build_ladder(
+        folder, steps=steps, threads=options.threads or 0, cache=options.cache, verbose=options.verbose
+    )
     return compare(MODEL, paths, texts or held_out_texts(), options, steps=steps)

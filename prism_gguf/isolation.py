@@ -11,21 +11,43 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from prism_gguf.errors import PrismGgufError, RuntimeFailureError
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
+
+
+class Progress(Protocol):
+    """Called with steps done, steps in all (0 where nobody can know), and which stage of the work they are steps of."""
+
+    def __call__(self, done: int, total: int, stage: str = "", /) -> None: ...
 
 
 # `python -c` would look for modules in the current folder first, which may be full of a stranger's files.
 _CHILD = "import sys; sys.path[:] = filter(None, sys.path); from prism_gguf.isolation import serve; serve()"
 
 
-def no_progress(done: int, total: int) -> None:
+def no_progress(done: int, total: int, stage: str = "", /) -> None:
     """For callers that show none."""
+
+
+def stage(progress: Progress, name: str) -> Progress:
+    """``progress`` for a part of the work that does not know which stage it is."""
+
+    def report(done: int, total: int, _: str = "", /) -> None:
+        progress(done, total, name)
+
+    return report
+
+
+def part(progress: Progress, before: int, total: int) -> Progress:
+    """``progress`` for a part of the work that does not know how much of ``total`` was done before it."""
+
+    def report(done: int, _: int, stage: str = "", /) -> None:
+        progress(before + done, total, stage)
+
+    return report
 
 
 class NativeWorker:

@@ -35,7 +35,7 @@ def export_kld_base(capture_folder: str, file: str, *, progress: Progress = no_p
     """
     from prism_gguf.capture_file import read_capture
 
-    capture = read_capture(Path(capture_folder))
+    capture = read_capture(Path(capture_folder), progress)
     windows, n_vocab = capture.windows, capture.n_tokens
     if windows.score is not Score.HALF:
         raise InvalidCaptureError(
@@ -47,9 +47,8 @@ def export_kld_base(capture_folder: str, file: str, *, progress: Progress = no_p
         np.array([windows.n_ctx, n_vocab, windows.n_windows], dtype="<i4").tofile(stream)
         windows.tokens.astype("<i4").tofile(stream)
         for at in range(0, windows.n_scored, block):
-            progress(at, windows.n_scored)
+            progress(at, windows.n_scored, "writing")
             _records(capture.head, capture.states[at : at + block], n_vocab).tofile(stream)
-    progress(windows.n_scored, windows.n_scored)
 
 
 def _records(head: OutputHead, hidden: np.ndarray, n_vocab: int) -> np.ndarray:

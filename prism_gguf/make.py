@@ -15,7 +15,7 @@ from prism_gguf.errors import InvalidOutputError
 from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import split_parts
 from prism_gguf.imatrix import read_imatrix
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.mix import Mix
 from prism_gguf.plan import Plan, plan
 from prism_gguf.reading import Source
@@ -34,7 +34,7 @@ class Verification:
     texts: Sequence[Source] | None
     options: CompareOptions
 
-    def check(self) -> None:
+    def check(self, progress: Progress = no_progress) -> None:
         """Find out what is wrong with it before the file is made, not after.
 
         Raises:
@@ -45,7 +45,7 @@ class Verification:
         for limit in self.options.fail_on:
             Gate.parse(limit)
         if not is_capture(Path(self.reference)):
-            model_fingerprint(self.reference, self.options.cache or default_cache())
+            model_fingerprint(self.reference, self.options.cache or default_cache(), stage(progress, "hashing"))
 
 
 @dataclass(frozen=True)
@@ -99,20 +99,14 @@ def quantize(
     """
     check_output(out, base, overwrite=overwrite or dry_run)
     if verification is not None:
-        verification.check()
+        verification.check(partial(steps, "reference"))
+    progress = partial(steps, out.stem)
     with NativeWorker(verbose=verbose) as worker:
-        found = plan(base, what, name=name, imatrix=imatrix, requantize=requantize, worker=worker)
+        found = plan(base, what, name=name, imatrix=imatrix, requantize=requantize, worker=worker, progress=progress)
         planned(found)
         if dry_run:
             return Made(out, found, made=False)
-        make(
-            found,
-            out,
-            overwrite=overwrite,
-            threads=threads,
-            worker=worker,
-            progress=partial(steps, f"making {out.name}"),
-        )
+        make(found, out, overwrite=overwrite, threads=threads, worker=worker, progress=progress)
     predicted = (what.predicted_kld, what.predicted_kld_se) if isinstance(what, Recipe) else (None, None)
     comparison = None
     if verification is not None:
@@ -153,7 +147,8 @@ def _write(plan: Plan, out: Path, threads: int, *, progress: Progress) -> None:
         requantize=plan.requantize,
         threads=threads,
         metadata=plan.metadata,
-        progress=progress,
+        n_elements=sum(t.n_elements for t in plan.tensors),
+        progress=stage(progress, "making"),
     )
 
 

@@ -16,7 +16,7 @@ from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
 from prism_gguf.divergent_tokens import divergent_tokens
 from prism_gguf.errors import IncompatibleModelsError
 from prism_gguf.gguf_file import GgufFile
-from prism_gguf.isolation import Progress, no_progress
+from prism_gguf.isolation import Progress, no_progress, stage
 from prism_gguf.metrics.bound import K_PRED, Bound, HeadMoments, head_divergence, head_moments
 from prism_gguf.metrics.divergence import clustered_mean
 from prism_gguf.metrics.geometry import (
@@ -96,18 +96,19 @@ def measure(
     """
     head, candidate_head = capture.head, model.output_head()
     decoded = decode_windows(capture, model, folder, shared_rows, progress)
-    features = _feature_moments(capture, decoded.hidden)
-    heads = _head_moments(head, candidate_head, shared_rows)
+    features = _feature_moments(capture, decoded.hidden, progress)
+    heads = _head_moments(head, candidate_head, shared_rows, progress)
     tokens, clusters = decoded.tokens, capture.windows.window_of_token
     gap, gap_se = clustered_mean(tokens.nll_candidate - tokens.nll_reference, clusters)
     shares = risk_shares = None
     if attribution:
-        weights = weights_only_states(capture, model, folder) if split_kernels else None
-        moments = features if weights is None else _feature_moments(capture, weights)
+        weights = weights_only_states(capture, model, folder, progress) if split_kernels else None
+        moments = features if weights is None else _feature_moments(capture, weights, progress)
         ratio = math.sqrt(moments.candidate_square / moments.reference_square)
         shares, risk_shares = attribute(
-            capture, decoded, candidate_head, shared_rows, ratio, weights, attribution_tokens
+            capture, decoded, candidate_head, shared_rows, ratio, weights, attribution_tokens, progress=progress
         )
+    progress(0, 0, "bound")
     # The bound speaks of states times weights: what the head's kernel adds to the gap is not its business.
     kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
     geometries = [_geometry_row(name, bound, gap - kernel) for name, bound in _bounds(features, heads, capture.k_feat)]
@@ -137,14 +138,15 @@ def measure(
     )
 
 
-def _feature_moments(capture: Capture, hidden: np.ndarray) -> FeatureMoments:
+def _feature_moments(capture: Capture, hidden: np.ndarray, progress: Progress) -> FeatureMoments:
     moments = MomentAccumulator(hidden.shape[1])
     for at in range(0, len(hidden), BLOCK):
+        progress(at, len(hidden), "geometry of the states")
         moments.add(capture.states[at : at + BLOCK], hidden[at : at + BLOCK])
     return moments.moments()
 
 
-def _head_moments(reference: OutputHead, candidate: OutputHead, shared_rows: int) -> HeadMoments:
+def _head_moments(reference: OutputHead, candidate: OutputHead, shared_rows: int, progress: Progress) -> HeadMoments:
     biased = reference.bias is not None or candidate.bias is not None
     scale = reference.transform.scale
 
@@ -154,9 +156,10 @@ def _head_moments(reference: OutputHead, candidate: OutputHead, shared_rows: int
             chunk = torch.cat([chunk, bias[:, None]], dim=1)
         return chunk * scale if scale != 1.0 else chunk
 
+    shown = stage(progress, "geometry of the head")
     pairs = (
         (rows(reference, start, stop, one), rows(candidate, start, stop, other))
-        for start, stop, one, other in paired_chunks(reference, candidate, shared_rows)
+        for start, stop, one, other in paired_chunks(reference, candidate, shared_rows, shown)
     )
     return head_moments(pairs, biased=biased)
 

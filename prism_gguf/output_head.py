@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from prism_gguf.isolation import Progress, no_progress
+
 ROWS_PER_CHUNK = 2048
 
 
@@ -93,8 +95,9 @@ class OutputHead:
 
 
 def paired_chunks(
-    first: OutputHead, second: OutputHead, n_rows: int
+    first: OutputHead, second: OutputHead, n_rows: int, progress: Progress = no_progress
 ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
     """(start, stop, rows of one head, rows of the other) over the ``n_rows`` that both have."""
     for (start, stop, rows), (_, _, other) in zip(first.chunks(n_rows), second.chunks(n_rows), strict=True):
+        progress(start, n_rows)
         yield start, stop, rows, other

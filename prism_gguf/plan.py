@@ -25,7 +25,7 @@ from prism_gguf.gguf_file import (
     row_block,
 )
 from prism_gguf.imatrix import ImportanceMatrix, read_imatrix
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.recipe import Recipe, mix_digest
 
@@ -118,6 +118,7 @@ def plan(
         InvalidRecipeError: llama.cpp cannot give the tensors these types.
         InvalidImatrixError: the importance matrix cannot be read, or belongs to another model.
     """
+    progress(0, 0, "planning")
     gguf = GgufFile(base)
     quantized = {t.type for t in gguf.tensors if len(t.shape) > 1 and t.type not in UNQUANTIZED}
     if quantized and not requantize:
@@ -133,7 +134,7 @@ def plan(
     check_types(wanted, gguf)
     if matrix is not None:
         check_imatrix(matrix, gguf)
-    types = worker.run(_dry_run, Path(base), mix, imatrix, progress=progress)
+    types = worker.run(_dry_run, Path(base), mix, imatrix, progress=stage(progress, "planning"))
     _check_planned(wanted, types, mix, gguf, complete)
     _check_weights(types, mix, gguf, matrix)
     tensors = tuple(replace(t, type=types[t.name], n_bytes=_tensor_bytes(t, types[t.name])) for t in gguf.tensors)

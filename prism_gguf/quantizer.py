@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,7 @@ from prism_gguf.mix import Mix, ftype_value, ggml_type
 
 # llama-quant.cpp logs "[  12/ 272] blk.0.ffn_down.weight - [768, 256, 1, 1], type =    f16, " before each tensor, then
 # "size = 0.4 MiB -> 0.1 MiB (q4_K)" in a dry run.
-_TENSOR_LINE = re.compile(
-    r"^\[ *(\d+)/ *(\d+)\] +(\S+) +- +\[.*?\], type = +(\S+), (?:size = .* -> .* \((\S+)\))?", re.M
-)
+_TENSOR_LINE = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- +\[(.*?)\], type = +(\S+), (?:size = .* -> .* \((\S+)\))?", re.M)
 
 Metadata = Mapping[str, str | int | bool]
 
@@ -53,10 +52,18 @@ def quantize_gguf(
         InvalidModelError: ``base`` is no GGUF of a causal language model.
         RuntimeFailureError: llama.cpp refused or failed.
     """
-    GgufFile(base)
+    n_elements = sum(tensor.n_elements for tensor in GgufFile(base).tensors)
     with written_whole(Path(out)) as partial:
         write_quantized(
-            base, partial, mix, imatrix, requantize=requantize, threads=threads, metadata=metadata, progress=progress
+            base,
+            partial,
+            mix,
+            imatrix,
+            requantize=requantize,
+            threads=threads,
+            metadata=metadata,
+            n_elements=n_elements,
+            progress=progress,
         )
 
 
@@ -68,9 +75,13 @@ def planned_types(
     Raises:
         InvalidModelError, RuntimeFailureError: as in ``quantize_gguf``.
     """
-    types = {tensor.name: tensor.type for tensor in GgufFile(base).tensors}
-    log = write_quantized(base, Path(base), mix, imatrix, requantize=True, progress=progress, dry_run=True)
-    for _, _, name, kept, taken in _TENSOR_LINE.findall(log):
+    tensors = GgufFile(base).tensors
+    n_elements = sum(tensor.n_elements for tensor in tensors)
+    types = {tensor.name: tensor.type for tensor in tensors}
+    log = write_quantized(
+        base, Path(base), mix, imatrix, requantize=True, n_elements=n_elements, progress=progress, dry_run=True
+    )
+    for name, _, kept, taken in _TENSOR_LINE.findall(log):
         types[name] = (taken or kept).upper()
     return types
 
@@ -108,10 +119,15 @@ def write_quantized(
     requantize: bool,
     threads: int = 0,
     metadata: Metadata | None = None,
+    n_elements: int,
     progress: Progress,
     dry_run: bool = False,
 ) -> str:
-    """``quantize_gguf`` straight into ``out``, for a caller that keeps files whole itself; what llama.cpp logged."""
+    """``quantize_gguf`` straight into ``out``, for a caller that keeps files whole itself; what llama.cpp logged.
+
+    Args:
+        n_elements: of the base, which progress is counted in: tensors differ too much in size.
+    """
     params = C.llama_model_quantize_default_params()
     params.nthread = threads
     params.ftype = ftype_value(mix.ftype)
@@ -126,16 +142,20 @@ def write_quantized(
     log = native_log()
     log.clear()
 
+    done = 0
+
     def watch(text: str) -> None:
+        nonlocal done
         if match := _TENSOR_LINE.match(text):
-            progress(int(match[1]) - 1, int(match[2]))
+            progress(done, n_elements)
+            done += math.prod(map(int, match[2].split(",")))
 
     with log.recorded(watch) as recorded:
         code = C.llama_model_quantize(str(base).encode(), str(out).encode(), params)
     del keep  # ctypes frees what the structures point to
     if code != 0:
         raise RuntimeFailureError(f"{base}: llama.cpp cannot quantize it to {mix.ftype}: {log.reason()}")
-    progress(1, 1)
+    progress(n_elements, n_elements)
     return "".join(recorded)
 
 

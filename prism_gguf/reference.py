@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prism_gguf.cache import default_cache, is_capture, key_of, locked, model_fingerprint, recorded_key
 from prism_gguf.errors import InvalidCaptureError
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.reading import Reading
 from prism_gguf.text import Score
 
@@ -19,11 +18,14 @@ if TYPE_CHECKING:  # torch and llama.cpp are loaded in the child process only
     from prism_gguf.adapters import Model
     from prism_gguf.adapters.llama_cpp import RuntimeOptions
 
-Steps = Callable[[str, int, int], None]
-"""Called with (what is being done, windows done, windows in all)."""
+
+class Steps(Protocol):
+    """``isolation.Progress`` of many things: called with the name of one first, or with none for the whole of the work."""
+
+    def __call__(self, name: str, done: int, total: int, stage: str = "", /) -> None: ...
 
 
-def no_steps(name: str, done: int, total: int) -> None:
+def no_steps(name: str, done: int, total: int, stage: str = "", /) -> None:
     """For callers that show none."""
 
 
@@ -96,6 +98,7 @@ def capture(reference: str | Path, reading: Reading, options: CaptureOptions, *,
     Raises:
         PrismGgufError: the reference or what it shall read cannot be used, or ``out`` holds something else.
     """
+    steps("reference", 0, 0, "starting")
     with NativeWorker(verbose=options.verbose) as worker:
         return worker.run(ensure_capture, str(reference), reading, options, progress=partial(steps, "reference"))
 
@@ -104,6 +107,7 @@ def export_base(folder: Path, file: Path, *, steps: Steps = no_steps) -> None:
     """Write a capture as llama-perplexity's base-logits file (see ``kld_base``)."""
     from prism_gguf.kld_base import export_kld_base
 
+    steps("export", 0, 0, "starting")
     with NativeWorker() as worker:
         worker.run(export_kld_base, str(folder), str(file), progress=partial(steps, "export"))
 
@@ -121,7 +125,7 @@ def ensure_capture(
         if is_gguf
         else ("transformers",)
     )
-    fingerprint = model_fingerprint(reference, cache)
+    fingerprint = model_fingerprint(reference, cache, stage(progress, "hashing"))
     key = key_of(
         [
             SCHEMA,
@@ -133,7 +137,7 @@ def ensure_capture(
         ]
     )
     folder = options.out or cache / "captures" / key
-    with locked(folder, cache):
+    with locked(folder, cache, progress):
         if recorded_key(folder) not in (None, key) or (options.out and _is_foreign(options.out)):
             raise InvalidCaptureError(
                 f"{folder}: holds something else than a capture of this model, text and options; name another folder"

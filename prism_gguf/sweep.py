@@ -61,7 +61,7 @@ def sweep(
     if texts is None and not is_capture(Path(reference)):
         texts = profile.texts()
     folder = Path(base).parent if folder is None else folder
-    workshop = Workshop(Path(base), folder, allow_requantize, options.threads or 0, options.cache)
+    workshop = Workshop(Path(base), folder, allow_requantize, options.threads or 0, options.cache, steps)
     entries = {str(workshop.path(entry.name)): entry for entry in profile.entries}
     if any(Path(path).resolve() == source.path.resolve() for path in entries):
         raise InvalidProfileError(
@@ -77,8 +77,7 @@ def sweep(
         plan, entry = plans[path], entries[path]
         if isinstance(plan, PrismGgufError):
             raise plan
-        progress = partial(steps, f"make {entry.name}")
-        built = workshop.build(worker, entry.name, plan, progress=progress)
+        built = workshop.build(worker, entry.name, plan)
         try:
             yield
         finally:
@@ -129,7 +128,7 @@ def _plans(
                 lambda ftype: workshop.plan(worker, ftype, Mix(ftype), imatrix).file_bytes,
             )
         for number, entry in enumerate(profile.entries):
-            steps("plan", number, len(profile.entries))
+            steps("", number, len(profile.entries), "plans")
             name = workshop.path(entry.name).name
             try:
                 if entry.imatrix == "required" and imatrix is None:
@@ -141,7 +140,7 @@ def _plans(
                 yield planned
             except PrismGgufError as error:
                 yield error
-        steps("plan", len(profile.entries), len(profile.entries))
+        steps("", len(profile.entries), len(profile.entries), "plans")
 
 
 def _mib(n_bytes: int) -> str:

@@ -40,11 +40,16 @@ def judge(
     return Verdict(status, axis, results, passed, _remedies(candidate, axis) if mendable and axis else [])
 
 
+def is_lossless(kld: float, floor: NoiseFloor | None) -> bool:
+    """Whether a divergence (nats) cannot be told from what the path itself costs."""
+    return kld <= _LOSSLESS * max(ASSUMED_FLOOR if floor is None else floor.kld_mean, 0.0)
+
+
 def _status(kld: float, attribution: Attribution | None, floor: NoiseFloor | None) -> tuple[Status, str | None]:
     axis = None if attribution is None else max(_shares(attribution).items(), key=lambda item: item[1])[0]
     if floor is not None and floor.conversion_problem:
         return Status.CONVERSION, axis
-    if kld <= _LOSSLESS * max(ASSUMED_FLOOR if floor is None else floor.kld_mean, 0.0):
+    if is_lossless(kld, floor):
         return Status.LOSSLESS, axis
     if attribution is None:
         return Status.UNATTRIBUTED, None

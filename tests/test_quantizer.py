@@ -65,6 +65,7 @@ def test_named_tensors_take_their_types_and_the_dry_run_knows(ladder: dict[str, 
     named = {"blk.0.ffn_down.weight": "Q2_K", "blk.3.attn_output.weight": "F16", "output.weight": "Q5_K"}
     mix = Mix("Q4_K_M", tensor_types=named)
     seen: list[tuple[int, int]] = []
+    n_elements = sum(t.n_elements for t in GgufFile(ladder["F16"]).tensors)
     with NativeWorker() as worker:
         planned = worker.run(planned_types, str(ladder["F16"]), mix)
         worker.run(
@@ -80,7 +81,7 @@ def test_named_tensors_take_their_types_and_the_dry_run_knows(ladder: dict[str, 
     assert planned["blk.1.ffn_down.weight"] == "Q4_K"
     assert made.metadata("prism_gguf.recipe") == "x"
     assert made.metadata("prism_gguf.requantized") is False
-    assert seen[-1] == (1, 1)
+    assert seen[0] == (0, n_elements) and seen[-1] == (n_elements, n_elements) and seen == sorted(seen)
     assert len(seen) == len(planned) + 1
 
 

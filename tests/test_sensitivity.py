@@ -180,8 +180,8 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     options = SensitivityOptions(types=("Q4_0",), cache=tmp_path / "a")
     chosen = reading(windows=3, n_ctx=1024)  # one batch is two windows
 
-    def kill(done: int, total: int) -> None:
-        if done == total - 1:
+    def kill(done: int, total: int, stage: str = "") -> None:
+        if stage == "gradients" and done > 0.7 * total:
             raise Killed
 
     with pytest.raises(Killed):
@@ -189,12 +189,12 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "sensitivities").rglob("*.np[yz]")}
     assert len(kept) == 31
     steps: list[int] = []
-    found = ensure_sensitivity(str(MODEL), chosen, options, progress=lambda done, _: steps.append(done))
+    found = ensure_sensitivity(str(MODEL), chosen, options, progress=lambda done, *_: steps.append(done))
     fresh = ensure_sensitivity(str(MODEL), chosen, SensitivityOptions(types=("Q4_0",), cache=tmp_path / "b"))
     assert [t.costs for t in found.tensors] == [t.costs for t in fresh.tensors]
     again: list[int] = []
-    ensure_sensitivity(str(MODEL), chosen, options, progress=lambda done, _: again.append(done))
-    assert steps and not again
+    ensure_sensitivity(str(MODEL), chosen, options, progress=lambda done, *_: again.append(done))
+    assert steps and max(again, default=0) == 0
     assert not list((tmp_path / "a" / "sensitivities").rglob("*.np[yz]"))  # nothing large is left
 
 

@@ -132,10 +132,9 @@ def advise(
         PrismGgufError: the base, the reference or the imatrix cannot be used.
     """
     with NativeWorker(verbose=options.verbose) as worker:
-        steps("allocate", 0, 1)
-        problem = Problem(base, budget, found, imatrix, worker)
+        progress = partial(steps, "recipe")
+        problem = Problem(base, budget, found, imatrix, worker, progress)
         best = problem.solve(worker)
-        steps("allocate", 1, 1)
         advice = _advice(problem, best)
         if not measure:
             return advice
@@ -191,9 +190,7 @@ def _compared(
 
         @contextmanager
         def made(planned: Plan, path: Path, worker: NativeWorker) -> Iterator[None]:
-            make(
-                planned, path, threads=options.threads or 0, worker=worker, progress=partial(steps, f"make {path.stem}")
-            )
+            make(planned, path, threads=options.threads or 0, worker=worker, progress=partial(steps, path.stem))
             try:
                 yield
             finally:

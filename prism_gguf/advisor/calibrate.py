@@ -14,6 +14,7 @@ def imatrix(
     reference: str | Path, reading: Reading, out: Path, options: RunOptions, *, steps: Steps = no_steps
 ) -> dict[str, str]:
     """Write the importance matrix of ``reference`` over a text to ``out``; see ``collect.collect_imatrix``."""
+    steps("imatrix", 0, 0, "starting")
     with NativeWorker(verbose=options.verbose) as worker:
         return worker.run(_collect, str(reference), reading, out, options, progress=partial(steps, "imatrix"))
 

@@ -64,6 +64,7 @@ def collect_imatrix(
             f"{reference}: activations are taken from the Hugging Face checkpoint; name its folder or hub id, not a GGUF"
         )
     options.limit_threads()
+    progress(0, 0, "loading")
     with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model, torch.no_grad():
         windows, _ = reading.windows(model)
         tensors, left_out = quantizable_tensors(model.network)
@@ -72,11 +73,10 @@ def collect_imatrix(
         observed = _Observed(tensors)
         head = next((t for t in tensors if t.products[0] is model.head_weight), None)
         for number, tokens in enumerate(windows.tokens):
-            progress(number, windows.n_windows)
+            progress(number, windows.n_windows, "running")
             states = model.traced_states(torch.from_numpy(tokens[None].astype(np.int64)), observed)
             if head is not None:
                 observed.add(head, 0, states)
-        progress(windows.n_windows, windows.n_windows)
     seen = {name for name, counts in observed.counts.items() if counts.any()}  # not an embedding that is no head
     write_imatrix(
         out,

@@ -72,8 +72,9 @@ def _judge(capture: Capture, body: Body, options: HeadOptions) -> Judge:
 def decode_body(path: str, folder: Path, out: Path, options: HeadOptions, *, progress: Progress = no_progress) -> Body:
     """Run a candidate over the captured windows, and keep what it computed in ``out``."""
     options.limit_threads()
-    capture = read_capture(folder)
+    capture = read_capture(folder, progress)
     out.mkdir()
+    progress(0, 0, "loading")
     with open_candidate(path, capture, options) as (model, shared, notes):
         decoded = decode_windows(capture, model, out, shared, progress)
         kernel = _is_cpu_kernel(decoded.logits, model.gguf.head_type)
@@ -96,7 +97,7 @@ def score_heads(
 ) -> dict[str, HeadSweep]:
     """Cross-score every type against every body, in one pass over the vocabulary; a sweep for each path."""
     options.limit_threads()
-    capture = read_capture(folder)
+    capture = read_capture(folder, progress)
     weights = options.column_weights()
     kinds = [kind for kind in options.kinds() if capture.head.width % GGML_QUANT_SIZES[kind][0] == 0]
     files = {body.path: GgufFile(body.path) for body in bodies}
@@ -166,7 +167,7 @@ def _cross_score(
     targets = capture.windows.targets
     streams = [DivergenceStream(targets[block], len(bodies) * len(kinds), rooms) for block in blocks]
     for start, stop, rows, packed in heads.chunks(shared_rows):
-        progress(start, shared_rows)
+        progress(start, shared_rows, "scoring")
         for path, same in as_stored.items():
             stored = files[path].head_rows(start, stop)
             same &= {kind for kind in same if np.array_equal(stored, packed[kind])}
@@ -182,7 +183,6 @@ def _cross_score(
                     for logits in rounded.logits(np.array(hidden[block]), start, stop, made)
                 ),
             )
-    progress(shared_rows, shared_rows)
     by_block = [stream.results() for stream in streams]
     return [TokenDivergence.concatenate(list(parts)) for parts in zip(*by_block, strict=True)], as_stored
 
@@ -288,7 +288,7 @@ def run_head(
 ) -> HeadScore:
     """Run the candidate with the reference's rows of this type as its embedding and head."""
     options.limit_threads()
-    capture, gguf, kind = read_capture(folder), GgufFile(body.path), GGMLQuantizationType[type_name]
+    capture, gguf, kind = read_capture(folder, progress), GgufFile(body.path), GGMLQuantizationType[type_name]
     tensor = gguf.head_tensor.name
     heads = _Heads(capture, [kind], options.column_weights().get(tensor), options.runtime().n_threads)
     block, size = GGML_QUANT_SIZES[kind]
@@ -298,8 +298,11 @@ def run_head(
         shape = (gguf.vocab_size, gguf.hidden_size // block * size)
         rows = np.lib.format.open_memmap(place / "rows.npy", mode="w+", dtype=np.uint8, shape=shape)
         for start, stop, _, packed in heads.chunks(body.shared_rows):
+            progress(start, body.shared_rows, "quantizing the head")
             rows[start:stop] = packed[kind]
+        progress(0, 0, "making")
         replace_tensor(gguf, file, tensor, rows, kind)
+        progress(0, 0, "loading")
         with LlamaCppModel(file, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model:
             decoded = decode_windows(capture, model, place, body.shared_rows, progress)
     return _judge(capture, body, options).score(decoded.tokens, "run", kernel=True)

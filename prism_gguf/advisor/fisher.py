@@ -21,6 +21,7 @@ import torch
 from prism_gguf.adapters import ggml
 from prism_gguf.advisor.tensor_names import QuantizableTensor
 from prism_gguf.advisor.weight_errors import WeightErrors
+from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.mix import ggml_type
 
 # Weights of one tensor in all types that exist in float32 at a time.
@@ -30,12 +31,23 @@ _CHUNK = 8 * 2**20
 class FisherProducts:
     """⟨g, D⟩, Σ g² D² and Σ (δ W)² e² per window, tensor and type, gathered while a backward pass runs.
 
+    Args:
+        progress: counts weights times windows.
+
     Attributes:
         directional, diagonal, kernel: (windows, tensors, types) float64; NaN where a tensor cannot have a type.
     """
 
-    def __init__(self, tensors: Sequence[QuantizableTensor], errors: WeightErrors, n_windows: int) -> None:
-        self._errors = errors
+    def __init__(
+        self,
+        tensors: Sequence[QuantizableTensor],
+        errors: WeightErrors,
+        n_windows: int,
+        progress: Progress = no_progress,
+    ) -> None:
+        self._errors, self._progress = errors, progress
+        self._done, self._total = 0, n_windows * sum(t.rows.numel() for t in tensors)
+        progress(0, self._total)
         self._number = {tensor.name: i for i, tensor in enumerate(tensors)}
         column = {name: i for i, name in enumerate(errors.types)}
         self._columns = {t.name: [column[name] for name in errors.types_of(t)] for t in tensors}
@@ -62,6 +74,8 @@ class FisherProducts:
             rows = slice(start, min(start + step, n_rows))
             gradient = torch.bmm(delta[..., rows].transpose(1, 2), x)
             self._add(tensor, window, gradient, self._errors.errors(tensor, matrix, rows))
+            self._done += gradient.numel()
+            self._progress(self._done, self._total)
 
     def _add_kernel(self, tensor: QuantizableTensor, window: int, x: torch.Tensor, at_input: torch.Tensor) -> None:
         """What rounding x costs: the same for all types that are multiplied by activations of the same kind."""

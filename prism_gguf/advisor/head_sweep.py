@@ -114,13 +114,16 @@ def sweep_heads(
         tempfile.TemporaryDirectory(prefix="prism-gguf-head-") as temporary,
     ):
         given = given_capture(reference, texts)
-        found = {path: attempt(worker, path, read_header, 0 if given else options.n_ctx) for path in paths}
+        n_ctx = 0 if given else options.n_ctx
+        found = {p: attempt(worker, p, read_header, n_ctx, progress=partial(steps, Path(p).stem)) for p in paths}
         _some_are_good(found)
         folder, identity, text = open_reference(worker, reference, given, texts, options, steps)
         for number, path in enumerate(paths):
+            steps("", number, len(paths), "files")
             if not isinstance(found[path], CandidateResult):
-                place, progress = Path(temporary) / str(number), partial(steps, Path(path).name)
+                place, progress = Path(temporary) / str(number), partial(steps, Path(path).stem)
                 found[path] = attempt(worker, path, decode_body, folder, place, options, progress=progress)
+        steps("", len(paths), len(paths), "files")
         _some_are_good(found)
         bodies = {path: body for path, body in found.items() if not isinstance(body, CandidateResult)}
         sweeps = worker.run(score_heads, folder, list(bodies.values()), options, progress=partial(steps, "all heads"))

@@ -54,9 +54,16 @@ class Problem:
     """
 
     def __init__(
-        self, base: Path, budget: Budget, found: Sensitivity, imatrix: Path | None, worker: NativeWorker
+        self,
+        base: Path,
+        budget: Budget,
+        found: Sensitivity,
+        imatrix: Path | None,
+        worker: NativeWorker,
+        progress: Progress = no_progress,
     ) -> None:
         _check_imatrix(found, imatrix)
+        self._progress = progress
         self.base, self.budget, self._imatrix = base, budget, imatrix
         gguf = GgufFile(base)
         if gguf.ftype not in UNQUANTIZED:
@@ -82,7 +89,7 @@ class Problem:
         self._room = self.limit - self._overhead - sum(stored_bytes(t, t.type) for t in kept)
 
     def _plan(self, what: Recipe | Mix, worker: NativeWorker) -> Plan:
-        return plan(self.base, what, imatrix=self._imatrix, worker=worker)
+        return plan(self.base, what, imatrix=self._imatrix, worker=worker, progress=self._progress)
 
     def _quantizable(self, worker: NativeWorker) -> set[str]:
         """The tensors that llama.cpp gives another type at all."""
@@ -122,7 +129,7 @@ class Problem:
         }
         while True:
             try:
-                types = worker.run(_allocate, options, room)
+                types = worker.run(_allocate, options, room, progress=self._progress)
             except InfeasibleBudgetError:
                 least = self.limit - room + smallest_bytes(options)
                 raise InfeasibleBudgetError(
@@ -196,7 +203,7 @@ def _allocate(
     options: Mapping[str, Mapping[str, Option]], budget: int, *, progress: Progress = no_progress
 ) -> dict[str, str]:
     """In the worker: HiGHS has been seen to print to standard output, which is the user's."""
-
+    progress(0, 0, "allocating")
     return allocate(options, budget)
 
 

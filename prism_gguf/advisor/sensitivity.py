@@ -20,7 +20,7 @@ from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
 from prism_gguf.files import write_whole, written_whole
 from prism_gguf.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import NativeWorker, Progress, no_progress, part, stage
 from prism_gguf.mix import ggml_type
 from prism_gguf.reading import Reading
 from prism_gguf.reference import RunOptions, Steps, no_steps
@@ -152,6 +152,7 @@ def sensitivity(
     Raises:
         PrismGgufError: the reference, its text or the imatrix cannot be used.
     """
+    steps("sensitivity", 0, 0, "starting")
     with NativeWorker(verbose=options.verbose) as worker:
         return worker.run(ensure_sensitivity, str(reference), reading, options, progress=partial(steps, "sensitivity"))
 
@@ -168,11 +169,11 @@ def ensure_sensitivity(
     imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     digest = imatrix_digest(imatrix)
     recorded = None if digest is None else {"file": str(options.imatrix), "digest": digest}
-    fingerprint = model_fingerprint(reference, cache)
+    fingerprint = model_fingerprint(reference, cache, stage(progress, "hashing"))
     key = key_of([SCHEMA, fingerprint, reading.digest, *options.types, digest])
     folder = cache / "sensitivities"
     result = folder / f"{key}.json"
-    with locked(result, cache):
+    with locked(result, cache, progress):
         if result.exists():
             return read_sensitivity(result)
         options.limit_threads()
@@ -196,6 +197,7 @@ def _measure(
     from prism_gguf.advisor.tensor_names import quantizable_tensors
     from prism_gguf.advisor.weight_errors import WeightErrors
 
+    progress(0, 0, "loading")
     with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:
         windows, _ = reading.windows(model)
         if windows.n_windows < 2:
@@ -207,9 +209,8 @@ def _measure(
             )
         errors = WeightErrors(folder, options.types, imatrix, threads=options.runtime().n_threads)
         _check_room(folder, errors.n_bytes(tensors))
-        total = len(tensors) + windows.n_windows
-        errors.prepare(tensors, lambda done, _: progress(done, total))
-        parts = _gradients(model, tensors, errors, windows.tokens, folder, lambda n: progress(len(tensors) + n, total))
+        errors.prepare(tensors, stage(progress, "quantizing"))
+        parts = _gradients(model, tensors, errors, windows.tokens, folder, stage(progress, "gradients"))
         sums = [np.concatenate(part) for part in zip(*parts, strict=True)]
     n, n_ctx = windows.tokens.shape
     return Sensitivity(
@@ -258,7 +259,7 @@ def _gradients(
     errors: WeightErrors,
     tokens: np.ndarray,
     folder: Path,
-    done: Any,
+    progress: Progress,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(directional, diagonal, kernel) sums of one batch after the other; each is kept, for a later run to go on from."""
     import torch
@@ -267,18 +268,18 @@ def _gradients(
     from prism_gguf.advisor.gradients import backward
 
     size = _windows_per_batch(tensors, tokens.shape[1])
+    n_weights = sum(t.rows.numel() for t in tensors)
     for start in range(0, len(tokens), size):
-        done(start)
         batch = torch.from_numpy(tokens[start : start + size].astype(np.int64))
         path = folder / f"windows-{start}-{len(batch)}.npz"
         if not path.exists():
-            sums = FisherProducts(tensors, errors, len(batch))
+            within = part(progress, start * n_weights, len(tokens) * n_weights)
+            sums = FisherProducts(tensors, errors, len(batch), within)
             backward(model, batch, tensors, sums.add_product, partial(sums.add_embedding, 0), seed=start)
             with written_whole(path) as partial_path, partial_path.open("wb") as stream:
                 np.savez(stream, directional=sums.directional, diagonal=sums.diagonal, kernel=sums.kernel)
         stored = np.load(path)
         yield stored["directional"], stored["diagonal"], stored["kernel"]
-    done(len(tokens))
 
 
 def _costs(

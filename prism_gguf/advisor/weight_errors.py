@@ -62,15 +62,15 @@ class WeightErrors:
         )
 
     def prepare(self, tensors: Sequence[QuantizableTensor], progress: Progress) -> None:
-        """Quantize what was not quantized before."""
-        for number, tensor in enumerate(tensors):
-            progress(number, len(tensors))
-            for name in self.types_of(tensor):
-                path = self._path(tensor, name)
-                if not path.exists():
-                    with written_whole(path) as partial, partial.open("wb") as stream:
-                        self._write(tensor, name, stream)
-        progress(len(tensors), len(tensors))
+        """Quantize what was not quantized before; progress counts weights."""
+        missing = [(t, name) for t in tensors for name in self.types_of(t) if not self._path(t, name).exists()]
+        total = sum(t.rows.numel() * len(self.types_of(t)) for t in tensors)
+        done = total - sum(t.rows.numel() for t, _ in missing)
+        for tensor, name in missing:
+            progress(done, total)
+            with written_whole(self._path(tensor, name)) as partial, partial.open("wb") as stream:
+                self._write(tensor, name, stream)
+            done += tensor.rows.numel()
 
     def _write(self, tensor: QuantizableTensor, name: str, stream: IO[bytes]) -> None:
         importance = self.importance(tensor)

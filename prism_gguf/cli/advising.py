@@ -92,10 +92,10 @@ def imatrix(
     """
     from prism_gguf.advisor.calibrate import imatrix as collect
     from prism_gguf.reference import RunOptions
-    from prism_gguf.report.terminal import progress_bars
+    from prism_gguf.report.progress import progress_bars
 
     check_writable(out, "--out")
-    with progress_bars(shown=not quiet) as steps:
+    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         left_out = collect(reference, _calibration(text, chat, n_ctx, windows), out, RunOptions(**options), steps=steps)
     if not quiet:
         for parameter, reason in left_out.items():
@@ -134,10 +134,11 @@ def sensitivity(
     from prism_gguf.advisor.sensitivity import sensitivity as measure
     from prism_gguf.files import write_whole
     from prism_gguf.report.advice import print_sensitivity
-    from prism_gguf.report.terminal import console, progress_bars
+    from prism_gguf.report.progress import progress_bars
+    from prism_gguf.report.terminal import console
 
     check_writable(out, "--out")
-    with progress_bars(shown=not quiet) as steps:
+    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         chosen = SensitivityOptions(types=types or TYPES, **options)
         found = measure(reference, _calibration(text, chat, n_ctx, windows), chosen, steps=steps)
     write_whole(out, json.dumps(found.to_dict()) + "\n")
@@ -202,7 +203,8 @@ def advise(
     from prism_gguf.recipe import write_recipe
     from prism_gguf.reference import RunOptions
     from prism_gguf.report.advice import print_advice
-    from prism_gguf.report.terminal import console, progress_bars
+    from prism_gguf.report.progress import progress_bars
+    from prism_gguf.report.terminal import console
     from prism_gguf.text import Score
 
     limit = Budget.parse(budget)
@@ -210,7 +212,7 @@ def advise(
     check_writable(out, "--out")
     check_writable(json_file)
     runtime = vars(RunOptions(**options))
-    with progress_bars(shown=not quiet) as steps:
+    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         if measured is not None:
             found = read_sensitivity(measured)
         else:

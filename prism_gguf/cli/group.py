@@ -27,7 +27,9 @@ class Group(click.Group):
 
 
 def complain(message: str) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    from prism_gguf.report.words import printable
+
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -68,13 +68,14 @@ def head(
     from prism_gguf.advisor.head_sweep import TYPES, HeadOptions, sweep_heads
     from prism_gguf.files import write_whole
     from prism_gguf.report.head_table import print_heads
-    from prism_gguf.report.terminal import console, progress_bars
+    from prism_gguf.report.progress import progress_bars
+    from prism_gguf.report.terminal import console
     from prism_gguf.text import Score
 
     check_writable(json_file)
     check_capture_options(reference)
     chosen = HeadOptions(score=Score(score), types=types or TYPES, run_all=run == "all", **options)
-    with progress_bars(shown=not quiet) as steps:
+    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         report = sweep_heads(reference, candidates, sources(text, chat), chosen, steps=steps)
     if json_file is not None:
         write_whole(json_file, json.dumps(report.to_dict(), indent=2) + "\n")

@@ -80,14 +80,15 @@ def quantize(
     from prism_gguf.make import Verification, check_output
     from prism_gguf.make import quantize as run_quantize
     from prism_gguf.report.plan import print_plan
-    from prism_gguf.report.terminal import console, progress_bars
+    from prism_gguf.report.progress import progress_bars
+    from prism_gguf.report.terminal import console
 
     check_writable(json_file)
     check_output(out, base, overwrite=force or dry_run)
     what, name = _chosen(base, **{kind: options.pop(kind) for kind in _CHOICES})
     comparing = compare_options(**options)
     texts = sources(text, chat)
-    with progress_bars(shown=not quiet) as steps:
+    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         result = run_quantize(
             base,
             out,
@@ -155,7 +156,7 @@ def _chosen(
 
 
 def _predicted_and_measured(made: Made) -> str:
-    from prism_gguf.report.terminal import number
+    from prism_gguf.report.words import number
 
     assert made.comparison is not None
     divergence = made.comparison.candidates[-1].divergence

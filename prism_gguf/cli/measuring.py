@@ -61,11 +61,11 @@ def compare(
     Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken or the conversion is, 2 if something could not be done.
     """
     from prism_gguf.comparison import compare as run_compare
-    from prism_gguf.report.terminal import progress_bars
+    from prism_gguf.report.progress import progress_bars
 
     check_writable(json_file)
     check_capture_options(reference)
-    with progress_bars(shown=not quiet) as steps:
+    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         comparison = run_compare(reference, candidates, sources(text, chat), compare_options(**options), steps=steps)
     finish(comparison, json_file, quiet, details)
 
@@ -87,10 +87,12 @@ def demo(
 ) -> None:
     """Quantize the embedded testbed model to a ladder of types and compare them all. Offline, about a minute."""
     from prism_gguf.demo import run_demo
-    from prism_gguf.report.terminal import HOW_TO_READ, progress_bars
+    from prism_gguf.report.progress import progress_bars
+    from prism_gguf.report.terminal import HOW_TO_READ
 
     check_writable(json_file)
-    with tempfile.TemporaryDirectory(prefix="prism-gguf-demo-") as temporary, progress_bars(shown=not quiet) as steps:
+    bars = progress_bars(shown=not (quiet or options["verbose"]))
+    with tempfile.TemporaryDirectory(prefix="prism-gguf-demo-") as temporary, bars as steps:
         comparison = run_demo(keep or Path(temporary), sources(text, chat), compare_options(**options), steps=steps)
     finish(comparison, json_file, quiet, details, footer=HOW_TO_READ)
 
@@ -128,7 +130,7 @@ def capture(
     from prism_gguf.reading import Reading
     from prism_gguf.reference import CaptureOptions
     from prism_gguf.reference import capture as run_capture
-    from prism_gguf.report.terminal import progress_bars
+    from prism_gguf.report.progress import progress_bars
     from prism_gguf.text import Score
 
     context = click.get_current_context()
@@ -143,7 +145,7 @@ def capture(
         tokens = read_tokens(from_kld_base)
         all_windows = context.get_parameter_source("windows") is not ParameterSource.COMMANDLINE
         reading = Reading(tokens, tokens.tokens.shape[1], None if all_windows else windows, Score(score))
-    with progress_bars(shown=not quiet) as steps:
+    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         folder = run_capture(reference, reading, CaptureOptions(**options), steps=steps)
     click.echo(folder)
 
@@ -155,7 +157,7 @@ def capture(
 def export_kld_base(capture: Path, file: Path, quiet: bool) -> None:
     """Write CAPTURE as the base-logits FILE that `llama-perplexity --kl-divergence-base` reads."""
     from prism_gguf.reference import export_base
-    from prism_gguf.report.terminal import progress_bars
+    from prism_gguf.report.progress import progress_bars
 
     check_writable(file, "FILE")
     with progress_bars(shown=not quiet) as steps:

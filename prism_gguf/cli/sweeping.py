@@ -84,7 +84,7 @@ def sweep(
     """
     from prism_gguf.budget import Budget
     from prism_gguf.profiles import load_profile
-    from prism_gguf.report.terminal import progress_bars
+    from prism_gguf.report.progress import progress_bars
     from prism_gguf.sweep import profile_options
     from prism_gguf.sweep import sweep as run_sweep
 
@@ -97,7 +97,7 @@ def sweep(
         profile = profile.model_copy(update={"budget": Budget.parse(budget)})
     context = click.get_current_context()
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    with progress_bars(shown=not quiet) as steps:
+    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         comparison = run_sweep(
             base,
             reference,

@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 
 from prism_gguf.errors import UndefinedMetricError
+from prism_gguf.isolation import Progress, no_progress
 
 RowChunks = Callable[[], Iterator[tuple[int, int, torch.Tensor]]]
 
@@ -49,7 +50,7 @@ class Diameter:
     pairs_measured: int
 
 
-def diameter(chunks: RowChunks) -> Diameter:
+def diameter(chunks: RowChunks, progress: Progress = no_progress) -> Diameter:
     """max_{j,k} ‖h_j − h_k‖₂ over rows (V, d), measured in float64. Keeps 2 V d bytes.
 
     Args:
@@ -58,6 +59,7 @@ def diameter(chunks: RowChunks) -> Diameter:
     Raises:
         UndefinedMetricError: fewer than two rows, or values that are not finite.
     """
+    progress(0, 0)
     mean, n_rows = _mean(chunks)
     if n_rows < 2:
         raise UndefinedMetricError(f"a head of {n_rows} rows has no diameter")
@@ -74,7 +76,7 @@ def diameter(chunks: RowChunks) -> Diameter:
     # Turning costs d² products a row, screening in all directions d a pair.
     basis = _principal_directions(points, order) if pairs_left > len(order) * len(mean) else None
     del points  # there is memory for one copy of the rows
-    _screen(search, _keep(chunks, order, n_rows, mean, basis), radii)
+    _screen(search, _keep(chunks, order, n_rows, mean, basis), radii, progress)
     search.measure()
     low, high = sorted(search.pair)
     return Diameter(search.best, (low, high), search.measured)
@@ -212,10 +214,14 @@ def _farthest(points: _Points, starts: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _screen(search: _Search, points: _Points, radii: torch.Tensor) -> None:
+def _screen(search: _Search, points: _Points, radii: torch.Tensor, progress: Progress) -> None:
     """Bound the pairs of rows, sorted by falling radius, block by block; measure those that may be the largest."""
     bounds = _Bounds(points)
-    for a in range(0, len(radii), _BLOCK):
+    starts = torch.arange(0, len(radii), _BLOCK)
+    reach = len(radii) - torch.searchsorted(radii.flip(0), search.floor - radii[starts])  # the last partner in question
+    ahead = (reach - starts).clamp(min=0).cumsum(0).tolist()
+    for a, done in zip(starts.tolist(), [0, *ahead], strict=False):
+        progress(done, ahead[-1])
         for b in range(a, len(radii), _BLOCK_COLUMNS):
             if float(radii[a] + radii[b]) <= search.floor:
                 break  # radii fall: no later block can reach it either

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from prism_gguf.advisor.advice import Advice, MeasuredFile
 from prism_gguf.advisor.sensitivity import Sensitivity
-from prism_gguf.report.terminal import number
+from prism_gguf.report.words import number
 
 _MOST_SENSITIVE = 12
 

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from prism_gguf.advisor.head_results import HeadReport, HeadRow, HeadScore, HeadSweep
-from prism_gguf.report.terminal import number, print_header, short
+from prism_gguf.report.terminal import print_header
+from prism_gguf.report.words import number, short
 
 _MIB = 2**20
 

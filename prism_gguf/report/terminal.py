@@ -4,68 +4,108 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from prism_gguf.adapters import ModelIdentity
-from prism_gguf.reference import Steps
+from prism_gguf.report.words import best_for_size, label, number, printable, short, verdict_in_words
 from prism_gguf.results import CandidateResult, Comparison, TextInfo
 
 if TYPE_CHECKING:  # gguf-py is loaded where a file is inspected
     from prism_gguf.gguf_file import GgufFile
 
 WIDTH = 100
+_NAME = 16  # of a name that is cut, so much is left: columns rather go to a table of their own
+_MARK = "* "
+_COLUMNS = ("MiB", "bpw", "KLD", "same-top", "gap", "scale", "shape", "γ", "bound")
 HOW_TO_READ = (
-    "KLD is what the candidate's next-token distribution lost, in nats per token (± its standard error by window);\n"
-    "'nats from' splits it between its causes, which add up to the total;\n"
-    "scale + shape = δ², the drift of the hidden states; γ is the head's; bound = K_feat·δ + √2·γ ≥ |gap|, and loose."
+    "KLD is what the candidate's next-token distribution lost, in nats per token (± its standard error\n"
+    "by window); 'nats from' splits it between its causes, which add up to the total; scale + shape = δ²,\n"
+    "the drift of the hidden states; γ is the head's; bound = K_feat·δ + √2·γ ≥ |gap|, and loose."
 )
 
 
+class _Console(Console):
+    """Prints strings that came from files' names and contents without what a terminal would obey."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text, keep="\n"), **options)
+
+
 def console() -> Console:
-    """Plain text of a fixed width where output is piped, so that scripts see whole rows."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, soft_wrap=False)
+    """Plain text of a fixed width where output is piped, so that scripts see whole rows. A narrow screen cuts no cell."""
+    found = _Console(highlight=False, soft_wrap=False, emoji=False)
+    found.width = max(WIDTH, found.width) if sys.stdout.isatty() else WIDTH
+    return found
 
 
-def number(value: float | None) -> str:
-    """Three significant digits, in exponent form where small; a dash for what is undefined."""
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    cells: list[str]
+    style: str = ""
 
 
-def short(name: str, limit: int = 24) -> str:
-    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit - limit // 2) :]}"
+def _tables(heading: str, columns: Sequence[str], rows: Sequence[_Row], left: Collection[str] = ()) -> Iterator[Table]:
+    """Rows by name; as many tables as it takes for the columns to fit, and names cut to what is left.
+
+    Args:
+        left: columns of words, which are not flush right.
+    """
+    widths = [max(map(cell_len, (column, *(row.cells[i] for row in rows)))) for i, column in enumerate(columns)]
+    longest = max(map(cell_len, (heading, *(row.name for row in rows))))
+    begin = 0
+    while begin < len(columns):
+        end, used = begin + 1, widths[begin] + 1
+        while end < len(columns) and used + widths[end] + 1 + max(len(heading), min(longest, _NAME)) < WIDTH:
+            used += widths[end] + 1
+            end += 1
+        room = max(len(heading), WIDTH - used - 1)
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+        table.add_column(heading, no_wrap=True)
+        for column in columns[begin:end]:
+            table.add_column(escape(column), justify="left" if column in left else "right", no_wrap=True)
+        for row in rows:
+            limit = room if cell_len(row.name) == len(row.name) else room // 2  # Chinese takes two cells a character
+            table.add_row(escape(short(row.name, limit)), *map(escape, row.cells[begin:end]), style=row.style)
+        yield table
+        begin = end
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """One row a candidate; failed ones are left to ``print_comparison``."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("candidate", no_wrap=True)
-    for heading in ("MiB", "bpw", "KLD", "same-top", "gap", "scale", "shape", "γ", "bound"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def comparison_tables(comparison: Comparison) -> Iterator[Table]:
+    """One row a candidate, those best for their size marked; failed ones are left to ``print_comparison``."""
+    best = best_for_size(comparison)
+    marked = bool(best)
+    rows = []
     for candidate in comparison.candidates:
         if candidate.error is None:
-            table.add_row(*_cells(candidate))
-    return table
+            front = candidate.path in best
+            style = "" if not marked else "bold green" if front else "dim"
+            rows.append(
+                _Row(
+                    (_MARK if front else " " * len(_MARK)) * marked + label(candidate.path),
+                    list(_cells(candidate)),
+                    style,
+                )
+            )
+    return _tables(" " * len(_MARK) * marked + "candidate", _COLUMNS, rows)
 
 
 def _cells(candidate: CandidateResult) -> Iterator[str]:
     divergence, geometry, risk = candidate.divergence, candidate.geometry, candidate.risk
     assert divergence is not None and geometry is not None and risk is not None
     assert candidate.file_bytes is not None and candidate.bits_per_weight is not None
-    yield _name(candidate)
-    yield f"{candidate.file_bytes / 2**20:.1f}"
+    size = candidate.file_bytes / 2**20
+    yield f"{size:.1f}" if size < 1e5 else f"{size:.0f}"
     yield f"{candidate.bits_per_weight:.2f}"
     error = divergence.kld_mean_se
     yield number(divergence.kld_mean) + ("" if error is None else f" ±{number(error)}")
@@ -77,81 +117,87 @@ def _cells(candidate: CandidateResult) -> Iterator[str]:
     yield number(geometry.bound) + ("" if geometry.bound_holds else "!")
 
 
-def attribution_table(candidates: list[CandidateResult]) -> Table:
+def attribution_tables(candidates: list[CandidateResult]) -> Iterator[Table]:
     """Where the nats go, and the verdict: one row a candidate."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("nats from", no_wrap=True)
     split = any(c.attribution is not None and c.attribution.body_kernel is not None for c in candidates)
     names = ("scale", "shape", "head_weights", "head_kernel", *(["body_kernel"] if split else []), "total")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    rows = []
     for candidate in candidates:
         assert candidate.verdict is not None
         shares = candidate.attribution
         cells = ["" if shares is None else number(getattr(shares, name)) for name in names]
-        table.add_row(_name(candidate), *cells, candidate.verdict.status.value)
-    return table
+        rows.append(_Row(label(candidate.path), [*cells, candidate.verdict.status.value]))
+    return _tables("nats from", [*(name.replace("_", " ") for name in names), "verdict"], rows, left=("verdict",))
 
 
-def parts_table(candidates: list[CandidateResult], way: str) -> Table:
+def parts_tables(candidates: list[CandidateResult], way: str) -> Iterator[Table]:
     """KLD by one way of splitting the tokens: one row a candidate, one column a part."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column(f"KLD by {way}", no_wrap=True)
     names = list(dict.fromkeys(name for c in candidates for name in getattr(c.parts, way)))
-    for name in names:
-        table.add_column(escape(short(name, 16)), justify="right", no_wrap=True)
+    rows = []
     for candidate in candidates:
         parts = getattr(candidate.parts, way)
-        table.add_row(_name(candidate), *(number(parts[n].kld_mean) if n in parts else "–" for n in names))
-    return table
-
-
-def _name(candidate: CandidateResult) -> str:
-    return escape(short(Path(candidate.path).name.removesuffix(".gguf")))
+        cells = [number(parts[n].kld_mean) if n in parts else "–" for n in names]
+        rows.append(_Row(label(candidate.path), cells))
+    return _tables(f"KLD by {way}", [short(printable(n), 16) for n in names], rows)
 
 
 def print_comparison(comparison: Comparison, out: Console, *, details: bool = False) -> None:
     """Header, tables, verdicts and notes; failed candidates go to stderr."""
-    print_header(comparison.reference, comparison.text, out)
     done = [c for c in comparison.candidates if c.error is None]
+    perplexity = done[0].divergence.ppl_reference if done and done[0].divergence is not None else None
+    print_header(comparison.reference, comparison.text, out, perplexity=perplexity)
     if done:
-        assert done[0].divergence is not None and done[0].parts is not None
-        out.print(f"           reference perplexity {done[0].divergence.ppl_reference:.3f}\n")
         _print_control(comparison, out)
-        out.print(comparison_table(comparison))
-        out.print()
-        out.print(attribution_table(done))
+        _print_tables(comparison_tables(comparison), out)
+        if best_for_size(comparison):
+            out.print("* best for its size: no file here is both smaller and closer to the reference", style="dim")
+        _print_tables(attribution_tables(done), out)
         for way in ("domain", *(("position", "confidence") if details else ())):
             if details or len(getattr(done[0].parts, way)) > 1:
-                out.print()
-                out.print(parts_table(done, way))
+                _print_tables(parts_tables(done, way), out)
         if details:
-            _print_statistics(done, out)
+            _print_tables(_statistics(done), out)
         out.print()
+        _print_words(comparison, done, out)
     for candidate in done:
-        _print_verdict(candidate, out)
+        _print_limits(candidate, out)
     for candidate in comparison.skipped:
         assert candidate.error is not None
-        out.print(f"not made: {escape(candidate.error.message)}", soft_wrap=True)
+        out.print(f"not made: {escape(candidate.error.message)}")
     _print_notes(done, out)
     if comparison.choice is not None:
         chosen = comparison.choice.path
-        name = "none of these files" if chosen is None else Path(chosen).name
-        out.print(f"\n[bold]{comparison.choice.rule}[/bold]: {escape(name)}", soft_wrap=True)
+        name = "none of these files" if chosen is None else printable(Path(chosen).name)
+        out.print(f"\n[bold]{escape(comparison.choice.rule)}[/bold]: {escape(name)}")
 
 
-def print_header(reference: ModelIdentity, text: TextInfo, out: Console) -> None:
-    """The reference, and what was read."""
-    out.print(
-        f"reference  {escape(str(reference.path))} ({reference.architecture}, {reference.dtype}, "
-        f"d {reference.hidden_size}, V {reference.vocab_size})"
-    )
-    source = "packaged, " if text.is_default else ""
-    out.print(
-        f"text       {source}{escape(', '.join(text.domains))}: {text.n_windows} windows of {text.n_ctx}, "
-        f"{text.n_scored} tokens scored"
-    )
+def _print_tables(tables: Iterable[Table], out: Console) -> None:
+    for table in tables:
+        out.print()
+        out.print(table)
+
+
+def _pairs(pairs: Iterable[tuple[str, str]], out: Console) -> None:
+    """Labels, and text that is broken behind them."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(no_wrap=True, min_width=10)
+    grid.add_column(overflow="fold")
+    for name, text in pairs:
+        grid.add_row(escape(name), text)
+    out.print(grid)
+
+
+def print_header(reference: ModelIdentity, text: TextInfo, out: Console, *, perplexity: float | None = None) -> None:
+    """The reference, with its perplexity where that is known, and what was read."""
+    kind = f"{reference.architecture}, {reference.dtype}, d {reference.hidden_size}, V {reference.vocab_size}"
+    source = "packaged: " if text.is_default else ""
+    known = "" if perplexity is None else f"; reference perplexity {perplexity:.3f}"
+    rows = [
+        ("reference", escape(f"{printable(str(reference.path))} ({kind})")),
+        ("text", escape(source + ", ".join(map(printable, text.domains)))),
+        ("", f"{text.n_windows} windows of {text.n_ctx} tokens, {text.n_scored} scored{known}"),
+    ]
+    _pairs(rows, out)
     if reference.kind == "gguf" and reference.dtype not in ("F32", "F16", "BF16"):
         out.print(f"note: the reference is itself quantized ({reference.dtype}): its own loss is not counted")
 
@@ -160,60 +206,59 @@ def _print_control(comparison: Comparison, out: Console) -> None:
     floor = comparison.noise_floor
     if floor is None:
         return
-    name, kld = escape(Path(floor.path).name), f"{number(floor.kld_mean)} nats"
+    name, kld = escape(printable(Path(floor.path).name)), f"{number(floor.kld_mean)} nats"
     if floor.conversion_problem:
         out.print(
-            f"[bold]CONVERSION PROBLEM[/bold]: the unquantized control {name} is {kld} from its reference, where at most "
-            f"{number(floor.limit)} is rounding.\nLook at rope, norms, tokenizer and checkpoint before anything below: "
-            "no quantization is to blame.\n"
+            f"\n[bold red]CONVERSION PROBLEM[/bold red]: the unquantized control {name} is {kld} from its reference, where "
+            f"at most {number(floor.limit)} is rounding.\nLook at rope, norms, tokenizer and checkpoint before anything "
+            "below: no quantization is to blame."
         )
     else:
-        out.print(f"noise floor {kld}, from the control {name}\n")
+        _pairs([("floor", f"{kld}: what the unquantized control {name} loses")], out)
 
 
-def _print_statistics(candidates: list[CandidateResult], out: Console) -> None:
+def _print_words(comparison: Comparison, done: list[CandidateResult], out: Console) -> None:
+    _pairs(((label(c.path), escape(verdict_in_words(c, comparison))) for c in done), out)
+
+
+def _statistics(candidates: list[CandidateResult]) -> Iterator[Table]:
     """Every statistic by its name in the JSON, so that a limit can be set on it."""
-    out.print()
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("divergence", no_wrap=True)
-    for candidate in candidates:
-        table.add_column(_name(candidate), justify="right", overflow="fold")
     columns = [asdict(c.divergence) for c in candidates if c.divergence is not None]
+    rows = []
     for name in columns[0]:
         if not name.endswith("_se"):
             errors = [column.get(f"{name}_se") for column in columns]
             cells = [number(c[name]) + (f" ±{number(e)}" if e else "") for c, e in zip(columns, errors, strict=True)]
-            table.add_row(name, *cells)
-    out.print(table)
+            rows.append(_Row(name, cells))
+    return _tables("divergence", [label(c.path) for c in candidates], rows)
 
 
-def _print_verdict(candidate: CandidateResult, out: Console) -> None:
+def _print_limits(candidate: CandidateResult, out: Console) -> None:
     assert candidate.verdict is not None
     broken = [gate for gate in candidate.verdict.gates if not gate.passed]
     for gate in broken:
         found = "it has none" if gate.value is None else f"it is {number(gate.value)}"
         bound = "" if gate.compared == gate.value else f", its confidence bound {number(gate.compared)}"
-        out.print(f"FAILED {_name(candidate)}: {escape(gate.gate)}: {found}{bound}", soft_wrap=True)
+        name = escape(label(candidate.path))
+        out.print(f"[bold red]FAILED[/bold red] {name}: {escape(gate.gate)}: {found}{bound}")
     if broken:
         for remedy in candidate.verdict.remedies:
-            out.print(f"       {remedy}", soft_wrap=True)
+            out.print(Padding(remedy, (0, 0, 0, 7)))
 
 
 def _print_notes(done: list[CandidateResult], out: Console) -> None:
     for candidate in done:
-        name = Path(candidate.path).name
+        name = escape(printable(Path(candidate.path).name))
         for note in candidate.notes:
-            out.print(f"note: {escape(name)}: {escape(note)}")
+            out.print(f"note: {name}: {escape(note)}")
         if candidate.attribution is not None and candidate.attribution.sampled:
-            out.print(
-                f"note: {escape(name)}: nats are split on a random sample of {candidate.attribution.n_tokens} tokens"
-            )
+            out.print(f"note: {name}: nats are split on a random sample of {candidate.attribution.n_tokens} tokens")
         if candidate.geometry is not None and not candidate.geometry.bound_holds:
             out.print(
-                f"note: {escape(name)}: |gap| is over the bound, which covers hidden states and head weights "
+                f"note: {name}: |gap| is over the bound, which covers hidden states and head weights "
                 "but not the rounding in llama.cpp's quantized head kernel"
             )
-    fallen = [f"{short(Path(c.path).stem)} ({len(c.fallbacks)})" for c in done if c.fallbacks]
+    fallen = [f"{label(c.path)} ({len(c.fallbacks)})" for c in done if c.fallbacks]
     if fallen:
         out.print(
             f"note: tensors that could not take their ftype's own type, in {escape(', '.join(fallen))}; "
@@ -290,26 +335,3 @@ def _print_fallbacks(gguf: GgufFile, out: Console) -> None:
     for (taken, wanted, reason), tensors in groups.items():
         shown = ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
         out.print(f"  {taken} instead of {wanted}: {reason}: {escape(shown)}", soft_wrap=True)
-
-
-@contextmanager
-def progress_bars(*, shown: bool) -> Iterator[Steps]:
-    """Progress of each step on stderr, with the time to finish from the measured pace; nothing where it is piped."""
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not (shown and sys.stderr.isatty()),
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def steps(name: str, done: int, total: int) -> None:
-        if name not in tasks:
-            tasks[name] = bars.add_task(escape(short(name)), total=total)
-        bars.update(tasks[name], completed=done, total=total)
-
-    with bars:
-        yield steps
