@@ -13,6 +13,7 @@ from prism_gguf.output_head import OutputHead
 
 _CONTEXT = 32  # tokens shown before the place
 _GUESSES = 3
+_PIECES = "backslashreplace"  # a token that is part of a character shows its bytes
 
 
 def divergent_tokens(
@@ -21,7 +22,7 @@ def divergent_tokens(
     kld: np.ndarray,
     head: OutputHead,
     shared_rows: int,
-    text_of: Callable[[Sequence[int]], str],
+    text_of: Callable[[Sequence[int], str], str],
     *,
     n_tokens: int = 10,
 ) -> list[DivergentToken]:
@@ -32,7 +33,7 @@ def divergent_tokens(
         kld: the divergence of each scored token (n,), nats.
         head: the candidate's, with its kernel where that is known; without it probabilities are off by what it rounds.
         shared_rows: vocabulary rows that both have.
-        text_of: the text of some token ids.
+        text_of: (token ids, what to do with a piece of a character, as in ``bytes.decode``) to text.
     """
     windows = capture.windows
     chosen = np.argsort(-kld, kind="stable")[:n_tokens]
@@ -50,8 +51,8 @@ def divergent_tokens(
                 domain=windows.domains[window],
                 window=window,
                 position=position,
-                context=text_of(before.tolist()),
-                token=text_of([target]),
+                context=text_of(before.tolist(), "replace").lstrip("�"),
+                token=text_of([target], _PIECES),
                 kld=float(kld[place]),
                 p_reference=float(theirs[row, target]),
                 p_candidate=float(ours[row, target]),
@@ -62,6 +63,6 @@ def divergent_tokens(
     return found
 
 
-def _guesses(probabilities: torch.Tensor, text_of: Callable[[Sequence[int]], str]) -> list[Guess]:
+def _guesses(probabilities: torch.Tensor, text_of: Callable[[Sequence[int], str], str]) -> list[Guess]:
     top = probabilities.topk(min(_GUESSES, len(probabilities)))
-    return [Guess(text_of([int(token)]), float(p)) for p, token in zip(top.values, top.indices, strict=True)]
+    return [Guess(text_of([int(token)], _PIECES), float(p)) for p, token in zip(top.values, top.indices, strict=True)]

@@ -191,9 +191,12 @@ class LlamaCppModel:
     def piece(self, token: int) -> str:
         return self.text([token])
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """The text of token ids; a character whose bytes are spread over several of them comes out whole."""
-        return b"".join(map(self._piece_bytes, tokens)).decode("utf-8", "replace")
+    def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
+        """The text of token ids; a character whose bytes are spread over several of them comes out whole.
+
+        ``errors``: what becomes of one that is not whole, as in ``bytes.decode``.
+        """
+        return b"".join(map(self._piece_bytes, tokens)).decode("utf-8", errors)
 
     def _piece_bytes(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(256)
