@@ -65,3 +65,7 @@ class InvalidSensitivityError(PrismGgufError):
 
 class InfeasibleBudgetError(PrismGgufError):
     """A budget that no choice of types keeps; the message names the smallest feasible one."""
+
+
+class InvalidResultError(PrismGgufError):
+    """A stored result cannot be read, or results cannot be put together."""

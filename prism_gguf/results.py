@@ -355,8 +355,23 @@ class CandidateResult:
 
 
 @dataclass(frozen=True)
+class Run:
+    """When, where and how something was measured: the exact command, versions and hardware."""
+
+    command: list[str]
+    created: str
+    tool_version: str
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Candidates against one reference on one text; ``layer_cost`` is None unless drift by layer was asked for."""
+    """Candidates against one reference on one text.
+
+    Attributes:
+        layer_cost: None unless drift by layer was asked for.
+        merged_from: the runs that results were put together from; empty for a result as measured.
+    """
 
     tool_version: str
     command: list[str]
@@ -369,6 +384,12 @@ class Comparison:
     ranking: Ranking
     choice: Choice | None = None
     layer_cost: LayerCost | None = None
+    merged_from: list[Run] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that these numbers are from."""
+        return self.merged_from or [Run(self.command, self.created, self.tool_version, self.environment)]
 
     @property
     def conversion_problem(self) -> bool:
@@ -396,3 +417,9 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """The JSON result."""
         return {"schema": SCHEMA, **asdict(self)}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from prism_gguf.report.html import notebook_display
+
+        return notebook_display(self)

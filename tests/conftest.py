@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from prism_gguf.cache import ENVIRONMENT_VARIABLE
+from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.demo import build_ladder
+from prism_gguf.results import Comparison
+from prism_gguf.testbed import MODEL, held_out_texts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -38,6 +41,13 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The testbed's GGUFs by type: F16, Q8_0, … made once."""
     paths = build_ladder(tmp_path_factory.mktemp("ladder"), steps=lambda *_: None)
     return {path.stem.removeprefix("testbed-"): path for path in paths}
+
+
+@pytest.fixture(scope="session")
+def compared(ladder: dict[str, Path]) -> Comparison:
+    """Five files of the ladder on four windows of held-out text, the control first."""
+    names = ["F16", "Q8_0", "Q4_K_M", "Q4_K_M-head-Q2_K", "Q2_K"]
+    return compare(MODEL, [ladder[name] for name in names], held_out_texts(), CompareOptions(windows=4))
 
 
 @pytest.fixture(scope="session")

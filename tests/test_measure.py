@@ -28,12 +28,6 @@ from prism_gguf.text import Score
 
 TEXTS = held_out_texts()
 FEW = CompareOptions(windows=4)
-NAMES = ["F16", "Q8_0", "Q4_K_M", "Q4_K_M-head-Q2_K", "Q2_K"]
-
-
-@pytest.fixture(scope="module")
-def compared(ladder: dict[str, Path]) -> Comparison:
-    return compare(MODEL, [ladder[name] for name in NAMES], TEXTS, FEW)
 
 
 def test_shares_add_up_to_what_is_served(compared: Comparison) -> None:

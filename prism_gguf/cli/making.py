@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_gguf.cli.group import check_writable, main
-from prism_gguf.cli.measuring import compare_options, finish
+from prism_gguf.cli.group import main
+from prism_gguf.cli.measuring import compare_options
 from prism_gguf.cli.options import (
     imatrix_option,
     judging_options,
-    output_options,
     runtime_options,
     sources,
     text_options,
     trust_option,
 )
+from prism_gguf.cli.output import Output, output_options
 
 if TYPE_CHECKING:
     from prism_gguf.make import Made
@@ -64,9 +65,6 @@ def quantize(
     verify: str | None,
     text: tuple[str, ...],
     chat: tuple[Path, ...],
-    json_file: Path | None,
-    details: bool,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Quantize BASE.gguf (best F16 or BF16) to OUT.gguf by a recipe, a profile's entry, or one of llama.cpp's types.
@@ -83,12 +81,14 @@ def quantize(
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.report.terminal import console
 
-    check_writable(json_file)
+    output = Output.taken_from(options)
+    if output.report_files and verify is None:
+        raise click.UsageError("--html and --markdown show a comparison; name its reference with --verify")
     check_output(out, base, overwrite=force or dry_run)
     what, name = _chosen(base, **{kind: options.pop(kind) for kind in _CHOICES})
     comparing = compare_options(**options)
     texts = sources(text, chat)
-    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
+    with progress_bars(shown=not (output.quiet or options["verbose"])) as steps:
         result = run_quantize(
             base,
             out,
@@ -101,15 +101,16 @@ def quantize(
             threads=options["threads"] or 0,
             verbose=options["verbose"],
             verification=None if verify is None else Verification(verify, texts, comparing),
-            planned=lambda plan: None if quiet else print_plan(plan, out, console()),
+            planned=lambda plan: None if output.quiet else print_plan(plan, out, console()),
             steps=steps,
         )
-    if json_file is not None:
-        write_whole(json_file, json.dumps(result.to_dict(), indent=2) + "\n")
+    if output.json_file is not None:
+        write_whole(output.json_file, json.dumps(result.to_dict(), indent=2) + "\n")
     if result.comparison is not None:
-        if not quiet:
+        if not output.quiet:
             click.echo()
-        finish(result.comparison, None, quiet, details, footer=_predicted_and_measured(result))
+        # The comparison is within the JSON that was just written.
+        replace(output, json_file=None).finish(result.comparison, footer=_predicted_and_measured(result))
 
 
 _CHOICES = ("recipe_file", "profile", "entry", "ftype", "output_type", "embedding_type", "pure")

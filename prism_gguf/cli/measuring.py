@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain, main
+from prism_gguf.cli.group import check_writable, main
 from prism_gguf.cli.options import (
     check_capture_options,
     judging_options,
-    output_options,
     quiet_option,
     runtime_options,
     sources,
     text_options,
     trust_option,
 )
+from prism_gguf.cli.output import Output, output_options
 
 if TYPE_CHECKING:
     from prism_gguf.comparison import CompareOptions
-    from prism_gguf.results import Comparison
 
 
 def compare_options(score: str, fail_on: tuple[str, ...], **options: Any) -> CompareOptions:
@@ -48,9 +46,6 @@ def compare(
     candidates: tuple[str, ...],
     text: tuple[str, ...],
     chat: tuple[Path, ...],
-    json_file: Path | None,
-    details: bool,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """How far is each CANDIDATE from REFERENCE, and why?
@@ -63,11 +58,11 @@ def compare(
     from prism_gguf.comparison import compare as run_compare
     from prism_gguf.report.progress import progress_bars
 
-    check_writable(json_file)
+    output = Output.taken_from(options)
     check_capture_options(reference)
-    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
+    with progress_bars(shown=not (output.quiet or options["verbose"])) as steps:
         comparison = run_compare(reference, candidates, sources(text, chat), compare_options(**options), steps=steps)
-    finish(comparison, json_file, quiet, details)
+    output.finish(comparison)
 
 
 @main.command()
@@ -80,9 +75,6 @@ def demo(
     text: tuple[str, ...],
     chat: tuple[Path, ...],
     keep: Path | None,
-    json_file: Path | None,
-    details: bool,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Quantize the embedded testbed model to a ladder of types and compare them all. Offline, about a minute."""
@@ -90,11 +82,11 @@ def demo(
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.report.terminal import HOW_TO_READ
 
-    check_writable(json_file)
-    bars = progress_bars(shown=not (quiet or options["verbose"]))
+    output = Output.taken_from(options)
+    bars = progress_bars(shown=not (output.quiet or options["verbose"]))
     with tempfile.TemporaryDirectory(prefix="prism-gguf-demo-") as temporary, bars as steps:
         comparison = run_demo(keep or Path(temporary), sources(text, chat), compare_options(**options), steps=steps)
-    finish(comparison, json_file, quiet, details, footer=HOW_TO_READ)
+    output.finish(comparison, footer=HOW_TO_READ)
 
 
 @main.command()
@@ -193,22 +185,3 @@ def inspect(file: Path, as_json: bool, as_recipe: bool, recipe_format: str | Non
         click.echo(json.dumps(gguf.to_dict(), indent=2))
     else:
         print_inspection(gguf, console())
-
-
-def finish(comparison: Comparison, json_file: Path | None, quiet: bool, details: bool, footer: str = "") -> None:
-    from prism_gguf.files import write_whole
-    from prism_gguf.report.terminal import console, print_comparison
-
-    if json_file is not None:
-        write_whole(json_file, json.dumps(comparison.to_dict(), indent=2) + "\n")
-    if not quiet:
-        print_comparison(comparison, console(), details=details)
-        if footer:
-            click.echo(f"\n{footer}")
-    for candidate in comparison.failed:
-        assert candidate.error is not None
-        complain(candidate.error.message)
-    if comparison.failed:
-        sys.exit(EXIT_BAD)
-    if not comparison.passed:
-        sys.exit(EXIT_GATE)

@@ -119,11 +119,6 @@ quiet_option = click.option("--quiet", is_flag=True, help="No progress and no ta
 json_option = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result to FILE as JSON."
 )
-output_options = options(
-    json_option,
-    click.option("--details", is_flag=True, help="Print every statistic, and the parts by position and confidence."),
-    quiet_option,
-)
 
 
 def sources(text: tuple[str, ...], chat: tuple[Path, ...]) -> list[Source] | None:

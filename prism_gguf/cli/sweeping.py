@@ -9,17 +9,17 @@ import click
 from click.core import ParameterSource
 
 from prism_gguf.cli.group import check_writable, main
-from prism_gguf.cli.measuring import compare_options, finish
+from prism_gguf.cli.measuring import compare_options
 from prism_gguf.cli.options import (
     check_capture_options,
     imatrix_option,
     judging_options,
-    output_options,
     runtime_options,
     sources,
     text_options,
     trust_option,
 )
+from prism_gguf.cli.output import Output, output_options
 
 
 @main.command()
@@ -69,9 +69,6 @@ def sweep(
     allow_requantize: bool,
     text: tuple[str, ...],
     chat: tuple[Path, ...],
-    json_file: Path | None,
-    details: bool,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Make the files of a profile from BASE.gguf, and compare each with the reference as soon as it is made.
@@ -88,7 +85,7 @@ def sweep(
     from prism_gguf.sweep import profile_options
     from prism_gguf.sweep import sweep as run_sweep
 
-    check_writable(json_file)
+    output = Output.taken_from(options)
     folder = out or base.parent
     check_writable(folder / "x" if folder.is_dir() else folder, "--out")
     check_capture_options(reference)
@@ -97,7 +94,7 @@ def sweep(
         profile = profile.model_copy(update={"budget": Budget.parse(budget)})
     context = click.get_current_context()
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    with progress_bars(shown=not (quiet or options["verbose"])) as steps:
+    with progress_bars(shown=not (output.quiet or options["verbose"])) as steps:
         comparison = run_sweep(
             base,
             reference,
@@ -110,4 +107,4 @@ def sweep(
             allow_requantize=allow_requantize,
             steps=steps,
         )
-    finish(comparison, json_file, quiet, details)
+    output.finish(comparison)
