@@ -18,7 +18,8 @@ from prism_gguf.adapters import ModelIdentity
 from prism_gguf.cache import is_capture
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidTextError, PrismGgufError
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
+from prism_gguf.layers import ReferenceLayers, ensure_layers, with_layers
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.ranking import rank
 from prism_gguf.reading import Reading, Source
@@ -40,6 +41,7 @@ class CompareOptions(ReadOptions):
         attribution: split each divergence between its causes.
         attribution_tokens: of so many tokens at most; None takes as many as are affordable.
         split_kernels: run each candidate's weights as F16 too.
+        layers: follow the residual stream after each block, on a few of the windows (see ``layers``).
         control: an unquantized GGUF that sets the noise floor; None takes the first among the candidates.
         fail_on: limits such as ``kld_mean>0.05``.
         confidence: compare confidence bounds with the limits, at this one-sided level.
@@ -48,6 +50,7 @@ class CompareOptions(ReadOptions):
     attribution: bool = True
     attribution_tokens: int | None = None
     split_kernels: bool = False
+    layers: bool = False
     control: str | None = None
     fail_on: tuple[str, ...] = ()
     confidence: float | None = None
@@ -121,6 +124,11 @@ def compare_candidates(
             raise InvalidModelError("; ".join(_message(header) for header in headers.values()))
         control = _control(headers, options.control)
         folder, identity, text = open_reference(worker, reference, given, texts, options, steps)
+        layers = None
+        if options.layers:
+            model = None if given is not None else str(reference)
+            progress = partial(steps, "reference")
+            layers = worker.run(ensure_layers, model, folder, options, progress=stage(progress, "layers"))
         rows: dict[str, CandidateResult] = {}
         once = sorted({c.path: c for c in candidates}.items(), key=lambda item: item[0] != control)
         for number, (path, candidate) in enumerate(once):
@@ -129,7 +137,7 @@ def compare_candidates(
             if isinstance(header, CandidateResult):
                 rows[path] = header
             else:
-                rows[path] = _measured(worker, candidate, folder, options, steps)
+                rows[path] = _measured(worker, candidate, folder, layers, options, steps)
         steps("", len(once), len(once), "files")
     floor, results = _judged(rows, control, gates, text.n_windows, options)
     measured = [results[c.path] for c in candidates]
@@ -143,17 +151,25 @@ def compare_candidates(
         candidates=measured,
         noise_floor=floor,
         ranking=rank(measured),
+        layer_cost=None if layers is None else layers.cost,
     )
 
 
 def _measured(
-    worker: NativeWorker, candidate: Candidate, folder: Path, options: CompareOptions, steps: Steps
+    worker: NativeWorker,
+    candidate: Candidate,
+    folder: Path,
+    layers: ReferenceLayers | None,
+    options: CompareOptions,
+    steps: Steps,
 ) -> CandidateResult:
     """One candidate's row; ``seconds`` is what measuring took, without making the file."""
     try:
         with nullcontext() if candidate.made is None else candidate.made(worker):
             started, progress = time.monotonic(), partial(steps, Path(candidate.path).stem)
             row = worker.run(measure_candidate, candidate.path, folder, options, progress=progress)
+            if layers is not None:
+                row = with_layers(worker, row, folder, layers, options, stage(progress, "layers"))
     except PrismGgufError as error:
         return failed_row(candidate.path, error)
     return replace(row, seconds=round(time.monotonic() - started, 3))

@@ -119,20 +119,13 @@ def ensure_capture(
     from prism_gguf.capture_file import SCHEMA, adopt_head, write_capture
 
     cache = options.cache or default_cache()
-    is_gguf = reference.endswith(".gguf")
-    runtime = (
-        ("llama-cpp-python", options.n_gpu_layers, options.cache_type_k, options.cache_type_v)
-        if is_gguf
-        else ("transformers",)
-    )
     fingerprint = model_fingerprint(reference, cache, stage(progress, "hashing"))
     key = key_of(
         [
             SCHEMA,
             fingerprint,
             reading.digest,
-            version(runtime[0]),
-            *runtime,
+            *runtime_of(reference, options),
             *(["self-contained"] if options.self_contained else []),
         ]
     )
@@ -146,11 +139,10 @@ def ensure_capture(
             adopt_head(folder, Path(reference))
         else:
             options.limit_threads()
-            open_model = partial(_open, reference, reading.n_ctx, options)
             write_capture(
                 folder,
                 key,
-                open_model,
+                partial(open_model, reference, reading.n_ctx, options),
                 reading,
                 fingerprint=fingerprint,
                 self_contained=options.self_contained,
@@ -163,7 +155,16 @@ def _is_foreign(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and recorded_key(folder) is None))
 
 
-def _open(reference: str, n_ctx: int, options: CaptureOptions) -> Model:
+def runtime_of(reference: str, options: RunOptions) -> tuple[object, ...]:
+    """What, beside its content and what it reads, decides what a reference computes: for cache keys."""
+    if reference.endswith(".gguf"):
+        package = "llama-cpp-python"
+        return version(package), package, options.n_gpu_layers, options.cache_type_k, options.cache_type_v
+    return version("transformers"), "transformers"
+
+
+def open_model(reference: str, n_ctx: int, options: RunOptions) -> Model:
+    """A checkpoint in transformers, or a GGUF in llama.cpp. For the worker."""
     if reference.endswith(".gguf"):
         from prism_gguf.adapters.llama_cpp import LlamaCppModel
 

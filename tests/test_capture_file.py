@@ -69,7 +69,7 @@ def test_a_capture_holds_what_the_model_computed(tmp_path: Path) -> None:
 def test_it_is_made_once_for_the_same_content_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = CaptureOptions(cache=tmp_path)
     made = ensure_capture(str(MODEL), READING, options)
-    monkeypatch.setattr(prism_gguf.reference, "_open", lambda *_: pytest.fail("the reference was opened again"))
+    monkeypatch.setattr(prism_gguf.reference, "open_model", lambda *_: pytest.fail("the reference was opened again"))
     assert ensure_capture(str(MODEL), READING, options) == made
     assert ensure_capture(str(checkpoint(tmp_path)), READING, options) == made  # the same content elsewhere
 

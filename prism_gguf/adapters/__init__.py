@@ -49,6 +49,20 @@ class WindowStates:
     logits: np.ndarray | None
 
 
+@dataclass(frozen=True)
+class LayerStates:
+    """The residual stream at the scored positions ``[start, stop)`` of one token window.
+
+    Attributes:
+        start, stop: positions within the window.
+        hidden: what each block added up to, in order: (stop − start, d) float32 each, the last before the final norm.
+    """
+
+    start: int
+    stop: int
+    hidden: list[np.ndarray]
+
+
 class Model(Protocol):
     """A loaded model. Use it as a context manager: leaving it frees native memory."""
 
@@ -76,6 +90,14 @@ class Model(Protocol):
         """Run one window of token ids (n,) int32; yield the states of positions first_scored … n − 2 in order.
 
         Without ``logits`` the run stops before the head.
+        """
+        ...
+
+    def layer_states(self, tokens: np.ndarray, first_scored: int) -> Iterator[LayerStates]:
+        """Run one window; yield the residual stream after every block at positions first_scored … n − 2 in order.
+
+        Raises:
+            PrismGgufError: this architecture's blocks are not found.
         """
         ...
 

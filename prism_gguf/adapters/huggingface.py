@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.hub import cached_file
 
-from prism_gguf.adapters import ModelIdentity, WindowStates
+from prism_gguf.adapters import LayerStates, ModelIdentity, WindowStates
 from prism_gguf.chat import Conversation
 from prism_gguf.errors import InvalidModelError, RuntimeFailureError
 from prism_gguf.output_head import LogitTransform, OutputHead
@@ -271,13 +271,8 @@ class HuggingFaceModel:
 
     def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
         """Run one window; yield the states of its scored positions (see ``adapters.Model``)."""
-        # The last token's successor lies outside the window: nothing is scored there.
-        ids = torch.from_numpy(tokens[:-1].astype(np.int64))
-        step, cache = len(ids), None
-        if len(ids) > _LONGEST_PASS and self._takes_cache:
-            step, cache = _LONGEST_PASS, DynamicCache(config=self._model.config)
-        for begin in range(0, len(ids), step):
-            states, made = self._forward(ids[begin : begin + step], head=logits, cache=cache)
+        for begin, ids, cache in self._passes(tokens):
+            states, made = self._forward(ids, head=logits, cache=cache)
             start = max(begin, first_scored)
             if start >= begin + len(states):
                 continue
@@ -286,6 +281,60 @@ class HuggingFaceModel:
                 raise RuntimeFailureError(f"{self._path}: undefined (NaN or infinite) hidden states")
             shown = None if made is None else made[start - begin :].numpy()
             yield WindowStates(start, begin + len(states), hidden, shown)
+
+    def layer_states(self, tokens: np.ndarray, first_scored: int) -> Iterator[LayerStates]:
+        """Run one window; yield the residual stream of its scored positions (see ``adapters.Model``)."""
+        blocks, first = self._decoder_blocks(), 0
+        seen: list[np.ndarray] = []
+
+        def keep(_: Any, args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            # A copy: a view would keep the whole pass's states.
+            seen.append(np.array(states.reshape(-1, states.shape[-1])[first:].float().numpy()))
+
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            for begin, ids, cache in self._passes(tokens):
+                start, stop = max(begin, first_scored), begin + len(ids)
+                first = start - begin
+                seen.clear()
+                self._forward(ids, head=False, cache=cache)
+                width = self._head.weight.shape[1]
+                if len(seen) != len(blocks) or any(states.shape[1] != width for states in seen):
+                    raise RuntimeFailureError(
+                        f"{self._path}: {len(blocks)} blocks gave {len(seen)} outputs, not one of width {width} each; "
+                        "leave out --layers"
+                    )
+                if start < stop:
+                    yield LayerStates(start, stop, list(seen))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _decoder_blocks(self) -> torch.nn.ModuleList:
+        """The blocks that the residual stream goes through.
+
+        Raises:
+            InvalidModelError: no list of modules in the decoder is as long as the configuration says.
+        """
+        n = getattr(self._model.config.get_text_config(), "num_hidden_layers", None)
+        lists = [m for m in self._model.get_decoder().children() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
+        if len(lists) != 1:
+            raise InvalidModelError(
+                f"{self._path}: {type(self._model).__name__} has {len(lists)} lists of {n} blocks, where one is needed; "
+                "leave out --layers"
+            )
+        return lists[0]
+
+    def _passes(self, tokens: np.ndarray) -> Iterator[tuple[int, torch.Tensor, DynamicCache | None]]:
+        """A window in pieces: the first position, token ids and key-value cache of each."""
+        # The last token's successor lies outside the window: nothing is scored there.
+        ids = torch.from_numpy(tokens[:-1].astype(np.int64))
+        step, cache = len(ids), None
+        if len(ids) > _LONGEST_PASS and self._takes_cache:
+            step, cache = _LONGEST_PASS, DynamicCache(config=self._model.config)
+        for begin in range(0, len(ids), step):
+            yield begin, ids[begin : begin + step], cache
 
     @property
     def _takes_cache(self) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 from gguf import GGMLQuantizationType
 
-from prism_gguf.adapters import ModelIdentity, WindowStates, ggml
+from prism_gguf.adapters import LayerStates, ModelIdentity, WindowStates, ggml
 from prism_gguf.adapters.native_log import native_log
 from prism_gguf.chat import Conversation
 from prism_gguf.errors import InvalidModelError, RuntimeFailureError
@@ -26,6 +26,8 @@ _MAX_LOGIT_BYTES = 256 * 2**20
 _MAX_BATCH = 512
 # The graph node that enters the head (llama.cpp's src/models/*.cpp name it so in every causal architecture).
 _FINAL_STATES = "result_norm"
+# The residual stream after block i is l_out-i.
+_BLOCK_OUTPUT = "l_out-"
 # Z·Hᵀ with dequantized rows differs from runtime logits by the quantized head's kernel, which rounds activations to
 # 8 bits: a few per mille of the logits' norm. A wrong tensor or a missed transform is off by far more than this.
 _MAX_HEAD_DISAGREEMENT = 0.05
@@ -104,6 +106,8 @@ class LlamaCppModel:
         self._ctx: Any = None
         self._callback: Any = None
         self._hidden: list[np.ndarray] = []
+        self._blocks: dict[int, np.ndarray] | None = None  # None where nobody asked: each node that is shown costs time
+        self._n_tokens = self._n_outputs = 0
         self._callback_error: Exception | None = None
         self._head_checked = False
         self._run_head = True
@@ -146,14 +150,27 @@ class LlamaCppModel:
 
     def _on_node(self, tensor: int, ask: bool, _: Any) -> bool:
         """Called for every graph node: first asked whether we want to see it, then shown it."""
-        if ggml.tensor_name(tensor) != _FINAL_STATES:
+        name = ggml.tensor_name(tensor)
+        is_block = self._blocks is not None and self._n_outputs > 0 and name.startswith(_BLOCK_OUTPUT)
+        if name != _FINAL_STATES and not is_block:
             return not ask
         if not ask:
             try:
-                self._hidden.append(ggml.read_float32(tensor, self.gguf.hidden_size))
+                states = ggml.read_float32(tensor, self.gguf.hidden_size)
+                if is_block:
+                    self._keep_block(int(name.removeprefix(_BLOCK_OUTPUT)), states)
+                else:
+                    self._hidden.append(states)
             except Exception as error:  # an exception must not cross into C; it is raised after the decode
                 self._callback_error = error
-        return ask or self._run_head  # False stops the graph here, before the head
+        return ask or is_block or self._run_head  # False stops the graph here, before the head
+
+    def _keep_block(self, number: int, states: np.ndarray) -> None:
+        # Outputs are the last tokens of a batch; architectures drop the others in their last block, and not before.
+        assert self._blocks is not None
+        if len(states) not in (self._n_tokens, self._n_outputs):
+            raise RuntimeFailureError(f"{len(states)} states after block {number} for {self._n_tokens} tokens")
+        self._blocks[number] = states[-self._n_outputs :].copy()
 
     @property
     def identity(self) -> ModelIdentity:
@@ -226,17 +243,36 @@ class LlamaCppModel:
     def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
         """Decode one window; yield states of the scored positions, batch by batch (see ``adapters.Model``)."""
         self._run_head = logits or not self._head_checked
+        for start, end, hidden, runtime_logits in self._batches(tokens, first_scored):
+            if not self._head_checked:
+                self._check_head(hidden, runtime_logits)
+            yield WindowStates(start, end, hidden, runtime_logits if logits else None)
+
+    def layer_states(self, tokens: np.ndarray, first_scored: int) -> Iterator[LayerStates]:
+        """Decode one window; yield the residual stream of its scored positions, batch by batch (see ``adapters.Model``)."""
+        self._run_head, self._blocks = False, {}
+        try:
+            for start, end, *_ in self._batches(tokens, first_scored):
+                if not self._blocks or sorted(self._blocks) != list(range(len(self._blocks))):
+                    raise RuntimeFailureError(
+                        f"{self.gguf.path}: llama.cpp's graph of architecture '{self.gguf.architecture}' has no nodes "
+                        f"{_BLOCK_OUTPUT}0, {_BLOCK_OUTPUT}1, … after its blocks; leave out --layers"
+                    )
+                yield LayerStates(start, end, [self._blocks[number] for number in range(len(self._blocks))])
+        finally:
+            self._blocks = None
+
+    def _batches(self, tokens: np.ndarray, first_scored: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Decode one window; the scored positions ``[start, end)`` of each batch that has some, their states and logits."""
         C.llama_memory_clear(C.llama_get_memory(self._ctx), True)
         last = len(tokens) - 1  # its successor lies outside the window, so it is not scored
         for begin in range(0, last, self._n_batch):
             end = min(begin + self._n_batch, last)
             start = max(begin, first_scored)
-            hidden, runtime_logits = self._decode(tokens[begin:end], begin, start)
+            hidden, logits = self._decode(tokens[begin:end], begin, start)
             if start < end:
                 self._check_finite(hidden, start)
-                if not self._head_checked:
-                    self._check_head(hidden, runtime_logits)
-                yield WindowStates(start, end, hidden, runtime_logits if logits else None)
+                yield start, end, hidden, logits
 
     def _decode(self, tokens: np.ndarray, begin: int, first_output: int) -> tuple[np.ndarray, np.ndarray]:
         """Run one batch; states (m, d) and logits (m, V) of its positions from ``first_output`` on."""
@@ -252,6 +288,9 @@ class LlamaCppModel:
                 batch.seq_id[i][0] = 0
             np.ctypeslib.as_array(batch.logits, (n,))[:] = np.arange(begin, begin + n) >= first_output
             self._hidden.clear()
+            if self._blocks is not None:
+                self._blocks.clear()
+            self._n_tokens, self._n_outputs = n, n_outputs
             self._callback_error = None
             code = C.llama_decode(self._ctx, batch)
         finally:

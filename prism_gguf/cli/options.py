@@ -105,6 +105,12 @@ judging_options = options(
         "--split-kernels", is_flag=True, help="Run each candidate's weights as F16 too, to tell its kernels from them."
     ),
     click.option(
+        "--layers",
+        is_flag=True,
+        help="Show after which block the drift begins. Both models run at most 8 windows once more; the reference's part "
+        "stays in the cache, 2·d bytes a block and token.",
+    ),
+    click.option(
         "--control",
         metavar="F16.gguf",
         help="Unquantized GGUF that sets the noise floor. Default: the first among the candidates.",

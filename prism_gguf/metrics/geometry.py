@@ -15,61 +15,90 @@ from prism_gguf.errors import UndefinedMetricError
 
 
 @dataclass(frozen=True)
-class FeatureMoments:
-    """Sums over n token positions of hidden states Z_T (reference) and Z_P (candidate), each (n, d).
+class Squares:
+    """Sums over n token positions of hidden states Z_T (reference) and Z_P (candidate), each (n, d): enough for W = I.
 
     Attributes:
         n: positions.
         reference_square, candidate_square: ‖Z_T‖²_F and ‖Z_P‖²_F.
         residual_square: ‖Z_T − Z_P‖²_F, summed directly: the difference of the two above would cancel.
-        cross: Z_Pᵀ Z_T, (d, d) float64.
-        candidate_second: Z_Pᵀ Z_P, (d, d) float64.
-        candidate_sum: Σ z_P, (d,) float64.
     """
 
     n: int
     reference_square: float
     candidate_square: float
     residual_square: float
+
+
+@dataclass(frozen=True)
+class FeatureMoments(Squares):
+    """``Squares``, and what other rotations and the head's divergence need.
+
+    Attributes:
+        cross: Z_Pᵀ Z_T, (d, d) float64.
+        candidate_second: Z_Pᵀ Z_P, (d, d) float64.
+        candidate_sum: Σ z_P, (d,) float64.
+    """
+
     cross: np.ndarray
     candidate_second: np.ndarray
     candidate_sum: np.ndarray
 
 
-class MomentAccumulator:
-    """Gathers ``FeatureMoments`` batch by batch; memory is two (d, d) float64 matrices."""
+class SquareAccumulator:
+    """Gathers ``Squares`` batch by batch; memory is four numbers."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         self._n = 0
         self._squares = np.zeros(3)
-        self._cross = torch.zeros(width, width, dtype=torch.float64)
-        self._second = torch.zeros(width, width, dtype=torch.float64)
-        self._sum = torch.zeros(width, dtype=torch.float64)
 
     def add(self, reference: np.ndarray, candidate: np.ndarray) -> None:
         """Add hidden states of the same positions, both (m, d) float32."""
-        z_t = torch.from_numpy(np.asarray(reference)).double()
-        z_p = torch.from_numpy(np.asarray(candidate)).double()
+        self._add(*(torch.from_numpy(np.asarray(states)).double() for states in (reference, candidate)))
+
+    def _add(self, z_t: torch.Tensor, z_p: torch.Tensor) -> None:
         self._n += len(z_t)
         self._squares += [float((x * x).sum()) for x in (z_t, z_p, z_t - z_p)]
-        self._cross.addmm_(z_p.T, z_t)
-        self._second.addmm_(z_p.T, z_p)
-        self._sum += z_p.sum(0)
 
-    def moments(self) -> FeatureMoments:
+    def squares(self) -> Squares:
         """What has been gathered.
 
         Raises:
-            UndefinedMetricError: nothing was added, or one side is all zeros (its direction is undefined).
+            UndefinedMetricError: nothing was added, a value is NaN or infinite, or one side is all zeros (its direction is
+                undefined).
         """
         if self._n == 0:
             raise UndefinedMetricError("no hidden states were given")
+        if not np.isfinite(self._squares).all():
+            raise UndefinedMetricError("hidden states hold NaN or infinite values")
         if min(self._squares[:2]) <= 0.0:
             raise UndefinedMetricError(
                 "all hidden states are zero: their direction, and so the similarity, is undefined"
             )
         t, p, r = (float(x) for x in self._squares)
-        return FeatureMoments(self._n, t, p, r, self._cross.numpy(), self._second.numpy(), self._sum.numpy())
+        return Squares(self._n, t, p, r)
+
+
+class MomentAccumulator(SquareAccumulator):
+    """Gathers ``FeatureMoments`` batch by batch; memory is two (d, d) float64 matrices."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._cross = torch.zeros(width, width, dtype=torch.float64)
+        self._second = torch.zeros(width, width, dtype=torch.float64)
+        self._sum = torch.zeros(width, dtype=torch.float64)
+
+    def _add(self, z_t: torch.Tensor, z_p: torch.Tensor) -> None:
+        super()._add(z_t, z_p)
+        self._cross.addmm_(z_p.T, z_t)
+        self._second.addmm_(z_p.T, z_p)
+        self._sum += z_p.sum(0)
+
+    def moments(self) -> FeatureMoments:
+        """What has been gathered; raises as ``squares`` does."""
+        s = self.squares()
+        matrices = self._cross.numpy(), self._second.numpy(), self._sum.numpy()
+        return FeatureMoments(s.n, s.reference_square, s.candidate_square, s.residual_square, *matrices)
 
 
 @dataclass(frozen=True)
@@ -94,7 +123,7 @@ class FeatureGeometry:
     rotation: np.ndarray | None
 
 
-def identity_geometry(moments: FeatureMoments) -> FeatureGeometry:
+def identity_geometry(moments: Squares) -> FeatureGeometry:
     """W = I: the diagnosis, since a quantized model keeps its basis."""
     return _geometry(moments, moments.residual_square / moments.n, None)
 
@@ -116,7 +145,7 @@ def scale_absorbed(geometry: FeatureGeometry) -> FeatureGeometry:
     return FeatureGeometry(rho, rho, geometry.omega, 0.0, shape, float(np.sqrt(shape)), geometry.rotation)
 
 
-def _geometry(moments: FeatureMoments, delta_square: float, rotation: np.ndarray | None) -> FeatureGeometry:
+def _geometry(moments: Squares, delta_square: float, rotation: np.ndarray | None) -> FeatureGeometry:
     rho_t = float(np.sqrt(moments.reference_square / moments.n))
     rho_p = float(np.sqrt(moments.candidate_square / moments.n))
     scale = (rho_t - rho_p) ** 2

@@ -27,6 +27,7 @@ WIDTH = 100
 _NAME = 16  # of a name that is cut, so much is left: columns rather go to a table of their own
 _MARK = "* "
 _COLUMNS = ("MiB", "bpw", "KLD", "same-top", "gap", "scale", "shape", "γ", "bound")
+_BLOCKS_SHOWN = 8
 HOW_TO_READ = (
     "KLD is what the candidate's next-token distribution lost, in nats per token (± its standard error\n"
     "by window); 'nats from' splits it between its causes, which add up to the total; scale + shape = δ²,\n"
@@ -157,6 +158,7 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
                 _print_tables(parts_tables(done, way), out)
         if details:
             _print_tables(_statistics(done), out)
+        _print_layers(comparison, out)
         out.print()
         _print_words(comparison, done, out)
     for candidate in done:
@@ -231,6 +233,24 @@ def _statistics(candidates: list[CandidateResult]) -> Iterator[Table]:
             cells = [number(c[name]) + (f" ±{number(e)}" if e else "") for c, e in zip(columns, errors, strict=True)]
             rows.append(_Row(name, cells))
     return _tables("divergence", [label(c.path) for c in candidates], rows)
+
+
+def _print_layers(comparison: Comparison, out: Console) -> None:
+    """Drift of the residual stream after some blocks, one row a candidate, and what it cost."""
+    done = [(c, c.layers) for c in comparison.candidates if c.layers is not None]
+    cost = comparison.layer_cost
+    if cost is None or not done:
+        return
+    n = min(len(layers.blocks) for _, layers in done)
+    shown = sorted({round(i * (n - 1) / (_BLOCKS_SHOWN - 1)) for i in range(_BLOCKS_SHOWN)})
+    rows = [_Row(label(c.path), [number(layers.blocks[block].relative) for block in shown]) for c, layers in done]
+    _print_tables(_tables("drift after block", list(map(str, shown)), rows), out)
+    some, mean = done[0][1], sum(layers.seconds for _, layers in done) / len(done)
+    reference = f"{cost.seconds:.1f} s" if cost.seconds else "from the cache"
+    out.print(
+        f"δ/ρ of the residual stream on {some.n_tokens} tokens of {some.n_windows} windows; "
+        f"reference {reference}, {mean:.1f} s a candidate, {cost.n_bytes / 2**20:.1f} MiB on disk"
+    )
 
 
 def _print_limits(candidate: CandidateResult, out: Console) -> None:
