@@ -22,10 +22,9 @@ from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.layers import ReferenceLayers, ensure_layers, with_layers
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.ranking import rank
-from prism_gguf.reading import Reading, Source
+from prism_gguf.reading import Source
 from prism_gguf.reference import ReadOptions, RunOptions, Steps, ensure_capture, no_steps
 from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, TextInfo
-from prism_gguf.text import EvaluationText, read_folder, second_half
 
 if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
     from prism_gguf.adapters.llama_cpp import LlamaCppModel
@@ -51,7 +50,7 @@ class CompareOptions(ReadOptions):
     attribution_tokens: int | None = None
     split_kernels: bool = False
     layers: bool = False
-    control: str | None = None
+    control: str | Path | None = None
     fail_on: tuple[str, ...] = ()
     confidence: float | None = None
 
@@ -70,6 +69,7 @@ def compare(
 
     Args:
         texts: evaluation text and chats; None takes the packaged text, or what a given capture has read.
+        steps: called with (what is being done, windows done, windows in all) as work proceeds.
 
     Raises:
         PrismGgufError: the reference, the text, a limit, or every one of the candidates cannot be used.
@@ -95,8 +95,9 @@ class Candidate:
 
 def with_control(candidates: list[Candidate], options: CompareOptions) -> list[Candidate]:
     """The candidates, before them the control where one was named that is not among them."""
-    named = options.control
-    return candidates if named is None or named in [c.path for c in candidates] else [Candidate(named), *candidates]
+    if options.control is None or str(options.control) in [c.path for c in candidates]:
+        return candidates
+    return [Candidate(str(options.control)), *candidates]
 
 
 def compare_candidates(
@@ -180,16 +181,6 @@ def failed_row(path: str, error: PrismGgufError) -> CandidateResult:
     return CandidateResult(path, error=Failure(type(error).__name__, str(error)))
 
 
-def default_texts() -> list[EvaluationText]:
-    """The packaged text: technical prose, code, dialogue, German, Chinese."""
-    return read_folder(Path(__file__).parent / "default_text")
-
-
-def calibration_texts() -> list[EvaluationText]:
-    """The second halves of the packaged texts, for what is learned from text: comparisons do not reach them by default."""
-    return [second_half(text) for text in default_texts()]
-
-
 def given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path | None:
     """The reference's folder where it is a capture, which has its own text."""
     if not is_capture(Path(reference)):
@@ -199,9 +190,10 @@ def given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path
     return Path(reference)
 
 
-def _control(headers: dict[str, Any], named: str | None) -> str | None:
+def _control(headers: dict[str, Any], control: str | Path | None) -> str | None:
     """The file that sets the noise floor: the one named, or the first unquantized one."""
-    if named is not None:
+    if control is not None:
+        named = str(control)
         if isinstance(headers[named], CandidateResult):
             raise InvalidModelError(_message(headers[named]))
         if headers[named] not in UNQUANTIZED:
@@ -268,8 +260,8 @@ def open_reference(
     progress(0, 0, "starting")
     if given is not None:
         return given, *worker.run(describe_capture, str(given), False, progress=progress)
-    reading = Reading(default_texts() if texts is None else texts, options.n_ctx, options.windows, options.score)
-    folder = worker.run(ensure_capture, str(reference), reading, options.capture_options(), progress=progress)
+    reading, run_options = options.reading(texts), options.capture_options()
+    folder = worker.run(ensure_capture, str(reference), reading, run_options, progress=progress)
     identity, text = worker.run(describe_capture, str(folder), texts is None, progress=progress)
     # A cached capture may have been made from the same content under another name.
     return folder, replace(identity, path=str(reference)), text

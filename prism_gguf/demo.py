@@ -39,7 +39,6 @@ def build_ladder(
 
 def run_demo(folder: Path, texts: list[Source] | None, options: CompareOptions, *, steps: Steps) -> Comparison:
     """Build the ladder in ``folder`` and compare it with the testbed checkpoint, on text that it was not trained on."""
-    paths = build_ladder(
-        folder, steps=steps, threads=options.threads or 0, cache=options.cache, verbose=options.verbose
-    )
+    threads, cache = options.threads or 0, options.cache_folder
+    paths = build_ladder(folder, steps=steps, threads=threads, cache=cache, verbose=options.verbose)
     return compare(MODEL, paths, texts or held_out_texts(), options, steps=steps)

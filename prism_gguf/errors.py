@@ -63,6 +63,10 @@ class InvalidSensitivityError(PrismGgufError):
     """A sensitivity file that is none, or belongs to another model."""
 
 
+class MissingPackageError(PrismGgufError, ImportError):
+    """A package that is asked for only where it is used, and is not installed."""
+
+
 class InfeasibleBudgetError(PrismGgufError):
     """A budget that no choice of types keeps; the message names the smallest feasible one."""
 

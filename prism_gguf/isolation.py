@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from prism_gguf.errors import PrismGgufError, RuntimeFailureError
@@ -24,8 +25,13 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, stage: str = "", /) -> None: ...
 
 
-# `python -c` would look for modules in the current folder first, which may be full of a stranger's files.
-_CHILD = "import sys; sys.path[:] = filter(None, sys.path); from prism_gguf.isolation import serve; serve()"
+# `python -c` would look for modules in the current folder first, which may be full of a stranger's files. The package
+# itself may lie where only the caller's own sys.path says, such as a notebook's.
+_CHILD = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    f"here = {str(Path(__file__).parent.parent)!r}; here in sys.path or sys.path.insert(0, here); "
+    "from prism_gguf.isolation import serve; serve()"
+)
 
 
 def no_progress(done: int, total: int, stage: str = "", /) -> None:

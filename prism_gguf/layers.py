@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prism_gguf.cache import default_cache, key_of, locked, model_fingerprint, recorded_key
+from prism_gguf.cache import key_of, locked, model_fingerprint, recorded_key
 from prism_gguf.details import LayerCost, LayerDrift, Layers
 from prism_gguf.errors import IncompatibleModelsError, InvalidCaptureError, PrismGgufError
 from prism_gguf.files import write_whole
@@ -103,7 +103,7 @@ def ensure_layers(
     from prism_gguf.capture_file import read_capture
 
     started = time.monotonic()
-    capture, cache = read_capture(capture_folder), options.cache or default_cache()
+    capture, cache = read_capture(capture_folder), options.cache_folder
     windows, model = capture.windows, reference or capture.identity.path
     numbers = _spread(windows.n_windows)
     key = [_SCHEMA, recorded_key(capture_folder), capture.identity.fingerprint, windows.fingerprint, numbers]

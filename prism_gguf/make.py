@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prism_gguf.cache import default_cache, is_capture, model_fingerprint
+from prism_gguf.cache import is_capture, model_fingerprint
 from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.errors import InvalidOutputError
 from prism_gguf.files import written_whole
@@ -24,28 +24,6 @@ from prism_gguf.reference import Steps, no_steps
 from prism_gguf.results import Comparison
 
 SCHEMA = "prism-gguf/quantize/1"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What to compare a made file with: a reference, as ``compare`` takes it, its texts, and how."""
-
-    reference: str
-    texts: Sequence[Source] | None
-    options: CompareOptions
-
-    def check(self, progress: Progress = no_progress) -> None:
-        """Find out what is wrong with it before the file is made, not after.
-
-        Raises:
-            PrismGgufError: the reference or a limit cannot be used.
-        """
-        from prism_gguf.gates import Gate
-
-        for limit in self.options.fail_on:
-            Gate.parse(limit)
-        if not is_capture(Path(self.reference)):
-            model_fingerprint(self.reference, self.options.cache or default_cache(), stage(progress, "hashing"))
 
 
 @dataclass(frozen=True)
@@ -72,46 +50,70 @@ class Made:
 
 
 def quantize(
-    base: Path,
-    out: Path,
-    what: Recipe | Mix,
+    base: str | Path,
+    out: str | Path,
+    what: Recipe | Mix | str,
     *,
     name: str = "",
-    imatrix: Path | None = None,
+    imatrix: str | Path | None = None,
     requantize: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    threads: int = 0,
-    verbose: bool = False,
-    verification: Verification | None = None,
+    verify: str | Path | None = None,
+    texts: Sequence[Source] | None = None,
+    options: CompareOptions | None = None,
     planned: Callable[[Plan], None] = lambda _: None,
     steps: Steps = no_steps,
 ) -> Made:
     """Plan, make and compare one file.
 
     Args:
-        what, name, imatrix, requantize: as in ``plan.plan``.
+        base: the GGUF to quantize, best F16 or BF16.
+        out: the file to make; it appears whole or not at all.
+        what: a recipe (``advise(…).recipe``, ``read_recipe``), a mix, or one of llama.cpp's ftypes, such as ``Q4_K_M``.
+        name: where a mix comes from, for the file's metadata.
+        imatrix: importance matrix to quantize with.
+        requantize: allow a base that is quantized already.
+        overwrite: replace ``out`` where it exists.
         dry_run: stop after the plan.
+        verify: a reference to compare ``out`` with, as ``compare`` takes it; ``texts`` as there.
+        options: how models run, and how ``out`` is compared.
         planned: called with the plan before work begins.
+        steps: called with (what is being done, steps done, steps in all) as work proceeds.
 
     Raises:
         PrismGgufError: as in ``plan.plan`` and ``make``; the reference cannot be used.
     """
+    base, out, options = Path(base), Path(out), options or CompareOptions()
+    imatrix = None if imatrix is None else Path(imatrix)
+    what = Mix(what.upper()) if isinstance(what, str) else what
     check_output(out, base, overwrite=overwrite or dry_run)
-    if verification is not None:
-        verification.check(partial(steps, "reference"))
-    progress = partial(steps, out.stem)
-    with NativeWorker(verbose=verbose) as worker:
+    if verify is not None:
+        _check_reference(verify, options, partial(steps, "reference"))
+    progress, threads = partial(steps, out.stem), options.threads or 0
+    with NativeWorker(verbose=options.verbose) as worker:
         found = plan(base, what, name=name, imatrix=imatrix, requantize=requantize, worker=worker, progress=progress)
         planned(found)
         if dry_run:
             return Made(out, found, made=False)
         make(found, out, overwrite=overwrite, threads=threads, worker=worker, progress=progress)
     predicted = (what.predicted_kld, what.predicted_kld_se) if isinstance(what, Recipe) else (None, None)
-    comparison = None
-    if verification is not None:
-        comparison = compare(verification.reference, [out], verification.texts, verification.options, steps=steps)
+    comparison = None if verify is None else compare(verify, [out], texts, options, steps=steps)
     return Made(out, found, True, *predicted, comparison)
+
+
+def _check_reference(reference: str | Path, options: CompareOptions, progress: Progress) -> None:
+    """Find out what is wrong with a comparison before the file is made, not after.
+
+    Raises:
+        PrismGgufError: the reference or a limit cannot be used.
+    """
+    from prism_gguf.gates import Gate
+
+    for limit in options.fail_on:
+        Gate.parse(limit)
+    if not is_capture(Path(reference)):
+        model_fingerprint(str(reference), options.cache_folder, stage(progress, "hashing"))
 
 
 def make(
@@ -165,7 +167,7 @@ def check_output(out: Path, base: Path, *, overwrite: bool = False, n_bytes: int
     if out.exists() and any(part.exists() and out.samefile(part) for part in split_parts(base)):
         raise InvalidOutputError(f"{out}: is the base itself; name another file")
     if out.is_dir() or (out.exists() and not overwrite):
-        raise InvalidOutputError(f"{out}: exists already; --force replaces a file")
+        raise InvalidOutputError(f"{out}: exists already; --force (overwrite=True) replaces a file")
     free = shutil.disk_usage(out.parent).free
     if n_bytes > free:
         raise InvalidOutputError(f"{out}: needs {n_bytes:,} bytes, and {free:,} are free there")

@@ -24,6 +24,8 @@ from prism_gguf.mix import UNQUANTIZED, Mix, ftype_value
 from prism_gguf.patterns import expand, group, listed
 
 if TYPE_CHECKING:
+    import pandas
+
     from prism_gguf.gguf_file import GgufFile, TensorInfo
 
 __all__ = ["SCHEMA", "Recipe", "expand", "group", "read_recipe", "recipe_of", "write_recipe"]
@@ -74,6 +76,16 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """All of it, by tensor: what ``to_json`` writes."""
         return {"schema": SCHEMA, **{key: value for key, value in asdict(self).items() if not _is_empty(value)}}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row a tensor: name, type, reason.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from prism_gguf.dataframe import recipe_table
+
+        return recipe_table(self)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"

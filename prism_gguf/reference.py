@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 from prism_gguf.cache import default_cache, is_capture, key_of, locked, model_fingerprint, recorded_key
 from prism_gguf.errors import InvalidCaptureError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
-from prism_gguf.reading import Reading
-from prism_gguf.text import Score
+from prism_gguf.reading import Reading, Source, TokenSource
+from prism_gguf.text import Score, default_texts
 
 if TYPE_CHECKING:  # torch and llama.cpp are loaded in the child process only
     from prism_gguf.adapters import Model
@@ -40,7 +41,7 @@ class RunOptions:
         verbose: let llama.cpp log to stderr.
     """
 
-    cache: Path | None = None
+    cache: str | Path | None = None
     threads: int | None = None
     n_gpu_layers: int | None = None
     cache_type_k: str = "f16"
@@ -52,6 +53,10 @@ class RunOptions:
         from prism_gguf.adapters.llama_cpp import RuntimeOptions
 
         return RuntimeOptions(self.threads, self.n_gpu_layers, self.cache_type_k, self.cache_type_v)
+
+    @property
+    def cache_folder(self) -> Path:
+        return default_cache() if self.cache is None else Path(self.cache)
 
     def capture_options(self) -> CaptureOptions:
         """What of these decides how a reference runs."""
@@ -78,26 +83,46 @@ class ReadOptions(RunOptions):
     windows: int | None = 32
     score: Score = Score.HALF
 
+    def reading(self, texts: Sequence[Source] | TokenSource | None) -> Reading:
+        """What is read of ``texts``, or of the packaged ones where None; ready-made windows keep their length."""
+        n_ctx = texts.tokens.shape[1] if isinstance(texts, TokenSource) else self.n_ctx
+        return Reading(default_texts() if texts is None else texts, n_ctx, self.windows, self.score)
+
 
 @dataclass(frozen=True)
-class CaptureOptions(RunOptions):
-    """How a reference runs, and where its capture goes.
+class CaptureOptions(ReadOptions):
+    """How a reference runs, on how much of the text, and where its capture goes.
 
     Attributes:
         out: folder of the capture; None takes one in the cache, named by content.
         self_contained: keep the output head in it.
     """
 
-    out: Path | None = None
+    out: str | Path | None = None
     self_contained: bool = False
 
 
-def capture(reference: str | Path, reading: Reading, options: CaptureOptions, *, steps: Steps = no_steps) -> Path:
-    """Capture a reference, unless that was done before; the capture's folder.
+def capture(
+    reference: str | Path,
+    texts: Sequence[Source] | TokenSource | None = None,
+    options: CaptureOptions | None = None,
+    *,
+    steps: Steps = no_steps,
+) -> Path:
+    """Run a reference once and keep its hidden states, unless that was done before; the folder, which ``compare`` takes.
+
+    Killed at any moment, the next run goes on where this one was.
+
+    Args:
+        reference: a checkpoint directory, a hub id, or a GGUF (best F16 or BF16).
+        texts: texts and chats, or ready-made token windows; None takes the packaged text.
+        steps: called with (what is being done, windows done, windows in all) as work proceeds.
 
     Raises:
         PrismGgufError: the reference or what it shall read cannot be used, or ``out`` holds something else.
     """
+    options = options or CaptureOptions()
+    reading = options.reading(texts)
     steps("reference", 0, 0, "starting")
     with NativeWorker(verbose=options.verbose) as worker:
         return worker.run(ensure_capture, str(reference), reading, options, progress=partial(steps, "reference"))
@@ -115,10 +140,10 @@ def export_base(folder: Path, file: Path, *, steps: Steps = no_steps) -> None:
 def ensure_capture(
     reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
 ) -> Path:
-    """The folder of a whole capture, made where there is none. Runs in the worker."""
+    """The folder of a whole capture of what ``reading`` says, made where there is none. Runs in the worker."""
     from prism_gguf.capture_file import SCHEMA, adopt_head, write_capture
 
-    cache = options.cache or default_cache()
+    cache, out = options.cache_folder, None if options.out is None else Path(options.out)
     fingerprint = model_fingerprint(reference, cache, stage(progress, "hashing"))
     key = key_of(
         [
@@ -129,9 +154,9 @@ def ensure_capture(
             *(["self-contained"] if options.self_contained else []),
         ]
     )
-    folder = options.out or cache / "captures" / key
+    folder = out or cache / "captures" / key
     with locked(folder, cache, progress):
-        if recorded_key(folder) not in (None, key) or (options.out and _is_foreign(options.out)):
+        if recorded_key(folder) not in (None, key) or (out and _is_foreign(out)):
             raise InvalidCaptureError(
                 f"{folder}: holds something else than a capture of this model, text and options; name another folder"
             )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism_gguf.adapters import ModelIdentity
 from prism_gguf.details import DivergentToken, LayerCost, Layers
 from prism_gguf.errors import OverBudgetError
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = "prism-gguf/comparison/1"
 
@@ -423,3 +426,13 @@ class Comparison:
         from prism_gguf.report.html import notebook_display
 
         return notebook_display(self)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row a candidate, and a column for each single number of the JSON by its dotted name: ``divergence.kld_mean``.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from prism_gguf.dataframe import comparison_table
+
+        return comparison_table(self)

@@ -61,7 +61,7 @@ def sweep(
     if texts is None and not is_capture(Path(reference)):
         texts = profile.texts()
     folder = Path(base).parent if folder is None else folder
-    workshop = Workshop(Path(base), folder, allow_requantize, options.threads or 0, options.cache, steps)
+    workshop = Workshop(Path(base), folder, allow_requantize, options.threads or 0, options.cache_folder, steps)
     entries = {str(workshop.path(entry.name)): entry for entry in profile.entries}
     if any(Path(path).resolve() == source.path.resolve() for path in entries):
         raise InvalidProfileError(

@@ -180,6 +180,16 @@ def read_folder(folder: Path) -> list[EvaluationText]:
     return read_texts([str(path) for path in sorted(folder.glob("*.txt"))])
 
 
+def default_texts() -> list[EvaluationText]:
+    """The packaged text: technical prose, code, dialogue, German, Chinese."""
+    return read_folder(Path(__file__).parent / "default_text")
+
+
+def calibration_texts() -> list[EvaluationText]:
+    """The second halves of the packaged texts, for what is learned from text: comparisons do not reach them by default."""
+    return [second_half(text) for text in default_texts()]
+
+
 def _cut(vocabulary: Vocabulary, text: EvaluationText, n_ctx: int, most: int | None) -> np.ndarray:
     """Whole windows of one text, at most ``most`` of them: (windows, n_ctx) int32."""
     length = len(text.text) if most is None else most * n_ctx * _CHARACTERS_PER_TOKEN

@@ -16,7 +16,6 @@ from bench_sensitivity import Subject, subject
 from prism_gguf.advisor.advice import advise
 from prism_gguf.advisor.calibrate import imatrix
 from prism_gguf.advisor.sensitivity import SensitivityOptions, sensitivity
-from prism_gguf.budget import Budget
 from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.make import quantize
 from prism_gguf.mix import Mix
@@ -27,14 +26,11 @@ from prism_gguf.text import Score, first_half
 
 def files(of: Subject, ftype: str, work: Path, matrix: Path, checks: int) -> dict[str, Path]:
     """The three files of one ftype."""
-    found = sensitivity(
-        of.checkpoint,
-        Reading(of.calibration, 256, 40, Score.ALL),
-        SensitivityOptions(imatrix=matrix, cache=work / "cache"),
-    )
+    found = sensitivity(of.checkpoint, of.calibration, SensitivityOptions(imatrix=matrix, cache=work / "cache"))
     options = CompareOptions(windows=10, cache=work / "cache")
-    budget = Budget.parse(f"same-as:{ftype}")
-    advice = advise(of.checkpoint, of.f16, budget, found, of.calibration, options, imatrix=matrix, n_checks=checks)
+    advice = advise(
+        of.checkpoint, of.f16, f"same-as:{ftype}", found, of.calibration, options, imatrix=matrix, n_checks=checks
+    )
     for check in advice.checks:
         print(f"  {ftype} {check.tensor} {check.type}: predicted {check.predicted:.3g}, measured {check.measured:.3g}")
     for made in advice.files:

@@ -26,7 +26,7 @@ from prism_gguf.advisor.calibrate import imatrix
 from prism_gguf.advisor.sensitivity import SensitivityOptions, sensitivity
 from prism_gguf.advisor.tensor_names import quantizable_tensors
 from prism_gguf.advisor.weight_errors import WeightErrors
-from prism_gguf.comparison import Candidate, CompareOptions, calibration_texts, compare_candidates, default_texts
+from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates
 from prism_gguf.imatrix import read_imatrix
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import Mix
@@ -34,7 +34,7 @@ from prism_gguf.quantizer import quantize_gguf
 from prism_gguf.reading import Reading
 from prism_gguf.reference import RunOptions, no_steps
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import EvaluationText, Score, second_half
+from prism_gguf.text import EvaluationText, Score, calibration_texts, default_texts, second_half
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def main() -> None:
     of, work = subject(arguments.model, arguments.work), arguments.work
     started = time.monotonic()
     options = SensitivityOptions(cache=work / f"cache-{time.time_ns()}")  # nothing may be there from before
-    found = sensitivity(of.checkpoint, Reading(of.calibration, 256, 40, Score.ALL), options)
+    found = sensitivity(of.checkpoint, of.calibration, options)
     predicted_seconds = time.monotonic() - started
     n_costs = sum(len(t.costs) for t in found.tensors)
     print(

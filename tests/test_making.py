@@ -132,7 +132,9 @@ def test_bases_and_outputs(ladder: dict[str, Path], tmp_path: Path) -> None:
     assert_one_line(run("quantize", ladder["F16"], tmp_path / "no" / "o.gguf", "--type", "Q8_0"), "there is no folder")
     assert run("quantize", ladder["Q8_0"], out, "--type", "Q4_K_M", "--allow-requantize").exit_code == 0
     kept = out.read_bytes()
-    assert_one_line(run("quantize", ladder["F16"], out, "--type", "Q8_0"), "exists already; --force replaces")
+    assert_one_line(
+        run("quantize", ladder["F16"], out, "--type", "Q8_0"), "exists already; --force (overwrite=True) replaces"
+    )
     assert_one_line(run("quantize", out, out, "--type", "Q8_0", "--force"), "is the base itself")
     assert out.read_bytes() == kept
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]

@@ -6,25 +6,29 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism_gguf import __version__
 from prism_gguf.advisor.problem import Problem, Solution
-from prism_gguf.advisor.sensitivity import Sensitivity
+from prism_gguf.advisor.sensitivity import TYPES, Sensitivity, SensitivityOptions, read_sensitivity
+from prism_gguf.advisor.sensitivity import sensitivity as measure_sensitivity
 from prism_gguf.budget import Budget
-from prism_gguf.cache import default_cache
 from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates
 from prism_gguf.errors import RuntimeFailureError
+from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.make import make
 from prism_gguf.plan import Plan
 from prism_gguf.reading import Source
 from prism_gguf.recipe import Recipe
-from prism_gguf.reference import Steps, no_steps
+from prism_gguf.reference import RunOptions, Steps, no_steps
 from prism_gguf.results import CandidateResult
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = "prism-gguf/advice/1"
 ADVISED, REFINED, DEFAULT = "advised", "refined", "default"
@@ -101,16 +105,27 @@ class Advice:
             "gain": self.gain,
         }
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row for each file that was measured; the tensors are in ``recipe.to_dataframe()``.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from prism_gguf.dataframe import advice_table
+
+        return advice_table(self)
+
 
 def advise(
     reference: str | Path,
-    base: Path,
-    budget: Budget,
-    found: Sensitivity,
-    texts: Sequence[Source] | None,
-    options: CompareOptions,
+    base: str | Path,
+    budget: str | Budget,
+    sensitivity: Sensitivity | str | Path | None = None,
+    texts: Sequence[Source] | None = None,
+    options: CompareOptions | None = None,
     *,
-    imatrix: Path | None = None,
+    imatrix: str | Path | None = None,
+    types: Sequence[str] = TYPES,
     n_checks: int = 6,
     measure: bool = True,
     steps: Steps = no_steps,
@@ -122,18 +137,30 @@ def advise(
     the budget is allocated again with what was seen; and of the two recipes the one that measured better is kept.
 
     Args:
-        found: sensitivities of the reference, measured with the same imatrix.
-        texts: to measure on, best not what the sensitivities have read; None takes the packaged text.
+        reference: the checkpoint that ``base`` was converted from.
+        base: the GGUF to quantize, F16, BF16 or F32.
+        budget: such as ``5.2GiB``, ``4.8bpw`` or ``same-as:Q4_K_M``.
+        sensitivity: of the reference, with the same imatrix: what the function of this name gave, or the file of
+            `prism-gguf sensitivity`. None takes it from the cache, or measures it.
+        texts: to measure files on, best not what the sensitivities have read; None takes the packaged text.
+        options: how files are measured.
+        imatrix: importance matrix to quantize with.
+        types: ggml types to try, where the sensitivities are measured here.
         n_checks: choices to measure one by one.
-        measure: False leaves all measuring out.
+        measure: False makes and measures no file.
+        steps: called with (what is being done, steps done, steps in all) as work proceeds.
 
     Raises:
         InfeasibleBudgetError: the message names the smallest feasible budget.
         PrismGgufError: the base, the reference or the imatrix cannot be used.
     """
+    options, imatrix = options or CompareOptions(), None if imatrix is None else Path(imatrix)
+    limit = Budget.parse(budget) if isinstance(budget, str) else budget
+    GgufFile(base)  # an unreadable one is found before the sensitivities take their minutes
+    found = _sensitivity(reference, sensitivity, imatrix, types, options, steps)
     with NativeWorker(verbose=options.verbose) as worker:
         progress = partial(steps, "recipe")
-        problem = Problem(base, budget, found, imatrix, worker, progress)
+        problem = Problem(Path(base), limit, found, imatrix, worker, progress)
         best = problem.solve(worker)
         advice = _advice(problem, best)
         if not measure:
@@ -163,6 +190,24 @@ def advise(
     )
 
 
+def _sensitivity(
+    reference: str | Path,
+    given: Sensitivity | str | Path | None,
+    imatrix: Path | None,
+    types: Sequence[str],
+    options: RunOptions,
+    steps: Steps,
+) -> Sensitivity:
+    if isinstance(given, Sensitivity):
+        return given
+    if given is not None:
+        return read_sensitivity(given)
+    running = {f.name: getattr(options, f.name) for f in fields(RunOptions)}
+    return measure_sensitivity(
+        reference, None, SensitivityOptions(types=tuple(types), imatrix=imatrix, **running), steps=steps
+    )
+
+
 def _advice(problem: Problem, best: Solution) -> Advice:
     found = best.plan
     recipe = replace(
@@ -184,7 +229,7 @@ def _compared(
     Raises:
         RuntimeFailureError: the recipe's own file could not be measured.
     """
-    cache = options.cache or default_cache()
+    cache = options.cache_folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="advise-", dir=cache) as folder:
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism_gguf.adapters import ModelIdentity
 from prism_gguf.results import Divergence, Failure, GateResult, HeadInfo, Logits, TextInfo
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = "prism-gguf/head/1"
 
@@ -140,3 +143,13 @@ class HeadReport:
     def to_dict(self) -> dict[str, Any]:
         """The JSON result."""
         return {"schema": SCHEMA, **asdict(self)}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row for each candidate and head type; columns as in ``Comparison.to_dataframe``.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from prism_gguf.dataframe import head_table
+
+        return head_table(self)

@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prism_gguf import __version__
-from prism_gguf.cache import default_cache, key_of, locked, model_fingerprint
+from prism_gguf.cache import key_of, locked, model_fingerprint
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
 from prism_gguf.files import write_whole, written_whole
 from prism_gguf.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress, part, stage
 from prism_gguf.mix import ggml_type
-from prism_gguf.reading import Reading
+from prism_gguf.reading import Reading, Source
 from prism_gguf.reference import RunOptions, Steps, no_steps
+from prism_gguf.text import Score, calibration_texts
 
 if TYPE_CHECKING:
+    import pandas
+
     from prism_gguf.adapters.huggingface import HuggingFaceModel
     from prism_gguf.advisor.tensor_names import QuantizableTensor
     from prism_gguf.advisor.weight_errors import WeightErrors
@@ -44,13 +47,17 @@ class SensitivityOptions(RunOptions):
     Attributes:
         types: ggml types to try.
         imatrix: importance matrix to quantize with, or None.
+        n_ctx: tokens per window.
+        windows: how many windows at most, shared between the texts.
 
     Raises:
         InvalidProfileError: an unknown type.
     """
 
     types: tuple[str, ...] = TYPES
-    imatrix: Path | None = None
+    imatrix: str | Path | None = None
+    n_ctx: int = 256
+    windows: int = 40
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "types", tuple(dict.fromkeys(ggml_type(name).name for name in self.types)))
@@ -110,6 +117,16 @@ class Sensitivity:
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row for each tensor and type, with the columns of ``Cost``.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from prism_gguf.dataframe import sensitivity_table
+
+        return sensitivity_table(self)
+
     @property
     def directional_ratio(self) -> float:
         """Sum of all directional over all diagonal estimates of the weights' part: far from 1 where errors go together."""
@@ -117,12 +134,13 @@ class Sensitivity:
         return sum(c.kld_directional for c in costs) / sum(c.kld_weights for c in costs)
 
 
-def read_sensitivity(path: Path) -> Sensitivity:
+def read_sensitivity(path: str | Path) -> Sensitivity:
     """Read what ``Sensitivity.to_dict`` gave.
 
     Raises:
         InvalidSensitivityError: it is none, or one of another version.
     """
+    path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("schema") != SCHEMA:
@@ -143,15 +161,26 @@ def read_sensitivity(path: Path) -> Sensitivity:
 
 
 def sensitivity(
-    reference: str | Path, reading: Reading, options: SensitivityOptions, *, steps: Steps = no_steps
+    reference: str | Path,
+    texts: Sequence[Source] | None = None,
+    options: SensitivityOptions | None = None,
+    *,
+    steps: Steps = no_steps,
 ) -> Sensitivity:
     """Sensitivities of a checkpoint's tensors, unless they were measured before.
 
     Killed at any moment, the next run goes on where this one was.
 
+    Args:
+        reference: a checkpoint directory or hub id.
+        texts: texts and chats; None takes the second halves of the packaged ones, which `compare` does not reach.
+        steps: called with (what is being done, tensors and windows done, those in all) as work proceeds.
+
     Raises:
         PrismGgufError: the reference, its text or the imatrix cannot be used.
     """
+    options = options or SensitivityOptions()
+    reading = Reading(calibration_texts() if texts is None else texts, options.n_ctx, options.windows, Score.ALL)
     steps("sensitivity", 0, 0, "starting")
     with NativeWorker(verbose=options.verbose) as worker:
         return worker.run(ensure_sensitivity, str(reference), reading, options, progress=partial(steps, "sensitivity"))
@@ -165,8 +194,8 @@ def ensure_sensitivity(
         raise InvalidModelError(
             f"{reference}: gradients need the Hugging Face checkpoint; name its folder or hub id, not a GGUF"
         )
-    cache = options.cache or default_cache()
-    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
+    cache = options.cache_folder
+    imatrix = None if options.imatrix is None else read_imatrix(Path(options.imatrix))
     digest = imatrix_digest(imatrix)
     recorded = None if digest is None else {"file": str(options.imatrix), "digest": digest}
     fingerprint = model_fingerprint(reference, cache, stage(progress, "hashing"))

@@ -50,9 +50,8 @@ def calibration_options(what: str, windows: int, n_ctx: int) -> Callable[[F], F]
 
 
 def _calibration(text: tuple[str, ...], chat: tuple[Path, ...], n_ctx: int, windows: int) -> Reading:
-    from prism_gguf.comparison import calibration_texts
     from prism_gguf.reading import Reading
-    from prism_gguf.text import Score
+    from prism_gguf.text import Score, calibration_texts
 
     return Reading(sources(text, chat) or calibration_texts(), n_ctx, windows, Score.ALL)
 
@@ -120,8 +119,6 @@ def sensitivity(
     out: Path,
     text: tuple[str, ...],
     chat: tuple[Path, ...],
-    windows: int,
-    n_ctx: int,
     types: tuple[str, ...],
     quiet: bool,
     **options: Any,
@@ -140,7 +137,7 @@ def sensitivity(
     check_writable(out, "--out")
     with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         chosen = SensitivityOptions(types=types or TYPES, **options)
-        found = measure(reference, _calibration(text, chat, n_ctx, windows), chosen, steps=steps)
+        found = measure(reference, sources(text, chat), chosen, steps=steps)
     write_whole(out, json.dumps(found.to_dict()) + "\n")
     if not quiet:
         print_sensitivity(found, console())
@@ -183,8 +180,6 @@ def advise(
     text: tuple[str, ...],
     chat: tuple[Path, ...],
     score: str,
-    windows: int,
-    n_ctx: int,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -194,39 +189,27 @@ def advise(
     size. Text options say what is measured on; sensitivities are measured on other text (`prism-gguf sensitivity`).
     """
     from prism_gguf.advisor.advice import advise as run_advise
-    from prism_gguf.advisor.sensitivity import TYPES, SensitivityOptions, read_sensitivity
-    from prism_gguf.advisor.sensitivity import sensitivity as measure_sensitivity
-    from prism_gguf.budget import Budget
+    from prism_gguf.advisor.sensitivity import TYPES
     from prism_gguf.comparison import CompareOptions
     from prism_gguf.files import write_whole
-    from prism_gguf.gguf_file import GgufFile
     from prism_gguf.recipe import write_recipe
-    from prism_gguf.reference import RunOptions
     from prism_gguf.report.advice import print_advice
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.report.terminal import console
     from prism_gguf.text import Score
 
-    limit = Budget.parse(budget)
-    GgufFile(base)
     check_writable(out, "--out")
     check_writable(json_file)
-    runtime = vars(RunOptions(**options))
     with progress_bars(shown=not (quiet or options["verbose"])) as steps:
-        if measured is not None:
-            found = read_sensitivity(measured)
-        else:
-            chosen = SensitivityOptions(types=types or TYPES, imatrix=imatrix, **runtime)
-            found = measure_sensitivity(reference, _calibration((), (), 256, 40), chosen, steps=steps)
-        compared = CompareOptions(score=Score(score), windows=windows, n_ctx=n_ctx, **runtime)
         advice = run_advise(
             reference,
             base,
-            limit,
-            found,
+            budget,
+            measured,
             sources(text, chat),
-            compared,
+            CompareOptions(score=Score(score), **options),
             imatrix=imatrix,
+            types=types or TYPES,
             n_checks=checks,
             measure=measure,
             steps=steps,

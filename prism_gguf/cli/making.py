@@ -75,7 +75,7 @@ def quantize(
     Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken, 2 if something could not be done.
     """
     from prism_gguf.files import write_whole
-    from prism_gguf.make import Verification, check_output
+    from prism_gguf.make import check_output
     from prism_gguf.make import quantize as run_quantize
     from prism_gguf.report.plan import print_plan
     from prism_gguf.report.progress import progress_bars
@@ -86,8 +86,6 @@ def quantize(
         raise click.UsageError("--html and --markdown show a comparison; name its reference with --verify")
     check_output(out, base, overwrite=force or dry_run)
     what, name = _chosen(base, **{kind: options.pop(kind) for kind in _CHOICES})
-    comparing = compare_options(**options)
-    texts = sources(text, chat)
     with progress_bars(shown=not (output.quiet or options["verbose"])) as steps:
         result = run_quantize(
             base,
@@ -98,9 +96,9 @@ def quantize(
             requantize=allow_requantize,
             overwrite=force,
             dry_run=dry_run,
-            threads=options["threads"] or 0,
-            verbose=options["verbose"],
-            verification=None if verify is None else Verification(verify, texts, comparing),
+            verify=verify,
+            texts=sources(text, chat),
+            options=compare_options(**options),
             planned=lambda plan: None if output.quiet else print_plan(plan, out, console()),
             steps=steps,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from prism_gguf.cli.output import Output, output_options
 
 if TYPE_CHECKING:
     from prism_gguf.comparison import CompareOptions
+    from prism_gguf.reading import Source, TokenSource
 
 
 def compare_options(score: str, fail_on: tuple[str, ...], **options: Any) -> CompareOptions:
@@ -107,8 +109,6 @@ def capture(
     reference: str,
     text: tuple[str, ...],
     chat: tuple[Path, ...],
-    windows: int,
-    n_ctx: int,
     score: str,
     from_kld_base: Path | None,
     quiet: bool,
@@ -118,27 +118,23 @@ def capture(
 
     Killed at any moment, the next run goes on where this one was. `compare` does the same by itself, in its cache.
     """
-    from prism_gguf.comparison import default_texts
-    from prism_gguf.reading import Reading
     from prism_gguf.reference import CaptureOptions
     from prism_gguf.reference import capture as run_capture
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.text import Score
 
     context = click.get_current_context()
-    given = sources(text, chat)
-    if from_kld_base is None:
-        reading = Reading(given or default_texts(), n_ctx, windows, Score(score))
-    else:
+    texts: Sequence[Source] | TokenSource | None = sources(text, chat)
+    if from_kld_base is not None:
         from prism_gguf.kld_base import read_tokens
 
-        if given or context.get_parameter_source("n_ctx") is ParameterSource.COMMANDLINE:
+        if texts or context.get_parameter_source("n_ctx") is ParameterSource.COMMANDLINE:
             raise click.UsageError("--from-kld-base brings its own windows; leave out --text, --chat and --n-ctx")
-        tokens = read_tokens(from_kld_base)
-        all_windows = context.get_parameter_source("windows") is not ParameterSource.COMMANDLINE
-        reading = Reading(tokens, tokens.tokens.shape[1], None if all_windows else windows, Score(score))
+        texts = read_tokens(from_kld_base)
+        if context.get_parameter_source("windows") is not ParameterSource.COMMANDLINE:
+            options["windows"] = None
     with progress_bars(shown=not (quiet or options["verbose"])) as steps:
-        folder = run_capture(reference, reading, CaptureOptions(**options), steps=steps)
+        folder = run_capture(reference, texts, CaptureOptions(score=Score(score), **options), steps=steps)
     click.echo(folder)
 
 

@@ -46,7 +46,7 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bars(*, shown: bool) -> Iterator[Steps]:
+def progress_bars(*, shown: bool = True) -> Iterator[Steps]:
     """Progress on stderr, with the time to finish from the measured pace; nothing where it is piped.
 
     Two lines at most, however long the work: the whole of it, and what is being done now.

@@ -1,0 +1,42 @@
+"""What the README says is run, or made again."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_examples_run(ladder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, in the folder where `prism-gguf demo --keep ladder` was called."""
+    (tmp_path / "ladder").symlink_to(ladder["F16"].parent)
+    monkeypatch.chdir(tmp_path)
+    assert len(EXAMPLES) == 3
+    names: dict[str, Any] = {}
+    for example in EXAMPLES:
+        exec(compile(example, "README.md", "exec"), names)
+    default, better = names["both"].to_dict("records")
+    assert better["file_bytes"] <= default["file_bytes"]
+    assert better["divergence.kld_mean"] < 0.7 * default["divergence.kld_mean"]
+    assert [p.name for p in tmp_path.glob("*.gguf")] == ["better.gguf"]
+
+
+@pytest.mark.slow
+def test_python_examples_are_well_typed(tmp_path: Path) -> None:
+    """As a user's type checker sees them, strictly: against the package as it is installed."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "\n".join([*EXAMPLES, "reveal_type(found)", "reveal_type(advice.recipe)", "reveal_type(capture)"])
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert '"prism_gguf.results.Comparison"' in result.stdout and '"prism_gguf.recipe.Recipe"' in result.stdout
+    assert "-> pathlib.Path" in result.stdout
