@@ -16,13 +16,13 @@ from prism_gguf.cli.options import (
     json_option,
     quiet_option,
     runtime_options,
+    source_options,
     sources,
     text_options,
     threads_option,
     trust_option,
     verbose_option,
 )
-from prism_gguf.cli.options import options as together
 
 if TYPE_CHECKING:
     from prism_gguf.reading import Reading
@@ -33,20 +33,7 @@ F = Callable[..., Any]
 def calibration_options(what: str, windows: int, n_ctx: int) -> Callable[[F], F]:
     """Text that something is learned from, which is best not the text that it is then judged by."""
     default = "the second halves of the packaged texts, which `compare` does not reach by default"
-    return together(
-        click.option(
-            "--text", multiple=True, metavar="[NAME=]FILE", help=f"Text for {what}; repeatable. Default: {default}."
-        ),
-        click.option(
-            "--chat", multiple=True, type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Conversations for it."
-        ),
-        click.option(
-            "--windows", type=click.IntRange(min=2), default=windows, show_default=True, help="Windows at most."
-        ),
-        click.option(
-            "--n-ctx", type=click.IntRange(min=8), default=n_ctx, show_default=True, help="Tokens per window."
-        ),
-    )
+    return source_options(f"Text for {what}", default, windows=windows, n_ctx=n_ctx, least=2)
 
 
 def _calibration(text: tuple[str, ...], chat: tuple[Path, ...], n_ctx: int, windows: int) -> Reading:
@@ -61,14 +48,18 @@ _types_option = click.option(
     "types",
     multiple=True,
     metavar="TYPE",
-    help="ggml type to try, such as Q4_K; repeatable. Default: thirteen.",
+    help="ggml type to try, such as Q4_K; repeatable. Default: thirteen, Q8_0 to Q2_K.",
 )
 
 
 @main.command()
 @click.argument("reference")
 @click.option(
-    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write, .gguf."
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Importance matrix to write, .gguf.",
 )
 @calibration_options("the activations", windows=100, n_ctx=512)
 @threads_option
@@ -85,9 +76,10 @@ def imatrix(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Run REFERENCE over a text and write its importance matrix, as llama-quantize and `prism-gguf quantize` take it.
+    """Write the importance matrix of REFERENCE over a text.
 
-    REFERENCE is a checkpoint directory or hub id. The file has an entry for the output head too.
+    REFERENCE is a checkpoint directory or hub id. The file is what llama-quantize and `prism-gguf quantize` take, with an
+    entry for the output head too.
     """
     from prism_gguf.advisor.calibrate import imatrix as collect
     from prism_gguf.reference import RunOptions
@@ -104,7 +96,7 @@ def imatrix(
 @main.command()
 @click.argument("reference")
 @click.option(
-    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write, JSON."
+    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Sensitivities to write, JSON."
 )
 @imatrix_option
 @_types_option
@@ -123,9 +115,10 @@ def sensitivity(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """What would quantizing each tensor of REFERENCE to each type cost, in nats? Measured once, for any budget.
+    """Predict what each tensor costs in each type, in nats.
 
-    REFERENCE is a checkpoint directory or hub id. Killed at any moment, the next run goes on where this one was.
+    Measured once on REFERENCE, a checkpoint directory or hub id, for any budget of `prism-gguf advise`. Killed at any
+    moment, the next run goes on where this one was.
     """
     from prism_gguf.advisor.sensitivity import TYPES, SensitivityOptions
     from prism_gguf.advisor.sensitivity import sensitivity as measure
@@ -145,9 +138,17 @@ def sensitivity(
 
 @main.command()
 @click.argument("reference")
-@click.option("--base", type=click.Path(path_type=Path), required=True, metavar="F16.gguf", help="GGUF to quantize.")
-@click.option("--budget", required=True, help="Largest file: 120MiB, 5.2GiB, 4.8bpw, or same-as:Q4_K_M.")
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Recipe to write.")
+@click.option(
+    "--base", type=click.Path(path_type=Path), required=True, metavar="F16.gguf", help="GGUF to quantize, best F16."
+)
+@click.option("--budget", required=True, metavar="SIZE", help="Largest file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Recipe to write: .yaml, .json, or .txt for a tensor-type-file.",
+)
 @click.option(
     "--sensitivity",
     "measured",
@@ -158,9 +159,19 @@ def sensitivity(
 @imatrix_option
 @_types_option
 @click.option(
-    "--checks", type=click.IntRange(min=0), default=6, show_default=True, help="Choices to measure one by one."
+    "--checks",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=6,
+    show_default=True,
+    help="The N most expensive choices are measured one by one.",
 )
-@click.option("--measure/--no-measure", default=True, show_default=True, help="Make the file and measure it.")
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Make the file, and the default mix, and measure both.",
+)
 @json_option
 @text_options
 @runtime_options
@@ -183,10 +194,12 @@ def advise(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """The best type for each tensor of a BASE within a budget: which tensors to keep at higher precision, and what it buys.
+    """Find the best type for each tensor within a budget.
 
-    Allocated from sensitivities, checked by measuring files made with it, and held against llama.cpp's own mix of the same
-    size. Text options say what is measured on; sensitivities are measured on other text (`prism-gguf sensitivity`).
+    REFERENCE is a checkpoint directory or hub id. Says which tensors to keep at higher precision, and what that buys.
+    Allocated from sensitivities, checked by measuring files made with it, and held against llama.cpp's own mix of the
+    same size. Text options say what is measured on; sensitivities are measured on other text (`prism-gguf
+    sensitivity`).
     """
     from prism_gguf.advisor.advice import advise as run_advise
     from prism_gguf.advisor.sensitivity import TYPES

@@ -27,7 +27,11 @@ from prism_gguf.cli.options import (
 @click.argument("reference")
 @click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE.gguf…")
 @click.option(
-    "--type", "types", multiple=True, metavar="TYPE", help="Type to try, such as Q5_K; repeatable. Default: all."
+    "--type",
+    "types",
+    multiple=True,
+    metavar="TYPE",
+    help="ggml type to try, such as Q5_K; repeatable. Default: fifteen, F16 to Q2_K.",
 )
 @imatrix_option
 @click.option(
@@ -35,7 +39,7 @@ from prism_gguf.cli.options import (
     type=click.Choice(["best", "all"]),
     default="best",
     show_default=True,
-    help="Tied heads, which are the input too: run the cheapest types that pass until one does so in the run, or all.",
+    help="Tied heads, which are the input too: run the cheapest types that may pass until one does, or all.",
 )
 @limit_options
 @text_options

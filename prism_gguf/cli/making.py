@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Types of a recipe: YAML, JSON, a tensor-type-file, or a GGUF to do as it does.",
 )
-@click.option("--profile", metavar="NAME", help="Types of an entry of a profile: a packaged one, or a YAML file.")
+@click.option(
+    "--profile", metavar="NAME|FILE.yaml", help="Types of an entry of a profile: a packaged one, or FILE.yaml."
+)
 @click.option("--entry", metavar="NAME", help="Which entry of the profile, where it has more than one.")
 @click.option("--type", "ftype", metavar="FTYPE", help="llama.cpp's own mix, such as Q4_K_M.")
 @click.option("--output-type", metavar="TYPE", help="With --type: ggml type of output.weight, such as Q6_K.")
@@ -67,10 +69,11 @@ def quantize(
     chat: tuple[Path, ...],
     **options: Any,
 ) -> None:
-    """Quantize BASE.gguf (best F16 or BF16) to OUT.gguf by a recipe, a profile's entry, or one of llama.cpp's types.
+    """Quantize BASE.gguf by a recipe, a profile or a type.
 
-    The exact size comes first, from llama.cpp's own dry run, with all that the base or the types forbid. OUT.gguf appears
-    whole or not at all, and its metadata say what it was made of.
+    BASE.gguf is best F16 or BF16; name the types by one of --recipe, --profile and --type. The exact size comes first,
+    from llama.cpp's own dry run, with all that the base or the types forbid. OUT.gguf appears whole or not at all,
+    and its metadata say what it was made of.
 
     Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken, 2 if something could not be done.
     """

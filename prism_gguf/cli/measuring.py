@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from prism_gguf.cli.group import check_writable, main
 from prism_gguf.cli.options import (
     check_capture_options,
+    evaluation_options,
     judging_options,
     quiet_option,
     runtime_options,
@@ -68,10 +69,14 @@ def compare(
 
 
 @main.command()
-@text_options
+@evaluation_options("two texts that the model was not trained on")
 @judging_options
 @runtime_options
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep the files it makes in DIR.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to keep the files in. Default: none is kept.",
+)
 @output_options
 def demo(
     text: tuple[str, ...],
@@ -79,7 +84,10 @@ def demo(
     keep: Path | None,
     **options: Any,
 ) -> None:
-    """Quantize the embedded testbed model to a ladder of types and compare them all. Offline, about a minute."""
+    """Make and compare a ladder of the embedded model, offline.
+
+    The testbed model is quantized to seven types, and each file compared with it: about a minute.
+    """
     from prism_gguf.demo import run_demo
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.report.terminal import HOW_TO_READ
@@ -98,9 +106,11 @@ def demo(
     "--from-kld-base",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Take the token windows of a llama-perplexity base-logits file.",
+    help="Take the token windows of a llama-perplexity base-logits file, all of them unless --windows is given.",
 )
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder. Default: one in the cache.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the capture. Default: one in the cache."
+)
 @click.option("--self-contained", is_flag=True, help="Keep the output head in it, for someone without the model.")
 @runtime_options
 @trust_option
@@ -114,9 +124,10 @@ def capture(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Run REFERENCE once and keep its hidden states for later comparisons; prints the folder.
+    """Run REFERENCE once and keep its hidden states.
 
-    Killed at any moment, the next run goes on where this one was. `compare` does the same by itself, in its cache.
+    Prints the folder, which later comparisons take as their reference. Killed at any moment, the next run goes on where
+    this one was. `compare` does the same by itself, in its cache.
     """
     from prism_gguf.reference import CaptureOptions
     from prism_gguf.reference import capture as run_capture
@@ -143,7 +154,10 @@ def capture(
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @quiet_option
 def export_kld_base(capture: Path, file: Path, quiet: bool) -> None:
-    """Write CAPTURE as the base-logits FILE that `llama-perplexity --kl-divergence-base` reads."""
+    """Write CAPTURE as a base-logits FILE for llama-perplexity.
+
+    It is what `llama-perplexity --kl-divergence --kl-divergence-base FILE` reads.
+    """
     from prism_gguf.reference import export_base
     from prism_gguf.report.progress import progress_bars
 
@@ -165,9 +179,9 @@ def export_kld_base(capture: Path, file: Path, quiet: bool) -> None:
     help="Of the recipe: YAML (default), JSON, a tensor-type-file, or llama-quantize's command line.",
 )
 def inspect(file: Path, as_json: bool, as_recipe: bool, recipe_format: str | None) -> None:
-    """What FILE.gguf is made of: types, bits per weight, head, imatrix, and tensors that fell back to another type.
+    """Show what FILE is made of, without running it.
 
-    Runs nothing; reads only the file's header.
+    Types, bits per weight, head, imatrix, and tensors that fell back to another type, from the header of a GGUF.
     """
     from prism_gguf.gguf_file import GgufFile
     from prism_gguf.report.terminal import console, print_inspection

@@ -25,52 +25,84 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-text_options = options(
-    click.option(
-        "--text",
-        "text",
-        multiple=True,
-        metavar="[NAME=]FILE",
-        help="Evaluation text (UTF-8), one domain per file; repeatable. Default: the packaged text, five domains.",
-    ),
-    click.option(
-        "--chat",
-        "chat",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        metavar="FILE.jsonl",
-        help="Conversations, through the model's own chat template; repeatable.",
-    ),
-    click.option("--windows", type=click.IntRange(min=1), default=32, show_default=True, help="Windows at most."),
-    click.option("--n-ctx", type=click.IntRange(min=8), default=512, show_default=True, help="Tokens per window."),
-    click.option(
-        "--score",
-        type=click.Choice(["half", "all"]),
-        default="half",
-        show_default=True,
-        help="Which tokens of a window count: the second half, as in llama-perplexity, or all.",
-    ),
-)
+def source_options(what: str, default: str, *, windows: int, n_ctx: int, least: int) -> Callable[[F], F]:
+    """What is read, and how much of it; ``least`` windows."""
+    return options(
+        click.option(
+            "--text",
+            multiple=True,
+            metavar="[NAME=]FILE",
+            help=f"{what} (UTF-8), one domain per file; repeatable. Default: {default}.",
+        ),
+        click.option(
+            "--chat",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            metavar="FILE.jsonl",
+            help="Conversations, through the model's own chat template; repeatable.",
+        ),
+        click.option(
+            "--windows",
+            type=click.IntRange(min=least),
+            metavar="N",
+            default=windows,
+            show_default=True,
+            help="Windows at most, shared between the texts.",
+        ),
+        click.option(
+            "--n-ctx",
+            type=click.IntRange(min=8),
+            metavar="N",
+            default=n_ctx,
+            show_default=True,
+            help="Tokens per window.",
+        ),
+    )
 
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the physical cores.")
+
+def evaluation_options(default: str) -> Callable[[F], F]:
+    """Text to measure on, and which of its tokens count."""
+    return options(
+        source_options("Evaluation text", default, windows=32, n_ctx=512, least=1),
+        click.option(
+            "--score",
+            type=click.Choice(["half", "all"]),
+            default="half",
+            show_default=True,
+            help="Which tokens of a window count: the second half, as in llama-perplexity, or all.",
+        ),
+    )
+
+
+text_options = evaluation_options("the packaged text, five domains")
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads. Default: the physical cores."
+)
 cache_option = click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for captures and sensitivities. Default: the user's cache folder, or PRISM_GGUF_CACHE.",
 )
-verbose_option = click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
+verbose_option = click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
 imatrix_option = click.option(
     "--imatrix",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Importance matrix to quantize with: imatrix.gguf, or llama-imatrix's legacy .dat.",
+    help="Importance matrix to quantize with: imatrix.gguf, or llama-imatrix's legacy .dat. Default: none.",
 )
 
 runtime_options = options(
     threads_option,
-    click.option("--n-gpu-layers", type=int, help="Layers that llama.cpp offloads. Default: llama.cpp's own."),
-    click.option("--cache-type-k", type=_CACHE_TYPES, default="f16", show_default=True, help="KV cache type of K."),
-    click.option("--cache-type-v", type=_CACHE_TYPES, default="f16", show_default=True, help="KV cache type of V."),
+    click.option(
+        "--n-gpu-layers", type=int, metavar="N", help="Layers that llama.cpp offloads. Default: llama.cpp's own."
+    ),
+    click.option(
+        "--cache-type-k", type=_CACHE_TYPES, default="f16", show_default=True, help="Type of the cached keys."
+    ),
+    click.option(
+        "--cache-type-v", type=_CACHE_TYPES, default="f16", show_default=True, help="Type of the cached values."
+    ),
     cache_option,
     verbose_option,
 )
@@ -80,12 +112,13 @@ limit_options = options(
         "--fail-on",
         multiple=True,
         metavar="KEY>NUMBER",
-        help="Exit with 1 where this is true of a candidate, such as 'kld_mean>0.05' or 'same_top<0.9'; repeatable.",
+        help="Exit with 1 where this is true of a candidate: 'kld_mean>0.05' (nats), 'same_top<0.9' (a share); repeatable.",
     ),
     click.option(
         "--confidence",
         type=click.FloatRange(0.5, 1.0, max_open=True),
-        help="Compare confidence bounds with the limits, such as 0.95: fail unless it is clear that the limit is kept.",
+        metavar="LEVEL",
+        help="One-sided, such as 0.95: fail unless it is clear that the limit is kept. Default: compare the number itself.",
     ),
 )
 
@@ -99,6 +132,7 @@ judging_options = options(
     click.option(
         "--attribution-tokens",
         type=click.IntRange(min=2),
+        metavar="N",
         help="Attribute a random sample of N tokens. Default: all, or as many as a large vocabulary allows.",
     ),
     click.option(
@@ -121,7 +155,7 @@ judging_options = options(
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Let transformers run code that comes with REFERENCE."
 )
-quiet_option = click.option("--quiet", is_flag=True, help="No progress and no table; errors and exit code only.")
+quiet_option = click.option("--quiet", is_flag=True, help="Show no progress, no tables and no notes; only errors.")
 json_option = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result to FILE as JSON."
 )

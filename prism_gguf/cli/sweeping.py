@@ -12,11 +12,11 @@ from prism_gguf.cli.group import check_writable, main
 from prism_gguf.cli.measuring import compare_options
 from prism_gguf.cli.options import (
     check_capture_options,
+    evaluation_options,
     imatrix_option,
     judging_options,
     runtime_options,
     sources,
-    text_options,
     trust_option,
 )
 from prism_gguf.cli.output import Output, output_options
@@ -25,7 +25,10 @@ from prism_gguf.cli.output import Output, output_options
 @main.command()
 @click.argument("name", required=False)
 def profiles(name: str | None) -> None:
-    """List the packaged profiles, or show the YAML of the one called NAME, to copy and change."""
+    """List the profiles, or show the YAML of the one called NAME.
+
+    That YAML is there to copy and change: `prism-gguf profiles publish > mine.yaml`.
+    """
     from prism_gguf.profiles import load_profile, profile_names
     from prism_gguf.text import read_utf8
 
@@ -42,18 +45,31 @@ def profiles(name: str | None) -> None:
 
 @main.command()
 @click.argument("base", type=click.Path(path_type=Path), metavar="BASE.gguf")
-@click.option("--reference", required=True, help="Checkpoint directory, hub id, GGUF or capture to compare with.")
-@click.option("--profile", "profile_name", required=True, metavar="NAME|FILE.yaml", help="See `prism-gguf profiles`.")
+@click.option(
+    "--reference",
+    required=True,
+    metavar="REFERENCE",
+    help="Checkpoint directory, hub id, GGUF or capture to compare with.",
+)
+@click.option(
+    "--profile",
+    "profile_name",
+    required=True,
+    metavar="NAME|FILE.yaml",
+    help="Profile to make: see `prism-gguf profiles`.",
+)
 @imatrix_option
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the files. Default: that of BASE.gguf."
 )
 @click.option("--delete", is_flag=True, help="Delete each file that was made once it is measured.")
-@click.option("--budget", metavar="SIZE", help="Make no larger file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M.")
+@click.option(
+    "--budget", metavar="SIZE", help="Largest file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M. Default: the profile's."
+)
 @click.option(
     "--allow-requantize", is_flag=True, help="Let BASE.gguf be quantized already; its loss adds to each file's."
 )
-@text_options
+@evaluation_options("the profile's, else the packaged text")
 @judging_options
 @runtime_options
 @trust_option
@@ -71,10 +87,11 @@ def sweep(
     chat: tuple[Path, ...],
     **options: Any,
 ) -> None:
-    """Make the files of a profile from BASE.gguf, and compare each with the reference as soon as it is made.
+    """Make a profile's files from BASE.gguf and compare them.
 
-    BASE.gguf is F16, BF16 or F32, and the control. The profile's gates, text, windows and budget count where the command
-    line gives none. Files that an earlier sweep made of the same base are not made again.
+    Each is compared with the reference as soon as it is made. BASE.gguf is F16, BF16 or F32, and the control. The
+    profile's gates, text, windows and budget count where the command line gives none. Files that an earlier sweep
+    made of the same base are not made again.
 
     Exit code: 0 if all is well, 1 if a limit is broken, the conversion is, or no file fits the budget; 2 if something could
     not be done.
