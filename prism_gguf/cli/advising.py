@@ -139,7 +139,11 @@ def sensitivity(
 @main.command()
 @click.argument("reference")
 @click.option(
-    "--base", type=click.Path(path_type=Path), required=True, metavar="F16.gguf", help="GGUF to quantize, best F16."
+    "--base",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="F16.gguf",
+    help="GGUF to quantize: F16, BF16 or F32.",
 )
 @click.option("--budget", required=True, metavar="SIZE", help="Largest file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M.")
 @click.option(

@@ -86,7 +86,7 @@ def demo(
 ) -> None:
     """Make and compare a ladder of the embedded model, offline.
 
-    The testbed model is quantized to seven types, and each file compared with it: about a minute.
+    Seven files of the testbed model are made, and each is compared with it: about a minute.
     """
     from prism_gguf.demo import run_demo
     from prism_gguf.report.progress import progress_bars
