@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Make the README's gallery: both models measured, their pages, model cards and pictures of them.
+
+python scripts/make_gallery.py --work DIR        # needs the test extra and Chromium; about 15 minutes on two cores
+
+DIR keeps models and results; what is in it already is not made again. The pictures go to ``gallery/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from bench_evaluation import LADDER, prepare
+from playwright.sync_api import Browser, sync_playwright
+
+OUT = Path(__file__).parent.parent / "gallery"
+# Figures that are shown by themselves: (result, id on the page).
+FIGURES = [("testbed", "causes"), ("testbed", "bound"), ("smollm2", "layers"), ("smollm2", "types-4")]
+
+
+def measure(work: Path) -> None:
+    """Run the two comparisons whose results are missing, with the very commands that the gallery shows."""
+    if not (work / "testbed.json").exists():
+        _prism_gguf(work, "demo", "--layers", "--json", "testbed.json")
+    if not (work / "smollm2.json").exists():
+        prepare(work)
+        files = [f"SmolLM2-135M-{name}.gguf" for name in ("F16", *LADDER)]
+        _prism_gguf(work, "compare", "hf", *files, "--layers", "--windows", "15", "--json", "smollm2.json")
+
+
+def _prism_gguf(folder: Path, *args: str) -> None:
+    subprocess.run(
+        [shutil.which("prism-gguf") or sys.exit("prism-gguf is not installed"), *args], cwd=folder, check=True
+    )
+
+
+def photograph(browser: Browser, page: Path) -> None:
+    """The page's beginning on a desktop and on a phone, and some of its figures."""
+    name = page.stem
+    for device, width, height in (("desktop", 1200, 1450), ("phone", 390, 1450)):
+        shown = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1.25)
+        shown.goto(page.as_uri())
+        shown.screenshot(path=OUT / f"{name}-{device}.png")
+        if device == "desktop":
+            for figure in (figure for of, figure in FIGURES if of == name):
+                shown.locator(f"#{figure}").screenshot(path=OUT / f"{name}-{figure}.png")
+        shown.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    work: Path = parser.parse_args().work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    OUT.mkdir(exist_ok=True)
+    measure(work)
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name in ("testbed", "smollm2"):
+            page = work / f"{name}.html"
+            _prism_gguf(work, "report", f"{name}.json", "--html", page.name, "--markdown", f"{name}.md", "--quiet")
+            photograph(browser, page)
+            for suffix in (".html", ".md", ".png"):
+                shutil.copy(work / f"{name}{suffix}", OUT)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
