@@ -78,7 +78,7 @@ thread.join()
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     file = tmp_path / "lib" / "prism_gguf" / "__init__.py"
-    assert done.stdout.splitlines() == [str(file), "Q4_K_M making out.gguf"]
+    assert done.stdout.splitlines() == [str(file), "Q4_K_M out"]
     assert GgufFile(tmp_path / "out.gguf").ftype == "Q4_K_M"
 
 

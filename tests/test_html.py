@@ -48,6 +48,13 @@ def whole(compared: Comparison) -> Comparison:
     return replace(compared, candidates=rows)
 
 
+@pytest.fixture(scope="module")
+def written(whole: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "r.html"
+    path.write_text(page(whole), encoding="utf-8")
+    return path
+
+
 def opened(browser: Browser, path: Path, width: int = 1280) -> tuple[Page, list[str]]:
     """The page, and what it asked for or complained of beyond itself."""
     events: list[str] = []
@@ -69,11 +76,9 @@ def boxes(shown: Page, selector: str) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("width", [1280, 375])
 def test_every_figure_is_there_and_nothing_is_fetched(
-    whole: Comparison, browser: Browser, tmp_path: Path, width: int
+    whole: Comparison, written: Path, browser: Browser, width: int
 ) -> None:
-    path = tmp_path / "r.html"
-    path.write_text(page(whole), encoding="utf-8")
-    shown, events = opened(browser, path, width)
+    shown, events = opened(browser, written, width)
     assert events == []
     assert shown.eval_on_selector_all(".figures figure", "all => all.map(e => e.id)") == FIGURES
     drawn = boxes(shown, "figure svg")
@@ -138,10 +143,8 @@ def test_hostile_words_are_inert(whole: Comparison, browser: Browser, tmp_path: 
     shown.close()
 
 
-def test_it_prints_with_everything_unfolded(whole: Comparison, browser: Browser, tmp_path: Path) -> None:
-    path = tmp_path / "r.html"
-    path.write_text(page(whole), encoding="utf-8")
-    shown, _ = opened(browser, path)
+def test_it_prints_with_everything_unfolded(written: Path, browser: Browser) -> None:
+    shown, _ = opened(browser, written)
     folded = shown.locator("details:not([open]) .token").first
     assert not folded.is_visible()
     shown.emulate_media(media="print")
@@ -150,8 +153,8 @@ def test_it_prints_with_everything_unfolded(whole: Comparison, browser: Browser,
     shown.close()
 
 
-def test_the_page_stands_alone(whole: Comparison) -> None:
-    made = page(whole)
+def test_the_page_stands_alone(whole: Comparison, written: Path) -> None:
+    made = written.read_text(encoding="utf-8")
     assert not re.search(r'(?:src|href)="(?!#)', made) and "@import" not in made and "url(http" not in made
     assert made.count("<svg") == made.count("</svg>") >= len(FIGURES)
     ids = re.findall(r'\bid="([^"]+)"', made)
