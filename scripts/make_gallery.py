@@ -33,9 +33,7 @@ def measure(work: Path) -> None:
 
 
 def _prism_gguf(folder: Path, *args: str) -> None:
-    subprocess.run(
-        [shutil.which("prism-gguf") or sys.exit("prism-gguf is not installed"), *args], cwd=folder, check=True
-    )
+    subprocess.run([sys.executable, "-m", "prism_gguf.cli", *args], cwd=folder, check=True)
 
 
 def photograph(browser: Browser, page: Path) -> None:

@@ -141,7 +141,7 @@ def test_files_that_are_all_unreadable_stop_it_before_the_reference_runs(tmp_pat
     seen: list[str] = []
     with pytest.raises(InvalidModelError, match=r"a\.gguf: no such file; .*b\.gguf: no such file"):
         compare(MODEL, [tmp_path / "a.gguf", tmp_path / "b.gguf"], TEXTS, FEW, steps=lambda name, *_: seen.append(name))
-    assert seen == []
+    assert "reference" not in seen
 
 
 def message(reference: str | Path, candidate: Path) -> str:

@@ -54,7 +54,7 @@ entries:
 def test_each_file_is_made_measured_and_deleted(ladder: dict[str, Path], tmp_path: Path) -> None:
     most, out = 0, tmp_path / "out"
 
-    def steps(name: str, done: int, total: int) -> None:
+    def steps(name: str, done: int, total: int, stage: str = "", /) -> None:
         nonlocal most
         most = max(most, len(list(out.rglob("*.gguf*"))))
 
@@ -130,8 +130,8 @@ def test_an_imatrix_and_a_base_that_is_quantized_already(ladder: dict[str, Path]
 def test_what_cannot_work_is_said_before_the_reference_runs(ladder: dict[str, Path], tmp_path: Path) -> None:
     mine, seen = profile(tmp_path, LADDER), []
 
-    def steps(name: str, done: int, total: int) -> None:
-        seen.append(name)
+    def steps(name: str, done: int, total: int, stage: str = "", /) -> None:
+        seen.append(name or stage)
 
     with pytest.raises(InvalidModelError, match=r"is Q8_0; quantize an F16, BF16 or F32 file"):
         sweep(ladder["Q8_0"], MODEL, mine, TEXTS, FEW, folder=tmp_path, steps=steps)
@@ -145,7 +145,7 @@ def test_what_cannot_work_is_said_before_the_reference_runs(ladder: dict[str, Pa
     )
     with pytest.raises(InvalidProfileError, match=r"none of its files can be made: .*'nothing'.*; .*importance matrix"):
         sweep(ladder["F16"], MODEL, profile(tmp_path, hopeless), TEXTS, FEW, folder=tmp_path, steps=steps)
-    assert set(seen) == {"plan"}
+    assert set(seen) == {"plans"}
 
 
 def test_the_command_line_wins_over_the_profile(tmp_path: Path) -> None:

@@ -62,14 +62,8 @@ class Output:
 
         if self.json_file is not None:
             write_whole(self.json_file, json.dumps(comparison.to_dict(), indent=2) + "\n")
-        if self.html_file is not None:
-            from prism_gguf.report.html import page
-
-            write_whole(self.html_file, page(comparison))
-        if self.markdown_file is not None:
-            from prism_gguf.report.markdown import write_card
-
-            write_card(comparison, self.markdown_file)
+        if self.report_files:
+            self._write_report(comparison)
         if not self.quiet:
             from prism_gguf.report.terminal import console, print_comparison
 
@@ -79,6 +73,19 @@ class Output:
         for candidate in comparison.failed:
             assert candidate.error is not None
             complain(candidate.error.message)
+
+    def _write_report(self, comparison: Comparison) -> None:
+        from prism_gguf.files import write_whole
+        from prism_gguf.report.html import page
+        from prism_gguf.report.markdown import write_card
+        from prism_gguf.report.progress import progress_bars
+
+        with progress_bars(shown=not self.quiet) as steps:
+            steps("report", 0, 0, "drawing")  # a few seconds
+            if self.html_file is not None:
+                write_whole(self.html_file, page(comparison))
+            if self.markdown_file is not None:
+                write_card(comparison, self.markdown_file)
 
     def finish(self, comparison: Comparison, footer: str = "") -> None:
         """``write``, and exit as the comparison went."""
