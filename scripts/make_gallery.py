@@ -33,7 +33,7 @@ def measure(work: Path) -> None:
 
 
 def _prism_gguf(folder: Path, *args: str) -> None:
-    subprocess.run([sys.executable, "-m", "prism_gguf.cli", *args], cwd=folder, check=True)
+    subprocess.run([Path(sys.executable).with_name("prism-gguf"), *args], cwd=folder, check=True)
 
 
 def photograph(browser: Browser, page: Path) -> None:

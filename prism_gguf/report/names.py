@@ -13,7 +13,10 @@ from prism_gguf.results import CandidateResult
 
 def command_line(words: Sequence[str]) -> str:
     """A command as one types it, whatever folder the program itself lay in."""
-    return shlex.join([Path(words[0]).name, *words[1:]] if words else [])
+    if not words:
+        return ""
+    program = Path(words[0]).name
+    return shlex.join([*(["python", "-m", "prism_gguf.cli"] if program == "__main__.py" else [program]), *words[1:]])
 
 
 def file_names(candidates: Sequence[CandidateResult]) -> dict[str, str]:
