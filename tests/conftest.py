@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from prism_gguf.cache import ENVIRONMENT_VARIABLE
 from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.demo import build_ladder
+from prism_gguf.ranking import rank
 from prism_gguf.results import Comparison
 from prism_gguf.testbed import MODEL, held_out_texts
 
@@ -44,10 +45,17 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def compared(ladder: dict[str, Path]) -> Comparison:
-    """Five files of the ladder on four windows of held-out text, the control first."""
-    names = ["F16", "Q8_0", "Q4_K_M", "Q4_K_M-head-Q2_K", "Q2_K"]
-    return compare(MODEL, [ladder[name] for name in names], held_out_texts(), CompareOptions(windows=4))
+def testbed(ladder: dict[str, Path]) -> Comparison:
+    """The whole ladder on four windows of held-out text, the control first."""
+    return compare(MODEL, list(ladder.values()), held_out_texts(), CompareOptions(windows=4))
+
+
+@pytest.fixture(scope="session")
+def compared(ladder: dict[str, Path], testbed: Comparison) -> Comparison:
+    """Five files of it."""
+    rows = dict(zip(ladder, testbed.candidates, strict=True))
+    some = [rows[name] for name in ("F16", "Q8_0", "Q4_K_M", "Q4_K_M-head-Q2_K", "Q2_K")]
+    return replace(testbed, candidates=some, ranking=rank(some))
 
 
 @pytest.fixture(scope="session")

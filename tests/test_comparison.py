@@ -41,11 +41,6 @@ def finite_and_bounded(candidate: CandidateResult) -> None:
     assert candidate.divergence.ppl_ratio == pytest.approx(math.exp(candidate.risk.gap))
 
 
-@pytest.fixture(scope="module")
-def testbed(ladder: dict[str, Path]) -> Comparison:
-    return compare(MODEL, list(ladder.values()), TEXTS, FEW)
-
-
 def test_testbed_ladder_is_ordered(testbed: Comparison) -> None:
     for candidate in testbed.candidates:
         finite_and_bounded(candidate)

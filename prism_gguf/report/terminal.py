@@ -220,7 +220,10 @@ def _print_control(comparison: Comparison, out: Console) -> None:
 
 
 def _print_words(comparison: Comparison, done: list[CandidateResult], out: Console) -> None:
-    _pairs(((label(c.path), escape(verdict_in_words(c, comparison))) for c in done), out)
+    """A line a candidate."""
+    labels = [label(c.path) for c in done]
+    limit = WIDTH - 1 - max(10, *map(cell_len, labels))
+    _pairs(((n, escape(verdict_in_words(c, comparison, limit=limit))) for n, c in zip(labels, done, strict=True)), out)
 
 
 def _statistics(candidates: list[CandidateResult]) -> Iterator[Table]:

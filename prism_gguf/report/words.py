@@ -10,8 +10,6 @@ from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.results import CandidateResult, Comparison, Divergence, NoiseFloor
 from prism_gguf.verdict import is_lossless
 
-SENTENCE = 100
-"""Characters that a verdict takes at most."""
 LOSSLESS = "no measurable loss"
 # Below so many nats of mean KLD. Our own convention: nobody has said how many nats a reader notices. The steps are about
 # threefold, and where the types of a small model fall (README: Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
@@ -65,20 +63,20 @@ def loss_in_words(kld_mean: float, floor: NoiseFloor | None) -> str:
     return next((words for limit, words in LEVELS if kld_mean < limit), LEVELS[-1][1])
 
 
-def verdict_in_words(candidate: CandidateResult, comparison: Comparison) -> str:
-    """One sentence: how much was lost, and the most telling of what else is known; at most ``SENTENCE`` characters."""
+def verdict_in_words(candidate: CandidateResult, comparison: Comparison, *, limit: int = 100) -> str:
+    """One sentence of ``limit`` characters at most: how much was lost, and the most telling of what else is known."""
     divergence = candidate.divergence
     if candidate.error is not None or divergence is None:
         reason = "no numbers" if candidate.error is None else candidate.error.message
-        return _cut(f"{'not made' if candidate.over_budget else 'failed'}: {printable(reason)}")
+        return _cut(f"{'not made' if candidate.over_budget else 'failed'}: {printable(reason)}", limit)
     if comparison.conversion_problem:
-        return "conversion problem: the unquantized control is off already, and no quantization is to blame"
+        return _cut("conversion problem: the unquantized control is off already", limit)
     loss = loss_in_words(divergence.kld_mean, comparison.noise_floor)
     sentence = f"{loss}: {_changes(divergence)}"
     for more in _telling(candidate, comparison, loss):
-        if len(sentence) + 2 + len(more) <= SENTENCE:
+        if len(sentence) + 2 + len(more) <= limit:
             sentence += f"; {more}"
-    return sentence
+    return _cut(sentence, limit)
 
 
 def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
@@ -192,8 +190,8 @@ def _size(n_bytes: int, above: int) -> str:
     return f"{n_bytes} bytes"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SENTENCE else text[: SENTENCE - 1] + "…"
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def best_for_size(comparison: Comparison) -> Sequence[str]:
