@@ -196,7 +196,7 @@ def print_costs(rows: dict[str, Cost]) -> None:
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--candidate", default="Q4_K_M", show_default=True, type=click.Choice(["F16", *LADDER]))
 @click.option("--windows", default=32, show_default=True)
-@click.option("--repeat", default=2, show_default=True, help="Take the best of so many runs of (a) to (d).")
+@click.option("--repeat", default=2, show_default=True, help="Take the best of so many runs of (a) to (e).")
 @click.option("--threads", default=psutil.cpu_count(logical=False), show_default=True)
 @click.option("--llama-perplexity", type=click.Path(exists=True, path_type=Path))
 @click.option("--head", type=click.Path(exists=True, path_type=Path), help="Time K_feat of this GGUF's output head.")
@@ -224,6 +224,8 @@ def main(
             "(a) bare decode with logits": bare_decode,
             "(b) compare, statistics only": [*compare, "--no-attribution"],
             "(c) compare, with attribution": compare,
+            # The best run is one that finds the reference's streams in the cache.
+            "(e) compare --layers as well": [*compare, "--layers", "--cache", folder],
         }
         if llama_perplexity is not None:
             once["export of a base-logits file"] = [*tool, "export-kld-base", capture, base, "--quiet"]

@@ -36,16 +36,16 @@ def _prism_gguf(folder: Path, *args: str) -> None:
     subprocess.run([Path(sys.executable).with_name("prism-gguf"), *args], cwd=folder, check=True)
 
 
-def photograph(browser: Browser, page: Path) -> None:
-    """The page's beginning on a desktop and on a phone, and some of its figures."""
-    name = page.stem
-    for device, width, height in (("desktop", 1200, 1450), ("phone", 390, 1450)):
-        shown = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1.25)
+def photograph(browser: Browser, page: Path, devices: dict[str, int]) -> None:
+    """The page's beginning on some screens, by their width, and the figures that are shown by themselves."""
+    for device, width in {**devices, "": 1200}.items():
+        shown = browser.new_page(viewport={"width": width, "height": 1450}, device_scale_factor=1.25)
         shown.goto(page.as_uri())
-        shown.screenshot(path=OUT / f"{name}-{device}.png")
-        if device == "desktop":
-            for figure in (figure for of, figure in FIGURES if of == name):
-                shown.locator(f"#{figure}").screenshot(path=OUT / f"{name}-{figure}.png")
+        if device:
+            shown.screenshot(path=OUT / f"{page.stem}-{device}.png")
+        else:
+            for figure in (figure for of, figure in FIGURES if of == page.stem):
+                shown.locator(f"#{figure}").screenshot(path=OUT / f"{page.stem}-{figure}.png")
         shown.close()
 
 
@@ -57,14 +57,16 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     measure(work)
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    _prism_gguf(work, "report", "smollm2.json", "--markdown", "smollm2.md", "--quiet")
+    for card in (work / "smollm2.md", work / "smollm2.png"):
+        shutil.copy(card, OUT)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name in ("testbed", "smollm2"):
+        for name, devices in (("testbed", {}), ("smollm2", {"desktop": 1200, "phone": 390})):
             page = work / f"{name}.html"
-            _prism_gguf(work, "report", f"{name}.json", "--html", page.name, "--markdown", f"{name}.md", "--quiet")
-            photograph(browser, page)
-            for suffix in (".html", ".md", ".png"):
-                shutil.copy(work / f"{name}{suffix}", OUT)
+            _prism_gguf(work, "report", f"{name}.json", "--html", page.name, "--quiet")
+            shutil.copy(page, OUT)
+            photograph(browser, page, devices)
         browser.close()
 
 
