@@ -10,6 +10,7 @@ Makes the re-gauged checkpoint, its F16 GGUF and a ladder in ``--work`` (once). 
     (b)         `prism-gguf compare CAPTURE` with statistics only
     (c)         the same with attribution
     (d)         `llama-perplexity --kl-divergence` on the base file that `prism-gguf export-kld-base` wrote
+    (e)         (c) with drift by layer as well
 
 Seconds are wall time of the whole command, start-up and imports included; memory is the peak of its process tree's resident
 set, mapped model files included. llama.cpp's repacked weight buffers are off everywhere (they crash on CPUs with AMX).
