@@ -160,19 +160,6 @@ def _dry_run(base: Path, mix: Mix, imatrix: Path | None, *, progress: Progress) 
     return planned_types(base, mix, imatrix=None if imatrix is None else read_imatrix(imatrix), progress=progress)
 
 
-def check_recipe(recipe: Recipe, gguf: GgufFile, imatrix: ImportanceMatrix | None = None) -> None:
-    """Whether a base can take a recipe's types, as far as that is known without llama.cpp's dry run.
-
-    Raises:
-        InvalidRecipeError: tensors that it has not, types that its rows or a missing importance matrix forbid.
-        InvalidImatrixError: the importance matrix belongs to another model.
-    """
-    check_types(recipe.tensor_types, gguf)
-    if imatrix is not None:
-        check_imatrix(imatrix, gguf)
-    _check_weights(recipe.tensor_types, recipe.mix, gguf, imatrix)
-
-
 def check_types(wanted: Mapping[str, str], gguf: GgufFile) -> None:
     """Whether a base has these tensors, and rows that divide into these types' blocks.
 

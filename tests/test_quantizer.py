@@ -22,7 +22,7 @@ from prism_gguf.imatrix import read_imatrix, write_imatrix
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.make import check_output, make
 from prism_gguf.mix import Mix
-from prism_gguf.plan import check_recipe, plan
+from prism_gguf.plan import check_types, plan
 from prism_gguf.quantizer import planned_types, quantize_gguf
 from prism_gguf.recipe import Recipe, recipe_of
 from prism_gguf.testbed.gguf_export import finish, metadata_entries
@@ -230,7 +230,7 @@ def test_rows_that_do_not_divide(ladder: dict[str, Path], tmp_path: Path) -> Non
     for name, width, taken in (("blk.0.ffn_gate.weight", 224, "Q5_0"), ("blk.1.ffn_gate.weight", 20, "F16")):
         message = f"{name}: rows of {width} are not a multiple of Q4_K's block of 256; name {taken}, which is what"
         with pytest.raises(InvalidRecipeError, match=message):
-            check_recipe(Recipe("Q4_K_M", {name: "Q4_K"}), gguf_file)
+            check_types({name: "Q4_K"}, gguf_file)
     assert planned_types(base, Mix("Q4_K_S", pure=True))["blk.0.ffn_gate.weight"] == "Q5_0"
 
 

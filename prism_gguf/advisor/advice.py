@@ -165,13 +165,12 @@ def advise(
         advice = _advice(problem, best)
         if not measure:
             return advice
-        gains = {name: cost - problem.finest(name)[1] for name, cost in best.costs.items()}
-        leading = sorted((name for name in gains if gains[name] > 0), key=gains.__getitem__, reverse=True)[:n_checks]
+        leading = _leading(problem, best, n_checks)
         files = {ADVISED: best.plan, **({} if problem.default is None else {DEFAULT: problem.default})}
         files |= {name: problem.with_finest(best, name, worker) for name in leading}
     compared = partial(_compared, reference, texts, replace(options, attribution=False, fail_on=()), steps)
     rows = compared(files)
-    checks = _checks(problem, best, rows, {name: gains[name] for name in leading})
+    checks = _checks(problem, best, rows, leading)
     chosen = ADVISED
     if checks:
         with NativeWorker(verbose=options.verbose) as worker:
@@ -188,6 +187,12 @@ def advise(
         files=list(made.values()),
         checks=checks,
     )
+
+
+def _leading(problem: Problem, best: Solution, n: int) -> dict[str, float]:
+    """What the most expensive choices would gain in their finest type, as predicted, the largest first."""
+    gains = {name: cost - problem.finest(name)[1] for name, cost in best.costs.items()}
+    return dict(sorted(((name, gain) for name, gain in gains.items() if gain > 0), key=lambda g: -g[1])[:n])
 
 
 def _sensitivity(
