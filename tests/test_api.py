@@ -86,7 +86,7 @@ thread.join()
 def found(ladder: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """By way of a capture, whose texts and windows are the defaults but for how many."""
     out = tmp_path_factory.mktemp("api") / "capture"
-    assert capture(MODEL, options=CaptureOptions(windows=5, out=str(out))) == out
+    assert capture(MODEL, options=CaptureOptions(windows=5, n_ctx=128, out=str(out))) == out
     files = [ladder["Q8_0"], ladder["Q4_K_M"].with_name("none.gguf"), ladder["Q2_K"]]
     return compare(out, files, options=CompareOptions(control=ladder["F16"], fail_on=("kld_mean>0.01",)))
 

@@ -108,17 +108,23 @@ def test_demo_keeps_its_files(tmp_path: Path) -> None:
     assert "KLD is what" in result.stdout
 
 
-def test_capture_compare_and_export(ladder: dict[str, Path], tmp_path: Path) -> None:
-    made = run("capture", MODEL, "--windows", 5, "--out", tmp_path / "c", "--quiet")
-    assert (made.exit_code, made.stdout) == (0, f"{tmp_path / 'c'}\n")
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("captured") / "c"
+    made = run("capture", MODEL, "--windows", 5, "--n-ctx", 256, "--out", out, "--quiet")
+    assert (made.exit_code, made.stdout) == (0, f"{out}\n")
+    return out
+
+
+def test_capture_compare_and_export(captured: Path, ladder: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "r.json"
-    result = run("compare", tmp_path / "c", ladder["Q8_0"], "--json", out, "--details")
+    result = run("compare", captured, ladder["Q8_0"], "--json", out, "--details")
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 100
     for shown in ("KLD by domain", "KLD by position", "KLD by confidence", "delta_p_rms", "kld_p001", "head kernel"):
         assert shown in result.stdout
     assert json.loads(out.read_text())["text"]["domains"] == ["chinese", "code", "dialogue", "german", "technical"]
-    assert run("export-kld-base", tmp_path / "c", tmp_path / "base", "--quiet").exit_code == 0
+    assert run("export-kld-base", captured, tmp_path / "base", "--quiet").exit_code == 0
     again = run("capture", MODEL, "--from-kld-base", tmp_path / "base", "--out", tmp_path / "d", "--quiet")
     assert again.exit_code == 0
     from_tokens = run("compare", tmp_path / "d", ladder["Q8_0"], "--json", tmp_path / "s.json", "--quiet")
@@ -127,13 +133,12 @@ def test_capture_compare_and_export(ladder: dict[str, Path], tmp_path: Path) -> 
     assert klds[0] == klds[1]
 
 
-def test_options_that_contradict_each_other(ladder: dict[str, Path], tmp_path: Path) -> None:
-    run("capture", MODEL, "--windows", 5, "--out", tmp_path / "c", "--quiet")
+def test_options_that_contradict_each_other(captured: Path, ladder: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
-    run("export-kld-base", tmp_path / "c", base, "--quiet")
+    run("export-kld-base", captured, base, "--quiet")
     for arguments, message in [
-        (("compare", tmp_path / "c", ladder["Q8_0"], "--n-ctx", 256), "has its own windows; leave out --n-ctx"),
-        (("compare", tmp_path / "c", ladder["Q8_0"], "--text", __file__), "a capture has its own text"),
+        (("compare", captured, ladder["Q8_0"], "--n-ctx", 256), "has its own windows; leave out --n-ctx"),
+        (("compare", captured, ladder["Q8_0"], "--text", __file__), "a capture has its own text"),
         (("capture", MODEL, "--from-kld-base", base, "--n-ctx", 256), "brings its own windows"),
         (
             ("compare", MODEL, ladder["Q8_0"], "--control", ladder["Q4_K_M"]),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import prism_gguf.report.terminal as terminal
-from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.ranking import rank
 from prism_gguf.report.words import (
     LEVELS,
@@ -23,15 +21,14 @@ from prism_gguf.report.words import (
     verdict_in_words,
 )
 from prism_gguf.results import CandidateResult, Comparison, Failure, GateResult
-from prism_gguf.testbed import MODEL, held_out_texts
 
 HOSTILE = "/x/[red]a\x1b[31m\x07b\u202ec\n[/red]:smile:\\.gguf"
 
 
 @pytest.fixture(scope="module")
-def real(ladder: dict[str, Path]) -> Comparison:
-    files = [ladder[name] for name in ("F16", "Q8_0", "Q4_K_M", "Q2_K")]
-    return compare(MODEL, files, held_out_texts(), CompareOptions(n_ctx=128, windows=4))
+def real(compared: Comparison) -> Comparison:
+    f16, q8, q4, _, q2 = compared.candidates
+    return among(compared, [f16, q8, q4, q2])
 
 
 def changed(
@@ -65,7 +62,9 @@ def test_levels(real: Comparison) -> None:
 
 def test_a_verdict_says_what_tells_most(real: Comparison) -> None:
     f16, _, q4, q2 = real.candidates
-    assert verdict_in_words(f16, real) == "no measurable loss: no first choice changes"
+    assert f16.divergence is not None
+    same = replace(f16, divergence=replace(f16.divergence, same_top=1.0))
+    assert verdict_in_words(same, real) == "no measurable loss: no first choice changes"
     assert q2.divergence is not None and q2.attribution is not None and q2.parts is not None and q2.verdict is not None
     assert verdict_in_words(replace(q2, divergence=None), real) == "failed: no numbers"
     two = {
