@@ -109,7 +109,7 @@ def test_what_a_file_is_for(real: Comparison) -> None:
     assert [purpose(row, comparison) for row in comparison.candidates] == [
         "reference quality",
         "near-lossless, best below 250 MB",
-        "best below 140 MB",
+        "clear loss, best below 140 MB",
         "heavy loss: only where nothing larger fits",
         "no reason to take it: testbed-Q4_K_M is smaller and closer",
         "broken: only where nothing larger fits",
@@ -120,7 +120,7 @@ def test_what_a_file_is_for(real: Comparison) -> None:
     alone = among(real, [q4])
     assert purpose(q4, alone) == "clear loss"
     near = among(real, [changed(q4, kld=0.02, size=140_000_100), changed(q8, size=140_600_000)])
-    assert purpose(near.candidates[0], near) == "best below 140.6 MB"
+    assert purpose(near.candidates[0], near) == "small loss, best below 140.6 MB"
 
 
 def test_names_are_inert() -> None:

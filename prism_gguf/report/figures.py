@@ -211,7 +211,8 @@ class Drawing:
         figure, axes = _new(3.2, 1.5 + min(4.0, 0.1 * blocks))
         scale = LogNorm(*_BITS, clip=True)
         colours = matplotlib.colormaps["viridis"]
-        axes.pcolormesh(bits, cmap=colours, norm=scale, edgecolors="white", linewidth=0.4)
+        edges = np.arange(len(roles) + 1), np.arange(blocks + 1) - 0.5  # a block's number is at its middle
+        axes.pcolormesh(*edges, bits, cmap=colours, norm=scale, edgecolors="white", linewidth=0.4)
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.set_xticks(
@@ -221,7 +222,8 @@ class Drawing:
         for kind, n in sorted(kinds.items(), key=lambda item: -item[1]):
             axes.bar(0, 0, color=colours(scale(n)), label=f"{kind} ({n:.2g} bits)" if n == n else _shortened(kind))
         axes.set_xlim(0, len(roles))
-        axes.set_ylim(blocks, 0)
+        axes.set_ylim(blocks - 0.5, -0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper center", ncols=2, fontsize=8, handlelength=1)
         return figure
 

@@ -42,7 +42,7 @@ def card(comparison: Comparison, figure: str | None) -> str:
         "number": number,
         "purpose": lambda row: _text(purpose(row, comparison)),
         "size": _size,
-        "text": _text,
+        "text": lambda value: _text(str(value)),
         "url": quote,
     }
     rows = sorted((c for c in comparison.candidates if c.error is None), key=lambda c: -(c.file_bytes or 0))

@@ -98,7 +98,7 @@ def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
         return f"{loss}: only where nothing larger fits" if size else f"{loss}: not recommended"
     if kld < LEVELS[0][0]:
         return ", ".join(filter(None, ("near-lossless", size)))
-    return size or loss
+    return ", ".join(filter(None, (loss, size)))
 
 
 def dominating(candidate: CandidateResult, comparison: Comparison) -> CandidateResult | None:
