@@ -55,6 +55,8 @@ def _refuse(constant: str) -> NoReturn:
 def _check_whole(row: CandidateResult, path: str | Path) -> None:
     needed = ("file_bytes", "bits_per_weight", "tensor_types", "geometry", "risk", "divergence", "parts", "verdict")
     missing = [name for name in needed if row.error is None and getattr(row, name) is None]
+    if row.layers is not None and not row.layers.blocks:
+        missing.append("layers.blocks")
     if missing:
         raise InvalidResultError(f"{path}: {row.path:.120} has no {', '.join(missing)}; measure it again")
 

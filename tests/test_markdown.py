@@ -52,7 +52,7 @@ def test_hostile_words_are_inert(compared: Comparison) -> None:
         compared,
         candidates=[row],
         command=["prism-gguf", HOSTILE],
-        environment={"cpu": HOSTILE},
+        environment={"cpu": HOSTILE, "llama-cpp-python": 3.5},
         text=replace(compared.text, domains=[HOSTILE]),
         reference=replace(compared.reference, path=HOSTILE, architecture=HOSTILE),
     )

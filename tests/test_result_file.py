@@ -98,6 +98,7 @@ def damaged(data: dict[str, Any], place: str, value: Any) -> str:
         ("candidates.1.divergence.kld_mean", "much", r"candidates\.1\.divergence\.kld_mean: .*number"),
         ("candidates.1.divergence.kld_mean", float("nan"), "NaN is no number"),
         ("candidates.1.divergence", None, "has no divergence; measure it again"),
+        ("candidates.1.layers", {"blocks": [], "n_windows": 1, "n_tokens": 9, "seconds": 1.0}, "has no layers.blocks"),
         ("candidates.0.verdict.status", "splendid", r"candidates\.0\.verdict\.status"),
         ("text", [], "text: "),
         ("schema", "prism-gguf/advice/1", "is 'prism-gguf/advice/1'; a report is made from"),
