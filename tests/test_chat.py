@@ -25,6 +25,7 @@ def chat_file(folder: Path, *lines: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_special_tokens_are_tokens_and_both_runtimes_agree(smollm2, tmp_path: Path) -> None:
     source = read_chat(chat_file(tmp_path, {"messages": TALK}, "", TALK * 3))
     assert (source.domain, len(source.conversations)) == ("talk", 2)
@@ -58,6 +59,7 @@ def test_what_is_no_conversation(line: str, message: str, tmp_path: Path) -> Non
         read_chat(tmp_path / "none.jsonl")
 
 
+@pytest.mark.slow
 def test_models_without_a_template_and_refused_conversations(smollm2, ladder: dict[str, Path], tmp_path: Path) -> None:
     source = read_chat(chat_file(tmp_path, TALK, [{"role": "user", "content": 3}]))
     with HuggingFaceModel(MODEL) as model, pytest.raises(InvalidTextError, match="no chat template; use --text"):

@@ -186,6 +186,7 @@ def test_another_vocabulary_and_another_width(ladder: dict[str, Path], tmp_path:
     assert padded.divergence is not None and padded.divergence.kld_mean < 1e-4
 
 
+@pytest.mark.slow
 def test_another_width(ladder: dict[str, Path], smollm2) -> None:
     assert "hidden width 576, the reference has 256" in message(MODEL, smollm2.f16)
 

@@ -17,6 +17,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_python_examples_run(ladder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, in the folder where `prism-gguf demo --keep ladder` was called."""
     (tmp_path / "ladder").symlink_to(ladder["F16"].parent)
