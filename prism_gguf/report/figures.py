@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO, StringIO
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -60,6 +60,14 @@ _IN_BLOCK = re.compile(r"blk\.(?P<block>\d{1,4})\.(?P<role>.+)\.weight")
 _LEAST_KLD = 1e-9
 
 
+@contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Names in scripts that matplotlib's own font lacks: a browser has others.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
 class Drawing:
     """A comparison's figures. Every method draws one; where the result has nothing for it, it returns None."""
 
@@ -76,6 +84,7 @@ class Drawing:
             c.path: shades(0.92 * i / max(1, len(by_size) - 1)) for i, c in enumerate(by_size)
         }
 
+    @_style()
     def size_and_kld(self) -> Figure:
         """File size against KLD with its standard error; the best for their size joined."""
         figure, axes = _new()
@@ -94,6 +103,7 @@ class Drawing:
         _label_points(figure, axes, points, [(_mib(r), _kld(r)) for r in front])
         return figure
 
+    @_style()
     def nats_by_axis(self) -> Figure | None:
         """Each candidate's divergence, stacked from its causes."""
         rows = [r for r in self.rows if r.attribution is not None]
@@ -117,6 +127,7 @@ class Drawing:
         _finish_bars(figure, axes, shares)
         return figure
 
+    @_style()
     def bound_and_measured(self) -> Figure | None:
         """What PRISM's bound is made of beside what the measured divergence is made of, each as parts of its whole."""
         rows = [r for r in self.rows if r.attribution is not None and r.geometry is not None and r.geometry.bound > 0]
@@ -144,6 +155,7 @@ class Drawing:
         """KLD by domain of the text."""
         return self._parts("domain", "", joined=False)
 
+    @_style()
     def _parts(self, way: str, label: str, *, joined: bool) -> Figure | None:
         split: list[tuple[CandidateResult, Mapping[str, Part]]] = [(r, getattr(r.parts, way)) for r in self.lossy]
         names = list(dict.fromkeys(name for _, parts in split for name in parts))
@@ -174,6 +186,7 @@ class Drawing:
         _legend_below(figure)
         return figure
 
+    @_style()
     def drift_by_layer(self) -> Figure | None:
         """How far the residual stream is from the reference's after each block, as a part of its length."""
         rows = [(r, r.layers.blocks) for r in self.rows if r.layers is not None]
@@ -195,6 +208,7 @@ class Drawing:
         _legend_below(figure)
         return figure
 
+    @_style()
     def types(self, row: CandidateResult) -> Figure | None:
         """The type of each block's matrices: one row a block, one column a role."""
         places = {n: match for n in row.tensor_types or {} if (match := _IN_BLOCK.fullmatch(n))}
@@ -254,23 +268,6 @@ def png(figure: Figure) -> bytes:
     with _style():
         figure.savefig(out, format="png", dpi=180)
     return out.getvalue()
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # Names in scripts that matplotlib's own font lacks: a browser has others.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-F = TypeVar("F", Figure, Figure | None)
-
-
-def drawn(draw: Callable[[], F]) -> F:
-    """What ``draw`` draws, in this module's style."""
-    with _style():
-        return draw()
 
 
 def _new(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Axes]:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from prism_gguf.report.figures import Drawing, drawn, svg
+from prism_gguf.report.figures import Drawing, svg
 from prism_gguf.report.names import command_line, file_names
 from prism_gguf.report.words import best_for_size, number, printable, verdict_in_words
 from prism_gguf.results import CandidateResult, Comparison
@@ -85,7 +85,7 @@ def page(comparison: Comparison) -> str:
                 drawing, row, Markup(svg(figure, f"types-{at}", html.escape(f"types in {drawing.names[row.path]}")))
             )
             for at, row in enumerate(drawing.rows)
-            if (figure := drawn(lambda row=row: drawing.types(row))) is not None  # type: ignore[misc]
+            if (figure := drawing.types(row)) is not None
         ],
         numbers=_numbers(drawing),
         hardware=_HARDWARE,
@@ -105,7 +105,7 @@ def _figures(drawing: Drawing, wanted: tuple[str, ...] | None = None) -> list[_S
     return [
         _Shown(id_, title, Markup(svg(figure, id_, title)), caption)
         for id_, title, caption, draw in chosen
-        if (figure := drawn(lambda draw=draw: draw(drawing))) is not None  # type: ignore[misc]
+        if (figure := draw(drawing)) is not None
     ]
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prism_gguf.files import write_whole, written_whole
-from prism_gguf.report.figures import Drawing, drawn, png
+from prism_gguf.report.figures import Drawing, png
 from prism_gguf.report.names import command_line
 from prism_gguf.report.words import number, printable, purpose
 from prism_gguf.results import Comparison
@@ -22,7 +22,7 @@ def write_card(comparison: Comparison, path: Path) -> None:
     if drawing.rows:
         image = path.with_suffix(".png")
         with written_whole(image) as partial:
-            partial.write_bytes(png(drawn(drawing.size_and_kld)))
+            partial.write_bytes(png(drawing.size_and_kld()))
     write_whole(path, card(comparison, None if image is None else image.name))
 
 
