@@ -41,6 +41,7 @@ class CompareOptions(ReadOptions):
         attribution_tokens: of so many tokens at most; None takes as many as are affordable.
         split_kernels: run each candidate's weights as F16 too.
         layers: follow the residual stream after each block, on a few of the windows (see ``layers``).
+        baselines: the literature's similarity scores too, as context.
         control: an unquantized GGUF that sets the noise floor; None takes the first among the candidates.
         fail_on: limits such as ``kld_mean>0.05``.
         confidence: compare confidence bounds with the limits, at this one-sided level.
@@ -50,6 +51,7 @@ class CompareOptions(ReadOptions):
     attribution_tokens: int | None = None
     split_kernels: bool = False
     layers: bool = False
+    baselines: bool = False
     control: str | Path | None = None
     fail_on: tuple[str, ...] = ()
     confidence: float | None = None
@@ -310,6 +312,7 @@ def measure_candidate(
             attribution=options.attribution,
             attribution_tokens=options.attribution_tokens,
             split_kernels=options.split_kernels,
+            baselines=options.baselines,
             progress=progress,
         )
 

@@ -79,3 +79,55 @@ class LayerCost:
 
     seconds: float
     n_bytes: int
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Scores that the literature compares hidden states with; 1 is alike, and 0 for ``relative_error``.
+
+    Attributes:
+        cka: linear CKA of centred states (Kornblith et al. 2019): blind to rotation and to scale.
+        cka_unbiased: the same from the unbiased estimate of HSIC (Song et al. 2012; Nguyen et al. 2021).
+        svcca: mean canonical correlation of the directions with 99 % of the variance (Raghu et al. 2017): blind to rotation
+            and to scale.
+        cosine: mean cosine of a token's two states: blind to a token's scale.
+        relative_error: ‖Z_T − Z_P‖_F / ‖Z_T‖_F = δ / ρ_T: blind to nothing.
+    """
+
+    cka: float
+    cka_unbiased: float
+    svcca: float
+    cosine: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How rows, of hidden states or of an output head, fill their space.
+
+    Attributes:
+        effective_rank: exponential of the entropy of the normalised singular values (Roy & Vetterli 2007), 1 to d.
+        isotropy: IsoScore (Rudman et al. 2022): 1 where all directions vary alike, 0 where one does.
+        pairwise_cosine: mean cosine of two different rows.
+    """
+
+    effective_rank: float
+    isotropy: float
+    pairwise_cosine: float
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What else is said of hidden states and heads: context and negative controls, which no verdict uses.
+
+    Attributes:
+        similarity: of the reference's and the candidate's states.
+        states_reference, states_candidate: spread of the states that enter the head.
+        head_reference, head_candidate: spread of the head's rows, as weights.
+    """
+
+    similarity: Similarity
+    states_reference: Spread
+    states_candidate: Spread
+    head_reference: Spread
+    head_candidate: Spread

@@ -13,6 +13,7 @@ from prism_gguf.adapters.llama_cpp import LlamaCppModel, emulated_head, gguf_out
 from prism_gguf.attribute import attribute
 from prism_gguf.capture_file import Capture
 from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
+from prism_gguf.details import Baselines
 from prism_gguf.divergent_tokens import divergent_tokens
 from prism_gguf.errors import IncompatibleModelsError
 from prism_gguf.gguf_file import GgufFile
@@ -27,6 +28,7 @@ from prism_gguf.metrics.geometry import (
     procrustes_geometry,
     scale_absorbed,
 )
+from prism_gguf.metrics.similarity import SimilarityAccumulator, SpreadAccumulator
 from prism_gguf.metrics.statistics import divergence_statistics
 from prism_gguf.output_head import OutputHead, paired_chunks
 from prism_gguf.parts import split_parts
@@ -79,6 +81,7 @@ def measure(
     attribution: bool = True,
     attribution_tokens: int | None = None,
     split_kernels: bool = False,
+    baselines: bool = False,
     progress: Progress = no_progress,
 ) -> CandidateResult:
     """Run the candidate over the capture's windows; everything that a row of the result says.
@@ -89,6 +92,7 @@ def measure(
         attribution: split the divergence between its causes.
         attribution_tokens: of a random sample of so many tokens; None takes as many as n · V allows.
         split_kernels: run the candidate's weights as F16 too, and so tell the body's weights from its kernels.
+        baselines: the literature's similarity scores too.
 
     Raises:
         RuntimeFailureError: the model did not run or gave undefined states.
@@ -134,6 +138,7 @@ def measure(
         divergent_tokens=divergent_tokens(
             capture, decoded.hidden, tokens.kld, emulated or candidate_head, shared_rows, model.text
         ),
+        baselines=_baselines(capture, decoded.hidden, candidate_head, shared_rows, progress) if baselines else None,
         notes=notes,
     )
 
@@ -144,6 +149,20 @@ def _feature_moments(capture: Capture, hidden: np.ndarray, progress: Progress) -
         progress(at, len(hidden), "geometry of the states")
         moments.add(capture.states[at : at + BLOCK], hidden[at : at + BLOCK])
     return moments.moments()
+
+
+def _baselines(
+    capture: Capture, hidden: np.ndarray, candidate: OutputHead, shared_rows: int, progress: Progress
+) -> Baselines:
+    width = hidden.shape[1]
+    states, heads = SimilarityAccumulator(width), (SpreadAccumulator(width), SpreadAccumulator(width))
+    for at in range(0, len(hidden), BLOCK):
+        progress(at, len(hidden), "similarity of the states")
+        states.add(capture.states[at : at + BLOCK], hidden[at : at + BLOCK])
+    for _, _, *rows in paired_chunks(capture.head, candidate, shared_rows, stage(progress, "spread of the heads")):
+        for gathered, chunk in zip(heads, rows, strict=True):
+            gathered.add(chunk)
+    return Baselines(states.similarity(), *states.spreads(), heads[0].spread(), heads[1].spread())
 
 
 def _head_moments(reference: OutputHead, candidate: OutputHead, shared_rows: int, progress: Progress) -> HeadMoments:

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf.adapters import ModelIdentity
-from prism_gguf.details import DivergentToken, LayerCost, Layers
+from prism_gguf.details import Baselines, DivergentToken, LayerCost, Layers
 from prism_gguf.errors import OverBudgetError
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class CandidateResult:
     Attributes:
         types: how many tensors have each type; ``tensor_types`` has the type of each.
         divergent_tokens: the scored tokens with the largest divergence, largest first.
-        layers: None unless it was asked for.
+        layers, baselines: None unless they were asked for.
         seconds: what measuring took, without making the file.
     """
 
@@ -347,6 +347,7 @@ class CandidateResult:
     logits: Logits | None = None
     divergent_tokens: list[DivergentToken] = field(default_factory=list)
     layers: Layers | None = None
+    baselines: Baselines | None = None
     verdict: Verdict | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None

@@ -47,7 +47,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def testbed(ladder: dict[str, Path]) -> Comparison:
     """The whole ladder on four windows of held-out text, the control first."""
-    return compare(MODEL, list(ladder.values()), held_out_texts(), CompareOptions(windows=4))
+    return compare(MODEL, list(ladder.values()), held_out_texts(), CompareOptions(windows=4, baselines=True))
 
 
 @pytest.fixture(scope="session")

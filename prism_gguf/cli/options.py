@@ -145,6 +145,13 @@ judging_options = options(
         "stays in the cache, 2·d bytes a block and token.",
     ),
     click.option(
+        "--baselines",
+        is_flag=True,
+        help="Show the literature's similarity scores too (CKA, SVCCA, cosine), and effective rank, isotropy and pairwise "
+        "cosine of states and head, before and after. Context and negative controls: these three do not predict "
+        "performance (arXiv 2602.20433), and no verdict uses any of them.",
+    ),
+    click.option(
         "--control",
         metavar="F16.gguf",
         help="Unquantized GGUF that sets the noise floor. Default: the first among the candidates.",

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from prism_gguf.report.baselines import CONTEXT, HEADINGS, baseline_rows
 from prism_gguf.report.figures import Drawing, svg
 from prism_gguf.report.names import command_line, file_names
 from prism_gguf.report.words import best_for_size, number, printable, verdict_in_words
@@ -88,6 +89,8 @@ def page(comparison: Comparison) -> str:
             if (figure := drawing.types(row)) is not None
         ],
         numbers=_numbers(drawing),
+        baselines=_baselines(drawing),
+        context=CONTEXT,
         hardware=_HARDWARE,
     )
 
@@ -206,3 +209,9 @@ def _numbers(drawing: Drawing) -> dict[str, Any]:
         )
         rows.append([drawing.names[row.path], *map(number, values)])
     return {"headings": headings, "rows": rows}
+
+
+def _baselines(drawing: Drawing) -> dict[str, Any] | None:
+    rows = baseline_rows(drawing.comparison)
+    named = [["reference" if path is None else drawing.names[path], *cells] for path, cells in rows]
+    return {"headings": HEADINGS, "rows": named} if named else None

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prism_gguf.adapters import ModelIdentity
+from prism_gguf.report.baselines import CONTEXT, HEADINGS, baseline_rows
 from prism_gguf.report.words import best_for_size, label, number, printable, short, verdict_in_words
 from prism_gguf.results import CandidateResult, Comparison, TextInfo
 
@@ -159,6 +160,7 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
         if details:
             _print_tables(_statistics(done), out)
         _print_layers(comparison, out)
+        _print_baselines(comparison, out)
         out.print()
         _print_words(comparison, done, out)
     for candidate in done:
@@ -254,6 +256,15 @@ def _print_layers(comparison: Comparison, out: Console) -> None:
         f"δ/ρ of the residual stream on {some.n_tokens} tokens of {some.n_windows} windows; "
         f"reference {reference}, {mean:.1f} s a candidate, {cost.n_bytes / 2**20:.1f} MiB on disk"
     )
+
+
+def _print_baselines(comparison: Comparison, out: Console) -> None:
+    """Similarity and spread: the reference first, then one row a candidate."""
+    found = baseline_rows(comparison)
+    if found:
+        rows = [_Row("reference" if path is None else label(path), cells) for path, cells in found]
+        _print_tables(_tables("similarity", HEADINGS, rows), out)
+        out.print(CONTEXT, style="dim")
 
 
 def _print_limits(candidate: CandidateResult, out: Console) -> None:
