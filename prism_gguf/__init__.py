@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; _MODULES below is what 
     from prism_gguf.mix import Mix
     from prism_gguf.recipe import Recipe, read_recipe, write_recipe
     from prism_gguf.reference import CaptureOptions, capture
+    from prism_gguf.regularizer import ShapeRegularizer
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.results import CandidateResult, Comparison
     from prism_gguf.text import Score, read_texts
@@ -39,6 +40,7 @@ __all__ = [
     "Score",
     "Sensitivity",
     "SensitivityOptions",
+    "ShapeRegularizer",
     "__version__",
     "advise",
     "capture",
@@ -64,6 +66,7 @@ _MODULES = {
     "mix": ("Mix",),
     "recipe": ("Recipe", "read_recipe", "write_recipe"),
     "reference": ("CaptureOptions", "capture"),
+    "regularizer": ("ShapeRegularizer",),
     "report.progress": ("progress_bars",),
     "results": ("CandidateResult", "Comparison"),
     "text": ("Score", "read_texts"),
