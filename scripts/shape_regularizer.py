@@ -111,7 +111,7 @@ class Judge:
     """The reference on the held-out text."""
 
     def __init__(self, reference: HuggingFaceModel, windows: TokenWindows) -> None:
-        self._windows, self._head = windows, reference.output_head()
+        self._windows, self._head, self.targets = windows, reference.output_head(), windows.targets
         self._states = final_states(reference, windows)
 
     def __call__(self, model: HuggingFaceModel) -> Quality:
@@ -125,7 +125,7 @@ class Judge:
             (start, head.logits(z_t, start, stop, rows), head.logits(z_p, start, stop, rows))
             for start, stop, rows, _ in paired_chunks(head, head, head.n_rows)
         )
-        tokens = token_divergence(pairs, self._windows.targets)
+        tokens = token_divergence(pairs, self.targets)
         gap = float((tokens.nll_candidate - tokens.nll_reference).mean())
         return Quality(float(tokens.kld.mean()), abs(gap), g.scale, omega_missing)
 
@@ -208,7 +208,8 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3g}" + (f" ±{statistics.stdev(values):.1g}" if len(values) > 1 else "")
 
 
-def print_table(found: dict[Arm, list[Quality]]) -> None:
+def report(found: dict[Arm, list[Quality]], settings: dict[str, Any], json_file: Path | None) -> None:
+    """Print a table and what it was made with; write every run to ``json_file``."""
     table = Table("trained on", "KLD", "against λ = 0", "|ΔR|", "scale", "1 − Ω")
     for arm, seeds in found.items():
         plain = found.get(Arm(arm.task, 0.0)) if arm.task and arm.weight else None
@@ -216,6 +217,12 @@ def print_table(found: dict[Arm, list[Quality]]) -> None:
         columns = [spread([getattr(q, name) for q in seeds]) for name in ("kld", "gap", "scale", "shape")]
         table.add_row(arm.name, columns[0], paired, *columns[1:])
     Console(width=140).print(table)
+    for line in (settings, environment()):
+        click.echo(", ".join(f"{name} {value}" for name, value in line.items()))
+    if json_file is not None:
+        rows = [{**asdict(arm), "name": arm.name, "runs": [asdict(q) for q in runs]} for arm, runs in found.items()]
+        made = {"command": sys.argv, "settings": settings, "environment": environment(), "arms": rows}
+        json_file.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @click.command()
@@ -257,23 +264,18 @@ def main(
             click.echo(
                 f"{time.monotonic() - started:4.0f} s  seed {seed}  {arm.name}: KLD {found[arm][-1].kld:.4f}", err=True
             )
-    print_table(found)
-    settings: dict[str, Any] = {
+    settings = {
         "type": kind,
         "rank": rank,
-        "steps": steps,
-        "batch": batch,
-        "rate": rate,
         "seeds": seeds,
+        "steps": steps,
+        "tokens a step": batch * CONTEXT,
+        "tokens to train on": tokens.numel(),
+        "tokens held out": len(judge.targets),
+        "rate": rate,
+        "seconds": round(time.monotonic() - started),
     }
-    seconds, machine = round(time.monotonic() - started), environment()
-    trained = f"{steps} steps of {batch} × {CONTEXT} of {tokens.numel()} tokens ({', '.join(DOMAINS)})"
-    click.echo(f"{kind}, rank {rank}, {trained}; {windows * 255} held-out tokens; {seeds} seeds; {seconds} s")
-    click.echo(", ".join(f"{name} {value}" for name, value in machine.items()))
-    if json_file is not None:
-        rows = [{**asdict(arm), "name": arm.name, "runs": [asdict(q) for q in runs]} for arm, runs in found.items()]
-        made = {**settings, "seconds": seconds, "environment": machine, "arms": rows}
-        json_file.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    report(found, settings, json_file)
 
 
 if __name__ == "__main__":

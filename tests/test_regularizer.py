@@ -3,10 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from shape_regularizer import Arm, Judge, final_states, quantized_body, train
 
 from prism_gguf import PrismGgufError, ShapeRegularizer
+from prism_gguf.adapters.huggingface import HuggingFaceModel
 from prism_gguf.errors import UndefinedMetricError
 from prism_gguf.metrics.geometry import SquareAccumulator, identity_geometry
+from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.text import Score, make_windows
 
 PENALTY = ShapeRegularizer()
 GENERATOR = torch.Generator().manual_seed(0)
@@ -115,6 +119,23 @@ def test_undefined_raises(
     with pytest.raises(UndefinedMetricError, match=said) as caught:
         PENALTY(candidate, reference, mask)
     assert isinstance(caught.value, PrismGgufError) and "\n" not in str(caught.value)
+
+
+def test_the_experiment_trains_adapters_and_nothing_else() -> None:
+    reference, model = HuggingFaceModel(MODEL), quantized_body("Q3_K", 4)
+    windows = make_windows(held_out_texts(), reference.vocabulary, n_ctx=33, max_windows=8, score=Score.ALL)
+    tokens = torch.from_numpy(windows.tokens[:, :-1].astype(np.int64))
+    states = torch.from_numpy(final_states(reference, windows)).view(*tokens.shape, -1)
+    frozen = {name: p.clone() for name, p in model.network.named_parameters() if not p.requires_grad}
+    assert len([p for p in model.network.parameters() if p.requires_grad]) == 2 * 7 * 4  # two of each linear layer
+    judge = Judge(reference, windows)
+    before = judge(model)
+    assert 0.05 < before.kld < 0.5 and 0.01 < before.shape < 0.2
+    for arm in (Arm("distillation", 0.0), Arm("cross-entropy", 100.0)):
+        train(model, arm, tokens, states, steps=4, batch=4, rate=4e-3, generator=torch.Generator().manual_seed(0))
+        assert judge(model).shape < 0.9 * before.shape
+    assert judge(model).kld < 0.9 * before.kld
+    assert all(torch.equal(model.network.get_parameter(name), p) for name, p in frozen.items())
 
 
 def test_geometry_of_the_penalty_s_own_tokens() -> None:
