@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; _MODULES below is what 
     from prism_gguf.chat import read_chat
     from prism_gguf.comparison import CompareOptions, compare
     from prism_gguf.errors import PrismGgufError
+    from prism_gguf.lora import LoraAdapter
     from prism_gguf.make import Made, quantize
     from prism_gguf.mix import Mix
     from prism_gguf.recipe import Recipe, read_recipe, write_recipe
@@ -33,6 +34,7 @@ __all__ = [
     "CaptureOptions",
     "CompareOptions",
     "Comparison",
+    "LoraAdapter",
     "Made",
     "Mix",
     "PrismGgufError",
@@ -62,6 +64,7 @@ _MODULES = {
     "chat": ("read_chat",),
     "comparison": ("CompareOptions", "compare"),
     "errors": ("PrismGgufError",),
+    "lora": ("LoraAdapter",),
     "make": ("Made", "quantize"),
     "mix": ("Mix",),
     "recipe": ("Recipe", "read_recipe", "write_recipe"),

@@ -48,6 +48,11 @@ def is_hub_id(reference: str) -> bool:
     return not Path(reference).exists() and reference.count("/") == 1 and not reference.startswith((".", "/", "~"))
 
 
+def is_checkpoint(candidate: str) -> bool:
+    """Whether a candidate is a checkpoint folder or a hub id; everything else is taken for a GGUF."""
+    return not candidate.endswith(".gguf") and (Path(candidate).is_dir() or is_hub_id(candidate))
+
+
 def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progress) -> str:
     """SHA-256 over the content of a GGUF or checkpoint folder, or ``id@commit`` of a model on the hub.
 

@@ -1,4 +1,4 @@
-"""Candidates against one reference: what a GGUF is, how far it is from its reference, and why."""
+"""Candidates against one reference: what a file is, how far it is from its reference, and why."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from prism_gguf import __version__
 from prism_gguf.adapters import ModelIdentity
-from prism_gguf.cache import is_capture
+from prism_gguf.cache import is_capture, is_checkpoint
 from prism_gguf.environment import environment
-from prism_gguf.errors import InvalidModelError, InvalidTextError, PrismGgufError
+from prism_gguf.errors import InvalidAdapterError, InvalidModelError, InvalidTextError, PrismGgufError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.layers import ReferenceLayers, ensure_layers, with_layers
+from prism_gguf.lora import AdapterFile, LoraAdapter, adapters, in_words
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.ranking import rank
 from prism_gguf.reading import Source
-from prism_gguf.reference import ReadOptions, RunOptions, Steps, ensure_capture, no_steps
+from prism_gguf.reference import ReadOptions, RunOptions, Steps, ensure_capture, no_steps, open_variant
 from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, TextInfo
 
 if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
-    from prism_gguf.adapters.llama_cpp import LlamaCppModel
+    from prism_gguf.adapters import Model
     from prism_gguf.capture_file import Capture
     from prism_gguf.gates import Gate
+
+NO_CONTROL = "none"  # in place of a control's path
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class CompareOptions(ReadOptions):
         split_kernels: run each candidate's weights as F16 too.
         layers: follow the residual stream after each block, on a few of the windows (see ``layers``).
         baselines: the literature's similarity scores too, as context.
-        control: an unquantized GGUF that sets the noise floor; None takes the first among the candidates.
+        lora: adapters that llama.cpp applies to every candidate: ``FILE``, ``FILE:SCALE``, or a ``LoraAdapter``.
+        control: an unquantized GGUF that sets the noise floor, or ``none``. None takes the first among the candidates,
+            but no file where adapters are applied or a checkpoint is among them: then a file may differ from the
+            reference on purpose.
         fail_on: limits such as ``kld_mean>0.05``.
         confidence: compare confidence bounds with the limits, at this one-sided level.
     """
@@ -52,6 +58,7 @@ class CompareOptions(ReadOptions):
     split_kernels: bool = False
     layers: bool = False
     baselines: bool = False
+    lora: tuple[LoraAdapter | str | Path, ...] = ()
     control: str | Path | None = None
     fail_on: tuple[str, ...] = ()
     confidence: float | None = None
@@ -65,11 +72,12 @@ def compare(
     *,
     steps: Steps = no_steps,
 ) -> Comparison:
-    """Compare GGUF candidates with a reference: a checkpoint directory, a hub id, an F16/BF16 GGUF, or a capture of one.
+    """Compare candidates with a reference: a checkpoint directory, a hub id, an F16/BF16 GGUF, or a capture of one.
 
     A candidate that fails becomes a row that says why; the others still finish.
 
     Args:
+        candidates: GGUF files; or checkpoints (directories, hub ids), such as fine-tunes of the reference.
         texts: evaluation text and chats; None takes the packaged text, or what a given capture has read.
         steps: called with (what is being done, windows done, windows in all) as work proceeds.
 
@@ -84,7 +92,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A GGUF to measure.
+    """A GGUF or checkpoint to measure.
 
     Attributes:
         path: where it is, or will be.
@@ -97,7 +105,7 @@ class Candidate:
 
 def with_control(candidates: list[Candidate], options: CompareOptions) -> list[Candidate]:
     """The candidates, before them the control where one was named that is not among them."""
-    if options.control is None or str(options.control) in [c.path for c in candidates]:
+    if options.control in (None, NO_CONTROL) or str(options.control) in [c.path for c in candidates]:
         return candidates
     return [Candidate(str(options.control)), *candidates]
 
@@ -114,18 +122,19 @@ def compare_candidates(
     from prism_gguf.gates import Gate
 
     gates = [Gate.parse(text) for text in options.fail_on]
+    options = replace(options, lora=adapters(options.lora))
     with NativeWorker(verbose=options.verbose) as worker:
         # Unreadable files are found before the reference takes its minutes.
         given = given_capture(reference, texts)
         n_ctx = options.n_ctx if given is None else 0
         headers = {
-            c.path: attempt(worker, c.path, read_header, n_ctx, progress=partial(steps, Path(c.path).stem))
+            c.path: attempt(worker, c.path, read_candidate, n_ctx, options, progress=partial(steps, _name(c.path)))
             for c in candidates
             if c.made is None
         }
         if all(isinstance(headers.get(c.path), CandidateResult) for c in candidates):
             raise InvalidModelError("; ".join(_message(header) for header in headers.values()))
-        control = _control(headers, options.control)
+        control = _control(headers, options)
         folder, identity, text = open_reference(worker, reference, given, texts, options, steps)
         layers = None
         if options.layers:
@@ -169,13 +178,17 @@ def _measured(
     """One candidate's row; ``seconds`` is what measuring took, without making the file."""
     try:
         with nullcontext() if candidate.made is None else candidate.made(worker):
-            started, progress = time.monotonic(), partial(steps, Path(candidate.path).stem)
+            started, progress = time.monotonic(), partial(steps, _name(candidate.path))
             row = worker.run(measure_candidate, candidate.path, folder, options, progress=progress)
             if layers is not None:
                 row = with_layers(worker, row, folder, layers, options, stage(progress, "layers"))
     except PrismGgufError as error:
         return failed_row(candidate.path, error)
     return replace(row, seconds=round(time.monotonic() - started, 3))
+
+
+def _name(path: str) -> str:
+    return Path(path).name.removesuffix(".gguf")
 
 
 def failed_row(path: str, error: PrismGgufError) -> CandidateResult:
@@ -192,15 +205,20 @@ def given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path
     return Path(reference)
 
 
-def _control(headers: dict[str, Any], control: str | Path | None) -> str | None:
-    """The file that sets the noise floor: the one named, or the first unquantized one."""
-    if control is not None:
-        named = str(control)
+def _control(headers: dict[str, Any], options: CompareOptions) -> str | None:
+    """The file that sets the noise floor: the one named; or the first unquantized one, where all should be alike."""
+    named = None if options.control is None else str(options.control)
+    if named == NO_CONTROL:
+        return None
+    if named is not None:
         if isinstance(headers[named], CandidateResult):
             raise InvalidModelError(_message(headers[named]))
         if headers[named] not in UNQUANTIZED:
-            raise InvalidModelError(f"{named}: a control is F32, F16 or BF16; this is {headers[named]}")
+            found = "a checkpoint" if is_checkpoint(named) else headers[named]
+            raise InvalidModelError(f"{named}: a control is F32, F16 or BF16; this is {found}")
         return named
+    if options.lora or any(map(is_checkpoint, headers)):
+        return None
     return next((path for path, header in headers.items() if header in UNQUANTIZED), None)
 
 
@@ -239,13 +257,33 @@ def attempt(
         return failed_row(path, error)
 
 
-def read_header(path: str, n_ctx: int, *, progress: Progress = no_progress) -> str | None:
-    """Open a candidate as data, for the errors that this finds; its ftype. Runs in the worker."""
+def read_candidate(path: str, n_ctx: int, options: CompareOptions, *, progress: Progress = no_progress) -> str | None:
+    """Look at a candidate without running it, for the errors that this finds; a GGUF's ftype. Runs in the worker."""
+    if not is_checkpoint(path):
+        return read_header(path, n_ctx, adapters(options.lora), progress=progress)
+    from prism_gguf.adapters.huggingface import check_checkpoint
+
+    progress(0, 0, "reading the configuration")
+    if options.lora:
+        raise InvalidAdapterError(
+            f"{path}: llama.cpp applies adapters, which a checkpoint does not go through; "
+            "name GGUF files, or merge the adapter"
+        )
+    check_checkpoint(path, n_ctx, trust_remote_code=options.trust_remote_code)
+    return None
+
+
+def read_header(
+    path: str, n_ctx: int, lora: Sequence[LoraAdapter] = (), *, progress: Progress = no_progress
+) -> str | None:
+    """Open a GGUF as data, and see whether the adapters fit it; its ftype. Runs in the worker."""
     from prism_gguf.gguf_file import GgufFile
 
     progress(0, 0, "reading the header")
     gguf = GgufFile(path)
     gguf.check_context(n_ctx)
+    for adapter in lora:
+        AdapterFile(adapter.path).check_fits(gguf)
     return gguf.ftype
 
 
@@ -292,44 +330,55 @@ def describe_capture(
 def measure_candidate(
     path: str, folder: Path, options: CompareOptions, *, progress: Progress = no_progress
 ) -> CandidateResult:
-    """Run one GGUF over the captured windows and measure it. Runs in the worker."""
+    """Run one candidate over the captured windows and measure it. Runs in the worker."""
     from prism_gguf.capture_file import read_capture
     from prism_gguf.measure import measure
 
     options.limit_threads()
-    capture = read_capture(folder, progress)
+    capture, lora = read_capture(folder, progress), adapters(options.lora)
     progress(0, 0, "loading")
     with (
-        open_candidate(path, capture, options) as (model, shared, notes),
+        open_candidate(path, capture, options, lora) as (model, shared, notes),
         tempfile.TemporaryDirectory(prefix="prism-gguf-") as temporary,
     ):
-        return measure(
+        row = measure(
             capture,
             model,
             Path(temporary),
             shared_rows=shared,
-            notes=notes,
+            notes=[*notes, *_remarks(path, lora, options)],
             attribution=options.attribution,
             attribution_tokens=options.attribution_tokens,
             split_kernels=options.split_kernels,
             baselines=options.baselines,
             progress=progress,
         )
+    return replace(row, lora=list(lora))
+
+
+def _remarks(path: str, lora: Sequence[LoraAdapter], options: CompareOptions) -> Iterator[str]:
+    if is_checkpoint(path):
+        kernels = ", so there are none to split" if options.split_kernels else ""
+        yield f"a checkpoint, computed in float32 by transformers: none of llama.cpp's kernels is in its numbers{kernels}"
+    for adapter in lora:
+        if ignored := AdapterFile(adapter.path).ignored:
+            yield f"llama.cpp leaves {len(ignored)} norms of {in_words([adapter])} out"
 
 
 @contextmanager
-def open_candidate(path: str, capture: Capture, options: RunOptions) -> Iterator[tuple[LlamaCppModel, int, list[str]]]:
-    """A candidate in llama.cpp, known to be comparable, and what ``check_pair`` found. For the worker.
+def open_candidate(
+    path: str, capture: Capture, options: RunOptions, lora: Sequence[LoraAdapter] = ()
+) -> Iterator[tuple[Model, int, list[str]]]:
+    """A candidate in its runtime, known to be comparable, and what ``check_pair`` found. For the worker.
 
     Raises:
-        IncompatibleModelsError: it is no quantization of the reference, or reads the text otherwise.
+        IncompatibleModelsError: it is no variant of the reference, or reads the text otherwise.
     """
-    from prism_gguf.adapters.llama_cpp import LlamaCppModel
     from prism_gguf.measure import check_pair
     from prism_gguf.text import check_same_pieces, check_same_reading
 
-    with LlamaCppModel(path, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model:
-        shared, notes = check_pair(capture, model.gguf)
+    with open_variant(path, capture.windows.n_ctx, options, lora) as model:
+        shared, notes = check_pair(capture, model)
         if capture.texts:
             check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
         else:

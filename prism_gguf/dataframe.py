@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf.errors import MissingPackageError
+from prism_gguf.lora import in_words
 
 if TYPE_CHECKING:
     import pandas
@@ -23,11 +24,12 @@ _ERROR = {"error.kind": None, "error.message": None}
 
 
 def comparison_table(found: Comparison) -> pandas.DataFrame:
-    """One row a candidate; ``error.message`` says why a row has no numbers."""
+    """One row a candidate; ``lora`` names its adapters; ``error.message`` says why a row has no numbers."""
     rows = []
     for candidate in found.candidates:
         row = flat({key: value for key, value in asdict(candidate).items() if key != "tensor_types"})
-        rows.append({**row, **_ERROR, **{key: row[key] for key in _ERROR if key in row}})
+        adapted = {"lora": in_words(candidate.lora)} if candidate.lora else {}
+        rows.append({**row, **adapted, **_ERROR, **{key: row[key] for key in _ERROR if key in row}})
     return _table(rows)
 
 

@@ -1,4 +1,4 @@
-"""A candidate over a capture's windows: its hidden states, and the logits that llama.cpp serves from them."""
+"""A candidate over a capture's windows: its hidden states, and the logits that its runtime serves from them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prism_gguf.adapters import WindowStates
-from prism_gguf.adapters.llama_cpp import LlamaCppModel, emulated_head
+from prism_gguf.adapters import Model, WindowStates
+from prism_gguf.adapters.llama_cpp import LlamaCppModel
 from prism_gguf.capture_file import Capture
 from prism_gguf.isolation import Progress, part, stage
 from prism_gguf.metrics.divergence import TokenDivergence, token_divergence
@@ -40,23 +40,23 @@ class Decoded:
     logits: Logits
 
 
-def decode_windows(
-    capture: Capture, model: LlamaCppModel, folder: Path, shared_rows: int, progress: Progress
-) -> Decoded:
-    """Run the candidate over the windows, in front of its head where the head's kernel can be emulated.
+def decode_windows(capture: Capture, model: Model, folder: Path, shared_rows: int, progress: Progress) -> Decoded:
+    """Run the candidate over the windows, in front of its head where what that makes of the states is known.
 
-    The emulation is checked against the runtime's own logits on the first and the middle window of this very run; where
-    they differ (another backend, another kernel) the runtime's logits are used throughout.
+    The emulation of llama.cpp's kernel is checked against the runtime's own logits on the first and the middle window of
+    this very run; where they differ (another backend, another kernel) the runtime's logits are used throughout. A
+    checkpoint's logits are its states times its head: nothing is emulated, and nothing is left to check.
     """
-    served = emulated_head(model.gguf)
+    served = model.served_head()
     disagreement: float | None = None
     if served is not None:
-        hidden, disagreement = _states(capture, model, folder, served, progress)
-        if disagreement <= _MAX_EMULATION_KLD:
+        exact = served.round_activations is None
+        hidden, disagreement = _states(capture, model, folder, None if exact else served, progress)
+        if disagreement is None or disagreement <= _MAX_EMULATION_KLD:
             tokens = TokenDivergence.concatenate(
                 list(_blocks(capture, hidden, served, shared_rows, stage(progress, "comparing")))
             )
-            return Decoded(hidden, tokens, Logits("emulated", disagreement))
+            return Decoded(hidden, tokens, Logits("computed" if exact else "emulated", disagreement))
     hidden, tokens = _states_and_logits(capture, model, folder, shared_rows, progress)
     return Decoded(hidden, tokens, Logits("runtime", disagreement))
 
@@ -75,7 +75,7 @@ def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, pr
         threads=model.options.n_threads,
         progress=stage(progress, "making F16 of it"),
     )
-    with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options) as unquantized:
+    with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options, lora=model.lora) as unquantized:
         for number, tokens in enumerate(windows.tokens):
             progress(number, windows.n_windows, "running as F16")
             for states in unquantized.window_states(tokens, windows.first_scored):
@@ -90,21 +90,21 @@ def _new_states(capture: Capture, path: Path) -> np.memmap:
 
 
 def _states(
-    capture: Capture, model: LlamaCppModel, folder: Path, served: OutputHead, progress: Progress
-) -> tuple[np.ndarray, float]:
+    capture: Capture, model: Model, folder: Path, emulated: OutputHead | None, progress: Progress
+) -> tuple[np.ndarray, float | None]:
     """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
     windows, hidden, worst = capture.windows, _new_states(capture, folder / STATES), 0.0
-    proofs = {0, windows.n_windows // 2}
+    proofs = set() if emulated is None else {0, windows.n_windows // 2}
     for done, number in enumerate(sorted(range(windows.n_windows), key=lambda n: n not in proofs)):
         progress(done, windows.n_windows, "running")
         tokens = windows.tokens[number]
         for states in model.window_states(tokens, windows.first_scored, logits=number in proofs):
             hidden[windows.rows(number, states.start, states.stop)] = states.hidden
-            if states.logits is not None:
-                worst = max(worst, _disagreement(states, served, tokens))
+            if emulated is not None and states.logits is not None:
+                worst = max(worst, _disagreement(states, emulated, tokens))
         if worst > _MAX_EMULATION_KLD:
             break
-    return hidden, worst
+    return hidden, None if emulated is None else worst
 
 
 def _disagreement(states: WindowStates, served: OutputHead, tokens: np.ndarray) -> float:
@@ -137,7 +137,7 @@ def _blocks(
 
 
 def _states_and_logits(
-    capture: Capture, model: LlamaCppModel, folder: Path, shared_rows: int, progress: Progress
+    capture: Capture, model: Model, folder: Path, shared_rows: int, progress: Progress
 ) -> tuple[np.ndarray, TokenDivergence]:
     """Hidden states, and the divergence of the runtime's own logits as they come."""
     windows, hidden, head = capture.windows, _new_states(capture, folder / STATES), capture.head

@@ -71,5 +71,9 @@ class InfeasibleBudgetError(PrismGgufError):
     """A budget that no choice of types keeps; the message names the smallest feasible one."""
 
 
+class InvalidAdapterError(PrismGgufError):
+    """A LoRA adapter that cannot be read, or belongs to another model."""
+
+
 class InvalidResultError(PrismGgufError):
     """A stored result cannot be read, or results cannot be put together."""

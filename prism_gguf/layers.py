@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,8 @@ from prism_gguf.details import LayerCost, LayerDrift, Layers
 from prism_gguf.errors import IncompatibleModelsError, InvalidCaptureError, PrismGgufError
 from prism_gguf.files import write_whole
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
-from prism_gguf.reference import RunOptions, open_model, runtime_of
+from prism_gguf.lora import LoraAdapter
+from prism_gguf.reference import RunOptions, open_model, open_variant, runtime_of
 from prism_gguf.results import CandidateResult
 from prism_gguf.state_file import StateFile
 from prism_gguf.text import TokenWindows
@@ -166,6 +167,7 @@ def _check_model(capture: Capture, cache: Path) -> None:
 
 def measure_layers(
     path: str,
+    lora: Sequence[LoraAdapter],
     capture_folder: Path,
     reference: ReferenceLayers,
     options: RunOptions,
@@ -178,7 +180,6 @@ def measure_layers(
         IncompatibleModelsError: it has more or fewer blocks than the reference.
         RuntimeFailureError: its graph has no residual stream that can be read, or it does not run.
     """
-    from prism_gguf.adapters.llama_cpp import LlamaCppModel
     from prism_gguf.capture_file import read_capture
     from prism_gguf.metrics.geometry import SquareAccumulator
 
@@ -187,7 +188,7 @@ def measure_layers(
     capture = read_capture(capture_folder)
     windows, streams = capture.windows, reference.open(capture)
     sums = [SquareAccumulator() for _ in range(reference.n_blocks)]
-    with LlamaCppModel(path, n_ctx=windows.n_ctx, options=options.runtime()) as model:
+    with open_variant(path, windows.n_ctx, options, lora) as model:
         for i, number in enumerate(reference.numbers):
             progress(i, len(reference.numbers))
             for part in model.layer_states(windows.tokens[number], windows.first_scored):
@@ -219,7 +220,7 @@ def with_layers(
 ) -> CandidateResult:
     """A measured candidate's row with its drift by block, or with a note that says why it has none."""
     try:
-        drift = worker.run(measure_layers, row.path, capture_folder, reference, options, progress=progress)
+        drift = worker.run(measure_layers, row.path, row.lora, capture_folder, reference, options, progress=progress)
     except PrismGgufError as error:
         return replace(row, notes=[*row.notes, f"no drift by block: {error}"])
     return replace(row, layers=drift)

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prism_gguf.adapters.llama_cpp import LlamaCppModel, emulated_head, gguf_output_head
+from prism_gguf.adapters import Model
+from prism_gguf.adapters.llama_cpp import LlamaCppModel
 from prism_gguf.attribute import attribute
 from prism_gguf.capture_file import Capture
 from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
 from prism_gguf.details import Baselines
 from prism_gguf.divergent_tokens import divergent_tokens
 from prism_gguf.errors import IncompatibleModelsError
-from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import Progress, no_progress, stage
 from prism_gguf.metrics.bound import K_PRED, Bound, HeadMoments, head_divergence, head_moments
 from prism_gguf.metrics.divergence import clustered_mean
@@ -38,42 +38,43 @@ from prism_gguf.results import CandidateResult, Divergence, FallbackInfo, Geomet
 _SLACK = 1e-5
 
 
-def check_pair(capture: Capture, gguf: GgufFile) -> tuple[int, list[str]]:
+def check_pair(capture: Capture, model: Model) -> tuple[int, list[str]]:
     """Whether a candidate can be compared at all: the vocabulary rows both have, and what to tell the user.
 
     Raises:
         IncompatibleModelsError: other hidden width, another vocabulary, or another transform of the logits.
     """
-    reference = capture.identity
-    if gguf.hidden_size != reference.hidden_size:
+    reference, candidate = capture.identity, model.identity
+    is_checkpoint = candidate.kind == "huggingface"
+    other = "it is no variant of this reference" if is_checkpoint else "it is not a quantization of this reference"
+    if candidate.hidden_size != reference.hidden_size:
         raise IncompatibleModelsError(
-            f"{gguf.path}: hidden width {gguf.hidden_size}, the reference has {reference.hidden_size}; "
-            "it is not a quantization of this reference"
+            f"{candidate.path}: hidden width {candidate.hidden_size}, the reference has {reference.hidden_size}; {other}"
         )
-    transform = gguf_output_head(gguf).transform
+    transform = model.output_head().transform
     if not capture.head.transform.agrees(transform):
         raise IncompatibleModelsError(
-            f"{gguf.path}: logits are made with {transform}, in the reference with {capture.head.transform}; "
-            "the conversion lost or changed it"
+            f"{candidate.path}: logits are made with {transform}, in the reference with {capture.head.transform}; "
+            + (other if is_checkpoint else "the conversion lost or changed it")
         )
-    shared = min(gguf.vocab_size, reference.vocab_size)
-    tokens = gguf.n_vocab_tokens or gguf.vocab_size
+    shared = min(candidate.vocab_size, reference.vocab_size)
+    tokens = model.vocabulary.n_tokens
     if max(tokens, capture.n_tokens) > shared:
         raise IncompatibleModelsError(
-            f"{gguf.path}: vocabulary of {tokens} tokens in {gguf.vocab_size} rows, the reference has {capture.n_tokens} "
-            f"in {reference.vocab_size}; it is not a quantization of this reference"
+            f"{candidate.path}: vocabulary of {tokens} tokens in {candidate.vocab_size} rows, the reference has "
+            f"{capture.n_tokens} in {reference.vocab_size}; {other}"
         )
-    if gguf.vocab_size == reference.vocab_size:
+    if candidate.vocab_size == reference.vocab_size:
         return shared, []
     return shared, [
-        f"padded vocabulary: {gguf.vocab_size} rows against the reference's {reference.vocab_size}; "
+        f"padded vocabulary: {candidate.vocab_size} rows against the reference's {reference.vocab_size}; "
         f"compared over the {shared} that both have"
     ]
 
 
 def measure(
     capture: Capture,
-    model: LlamaCppModel,
+    model: Model,
     folder: Path,
     *,
     shared_rows: int,
@@ -91,7 +92,7 @@ def measure(
         shared_rows, notes: what ``check_pair`` found.
         attribution: split the divergence between its causes.
         attribution_tokens: of a random sample of so many tokens; None takes as many as n · V allows.
-        split_kernels: run the candidate's weights as F16 too, and so tell the body's weights from its kernels.
+        split_kernels: run a GGUF's weights as F16 too, and so tell the body's weights from its kernels.
         baselines: the literature's similarity scores too.
 
     Raises:
@@ -106,7 +107,9 @@ def measure(
     gap, gap_se = clustered_mean(tokens.nll_candidate - tokens.nll_reference, clusters)
     shares = risk_shares = None
     if attribution:
-        weights = weights_only_states(capture, model, folder, progress) if split_kernels else None
+        weights = None
+        if split_kernels and isinstance(model, LlamaCppModel):
+            weights = weights_only_states(capture, model, folder, progress)
         moments = features if weights is None else _feature_moments(capture, weights, progress)
         ratio = math.sqrt(moments.candidate_square / moments.reference_square)
         shares, risk_shares = attribute(
@@ -116,17 +119,17 @@ def measure(
     # The bound speaks of states times weights: what the head's kernel adds to the gap is not its business.
     kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
     geometries = [_geometry_row(name, bound, gap - kernel) for name, bound in _bounds(features, heads, capture.k_feat)]
-    gguf = model.gguf
-    emulated = emulated_head(gguf) if decoded.logits.source == "emulated" else None
+    stored = model.stored()
+    served = None if decoded.logits.source == "runtime" else model.served_head()
     return CandidateResult(
-        path=str(gguf.path),
-        file_bytes=gguf.file_bytes,
-        bits_per_weight=gguf.bits_per_weight,
-        ftype=gguf.ftype,
-        types=gguf.types,
-        tensor_types={t.name: t.type for t in gguf.tensors},
-        fallbacks=[FallbackInfo(f.tensor, f.type, f.wanted, f.reason) for f in gguf.fallbacks],
-        head=HeadInfo(candidate_head.tensor, candidate_head.type, gguf.tied),
+        path=model.identity.path,
+        file_bytes=stored.file_bytes,
+        bits_per_weight=stored.bits_per_weight,
+        ftype=stored.ftype,
+        types=stored.types,
+        tensor_types=stored.tensor_types,
+        fallbacks=[FallbackInfo(f.tensor, f.type, f.wanted, f.reason) for f in stored.fallbacks],
+        head=HeadInfo(candidate_head.tensor, candidate_head.type, model.identity.tied),
         geometry=geometries[0],
         geometry_alternatives=geometries[1:],
         risk=Risk(float(tokens.nll_reference.mean()), float(tokens.nll_candidate.mean()), gap, gap_se),
@@ -136,7 +139,7 @@ def measure(
         risk_attribution=risk_shares,
         logits=decoded.logits,
         divergent_tokens=divergent_tokens(
-            capture, decoded.hidden, tokens.kld, emulated or candidate_head, shared_rows, model.text
+            capture, decoded.hidden, tokens.kld, served or candidate_head, shared_rows, model.text
         ),
         baselines=_baselines(capture, decoded.hidden, candidate_head, shared_rows, progress) if baselines else None,
         notes=notes,

@@ -22,8 +22,9 @@ def rank(candidates: Sequence[CandidateResult]) -> Ranking:
 
 
 def _best_for_size(candidates: Sequence[CandidateResult]) -> list[str]:
-    """The Pareto front of bytes against KLD, smallest file first."""
-    sizes = [(c.file_bytes or 0, c.divergence.kld_mean, c.path) for c in candidates if c.divergence is not None]
+    """The Pareto front of bytes against KLD, smallest file first; a checkpoint is nothing that one would take instead."""
+    files = [c for c in candidates if not c.is_checkpoint]
+    sizes = [(c.file_bytes or 0, c.divergence.kld_mean, c.path) for c in files if c.divergence is not None]
     front: list[str] = []
     lowest = float("inf")
     for _, kld, path in sorted(sizes):

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from prism_gguf.cache import default_cache, is_capture, key_of, locked, model_fingerprint, recorded_key
+from prism_gguf.cache import default_cache, is_capture, is_checkpoint, key_of, locked, model_fingerprint, recorded_key
 from prism_gguf.errors import InvalidCaptureError
 from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.reading import Reading, Source, TokenSource
@@ -18,6 +18,7 @@ from prism_gguf.text import Score, default_texts
 if TYPE_CHECKING:  # torch and llama.cpp are loaded in the child process only
     from prism_gguf.adapters import Model
     from prism_gguf.adapters.llama_cpp import RuntimeOptions
+    from prism_gguf.lora import LoraAdapter
 
 
 class Steps(Protocol):
@@ -37,7 +38,7 @@ class RunOptions:
     Attributes:
         cache: folder for captures; None takes the user's cache folder.
         threads, n_gpu_layers, cache_type_k, cache_type_v: see ``adapters.llama_cpp.RuntimeOptions``.
-        trust_remote_code: let transformers run code that comes with the reference.
+        trust_remote_code: let transformers run code that comes with a checkpoint.
         verbose: let llama.cpp log to stderr.
     """
 
@@ -197,3 +198,12 @@ def open_model(reference: str, n_ctx: int, options: RunOptions) -> Model:
     from prism_gguf.adapters.huggingface import HuggingFaceModel
 
     return HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code)
+
+
+def open_variant(path: str, n_ctx: int, options: RunOptions, lora: Sequence[LoraAdapter] = ()) -> Model:
+    """A candidate: a checkpoint folder or hub id in transformers, anything else in llama.cpp. For the worker."""
+    if is_checkpoint(path):
+        return open_model(path, n_ctx, options)
+    from prism_gguf.adapters.llama_cpp import LlamaCppModel
+
+    return LlamaCppModel(path, n_ctx=n_ctx, options=options.runtime(), lora=lora)

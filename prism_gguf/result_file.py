@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prism_gguf.adapters import ModelIdentity
 from prism_gguf.errors import InvalidResultError
+from prism_gguf.lora import in_words
 from prism_gguf.ranking import rank
 from prism_gguf.results import SCHEMA, CandidateResult, Comparison
 
@@ -119,6 +120,11 @@ def _check_same(name: str, first: Comparison, other_name: str, other: Comparison
 def _newer(old: CandidateResult, new: CandidateResult) -> CandidateResult:
     if old.divergence is None or new.divergence is None:
         return old if new.divergence is None else new
+    if old.lora != new.lora:
+        one, other = (in_words(row.lora) or "no adapter" for row in (old, new))
+        raise InvalidResultError(
+            f"{new.path}: measured with {one} and with {other}, which are two things under one name; leave one of them out"
+        )
     ours, theirs = old.divergence.kld_mean, new.divergence.kld_mean
     if old.file_bytes != new.file_bytes or abs(ours - theirs) > _SAME_KLD * max(abs(ours), abs(theirs)):
         raise InvalidResultError(

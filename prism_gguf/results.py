@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prism_gguf.adapters import ModelIdentity
 from prism_gguf.details import Baselines, DivergentToken, LayerCost, Layers
 from prism_gguf.errors import OverBudgetError
+from prism_gguf.lora import LoraAdapter
 
 if TYPE_CHECKING:
     import pandas
@@ -233,8 +234,8 @@ class Logits:
     """Where the candidate's distribution comes from.
 
     Attributes:
-        source: ``runtime`` (llama.cpp's own logits), or ``emulated`` (its hidden states through its head's kernel, after a
-            check against its logits in the same run).
+        source: ``runtime`` (llama.cpp's own logits), ``emulated`` (its hidden states through its head's kernel, after a
+            check against its logits in the same run), or ``computed`` (a checkpoint's states times its head, in float32).
         emulation_kld: mean KLD(runtime ‖ emulated) in that check, nats; None where the kernel is not known.
     """
 
@@ -288,7 +289,7 @@ class Ranking:
         kld_mean: by measured divergence.
         bound: by PRISM's bound with W = Procrustes, the form that the paper ranks with.
         spearman: rank correlation of the bound with the divergence; None for less than three candidates.
-        best_for_size: the Pareto front, smallest file first: no file of at most that size has a lower divergence.
+        best_for_size: the Pareto front of the GGUFs, smallest file first: none of at most that size has a lower divergence.
     """
 
     kld_mean: list[str]
@@ -323,10 +324,12 @@ class CandidateResult:
     """One candidate: what the file is, and how far it is from the reference. Numbers are None where ``error`` is not.
 
     Attributes:
+        file_bytes, bits_per_weight: without adapters; ``ftype``: a checkpoint's dtype.
         types: how many tensors have each type; ``tensor_types`` has the type of each.
         divergent_tokens: the scored tokens with the largest divergence, largest first.
         layers, baselines: None unless they were asked for.
         seconds: what measuring took, without making the file.
+        lora: the adapters that llama.cpp applied.
     """
 
     path: str
@@ -352,6 +355,12 @@ class CandidateResult:
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
     error: Failure | None = None
+    lora: list[LoraAdapter] = field(default_factory=list)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether this is a checkpoint, which no kernel of llama.cpp has rounded."""
+        return self.logits is not None and self.logits.source == "computed"
 
     @property
     def over_budget(self) -> bool:

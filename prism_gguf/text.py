@@ -270,7 +270,7 @@ def check_same_pieces(pieces: Mapping[int, str], candidate: Vocabulary, name: st
         if found.strip() != piece.strip() and "\ufffd" not in found + piece:
             raise IncompatibleModelsError(
                 f"{name}: token {token} is {found!r}, in the reference {piece!r}; "
-                "is it a conversion of this very checkpoint?"
+                "is it a conversion or a fine-tune of this very checkpoint?"
             )
 
 
@@ -303,7 +303,8 @@ def check_same_reading(
         raise IncompatibleModelsError(
             f"{name}: its tokenizer reads text '{text.domain}' differently from token {at} on: "
             f"{_context(pieces.__getitem__, expected, at)} in the reference, "
-            f"{_context(candidate.piece, found, at)} in the candidate; is it a conversion of this very checkpoint?"
+            f"{_context(candidate.piece, found, at)} in the candidate; "
+            "is it a conversion or a fine-tune of this very checkpoint?"
         )
 
 

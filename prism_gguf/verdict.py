@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prism_gguf.gates import Gate
+from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.results import Attribution, CandidateResult, NoiseFloor, Status, Verdict
 
 # What the path itself costs where no control was run. Controls measured here: 5e-7 to 2e-6 nats with F16.
@@ -37,7 +38,17 @@ def judge(
     status, axis = _status(candidate.divergence.kld_mean, candidate.attribution, floor)
     passed = all(result.passed for result in results)
     mendable = axis is not None and status not in (Status.LOSSLESS, Status.CONVERSION)
+    mendable = mendable and not differs_on_purpose(candidate, floor)
     return Verdict(status, axis, results, passed, _remedies(candidate, axis) if mendable and axis else [])
+
+
+def differs_on_purpose(candidate: CandidateResult, floor: NoiseFloor | None) -> bool:
+    """Whether more than quantization lies between a candidate and its reference: other weights, which no type mends.
+
+    So it is with another checkpoint or its unquantized GGUF, and with an adapter, unless a control with that adapter shows
+    that the reference has it too.
+    """
+    return candidate.is_checkpoint or candidate.ftype in UNQUANTIZED or bool(candidate.lora and floor is None)
 
 
 def is_lossless(kld: float, floor: NoiseFloor | None) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from prism_gguf.chat import Conversation
 from prism_gguf.text import Vocabulary
 
 if TYPE_CHECKING:  # torch is loaded where models run; results name models without it
+    from prism_gguf.gguf_file import Fallback
     from prism_gguf.output_head import OutputHead
 
 
@@ -30,6 +32,29 @@ class ModelIdentity:
     vocab_size: int
     tied: bool
     fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a model's own files hold.
+
+    Attributes:
+        bits_per_weight: of the tensors alone.
+        ftype: of a GGUF, such as ``Q4_K_M``; a checkpoint's dtype.
+        tensor_types: the type of each tensor.
+        fallbacks: tensors of a GGUF that could not take their ftype's own type.
+    """
+
+    file_bytes: int
+    bits_per_weight: float
+    ftype: str | None
+    tensor_types: dict[str, str]
+    fallbacks: list[Fallback] = field(default_factory=list)
+
+    @property
+    def types(self) -> dict[str, int]:
+        """Number of tensors of each type, most frequent first."""
+        return dict(Counter(self.tensor_types.values()).most_common())
 
 
 @dataclass(frozen=True)
@@ -72,10 +97,22 @@ class Model(Protocol):
     @property
     def vocabulary(self) -> Vocabulary: ...
 
-    def output_head(self) -> OutputHead: ...
+    def stored(self) -> StoredModel: ...
+
+    def output_head(self) -> OutputHead:
+        """Its weights, without a runtime's kernel."""
+        ...
+
+    def served_head(self) -> OutputHead | None:
+        """What makes the logits that the model serves of its final states; None where only the runtime itself can."""
+        ...
 
     def head_source(self) -> dict[str, str] | None:
         """``file``, ``tensor`` and ``bias`` that hold the head as the model itself stores it; None where no file does."""
+        ...
+
+    def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
+        """The text of token ids; ``errors`` says what becomes of parts of a character, where the runtime lets one say."""
         ...
 
     def render_chat(self, conversation: Conversation) -> str:

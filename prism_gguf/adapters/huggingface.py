@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.hub import cached_file
 
-from prism_gguf.adapters import LayerStates, ModelIdentity, WindowStates
+from prism_gguf.adapters import LayerStates, ModelIdentity, StoredModel, WindowStates
+from prism_gguf.cache import is_capture, is_hub_id
 from prism_gguf.chat import Conversation
 from prism_gguf.errors import InvalidModelError, RuntimeFailureError
 from prism_gguf.output_head import LogitTransform, OutputHead
@@ -92,6 +95,47 @@ def _logit_transform(config: Any) -> LogitTransform:
     )
 
 
+def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) -> None:
+    """Find out from a checkpoint's configuration, without its weights, whether it can be run over windows of ``n_ctx``.
+
+    Raises:
+        InvalidModelError: there is none, it has no safetensors, or was trained for shorter windows.
+    """
+    folder = Path(path)
+    if is_capture(folder):
+        raise InvalidModelError(f"{path}: is a capture, which is a reference; a candidate is a model")
+    if (folder / "adapter_config.json").is_file():
+        raise InvalidModelError(
+            f"{path}: holds a PEFT adapter, not a checkpoint; convert it (llama.cpp's convert_lora_to_gguf.py) and give it "
+            "with --lora, or merge it"
+        )
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        what = "not on the hub, or not to be had from here" if is_hub_id(path) else "no checkpoint"
+        raise InvalidModelError(f"{path}: {what}: {_first_line(error)}") from error
+    if folder.is_dir() and not _weight_files(folder):
+        raise InvalidModelError(f"{path}: has no safetensors; save it with them (save_pretrained)")
+    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if trained is not None and n_ctx > trained:
+        raise InvalidModelError(f"{path}: was trained for a context of {trained} tokens; use --n-ctx {trained} or less")
+
+
+def _first_line(error: Exception) -> str:
+    """transformers says what it missed in many lines; the first tells."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors that transformers reads of a checkpoint's folder; publishers may have put others beside them."""
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    if (index := folder / "model.safetensors.index.json").is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
 class HuggingFaceModel:
     """A checkpoint directory or hub id, safetensors only, computing in float32 on the CPU.
 
@@ -115,9 +159,9 @@ class HuggingFaceModel:
                     experts_implementation="eager",
                 )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            # transformers says what it missed in many lines; the first tells.
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InvalidModelError(f"{self._path}: transformers cannot load it as a causal LM: {reason}") from error
+            raise InvalidModelError(
+                f"{self._path}: transformers cannot load it as a causal LM: {_first_line(error)}"
+            ) from error
         self._model = model.eval().requires_grad_(False)
         self._head = self._model.get_output_embeddings()
         if self._head is None or not hasattr(self._head, "weight"):
@@ -229,10 +273,35 @@ class HuggingFaceModel:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)
         return np.array(encoded["input_ids"], dtype=np.int32)
 
+    def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
+        """The text of token ids; parts of a character come out as U+FFFD, whatever ``errors`` says."""
+        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
     def render_chat(self, conversation: Conversation) -> str:
         if not self._tokenizer.chat_template:
             raise InvalidModelError(f"{self._path}: the tokenizer has no chat template; use --text")
         return str(self._tokenizer.apply_chat_template(conversation, tokenize=False))
+
+    def stored(self) -> StoredModel:
+        files = _weight_files(self._folder)
+        if not files:
+            raise InvalidModelError(f"{self._path}: no safetensors in {self._folder}")
+        headers: dict[str, dict[str, Any]] = {}
+        for file in files:
+            with file.open("rb") as stream:
+                headers |= json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        headers.pop("__metadata__", None)
+        n_bytes = sum(end - begin for begin, end in (h["data_offsets"] for h in headers.values()))
+        return StoredModel(
+            file_bytes=sum(file.stat().st_size for file in files),
+            bits_per_weight=8 * n_bytes / sum(math.prod(h["shape"]) for h in headers.values()),
+            ftype=self.identity.dtype,
+            tensor_types={name: h["dtype"] for name, h in headers.items()},
+        )
+
+    def served_head(self) -> OutputHead:
+        """The weights themselves: no kernel rounds anything."""
+        return self.output_head()
 
     def output_head(self) -> OutputHead:
         weight = self._head.weight.detach()

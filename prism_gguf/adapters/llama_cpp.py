@@ -13,11 +13,12 @@ import numpy as np
 import psutil
 from gguf import GGMLQuantizationType
 
-from prism_gguf.adapters import LayerStates, ModelIdentity, WindowStates, ggml
+from prism_gguf.adapters import LayerStates, ModelIdentity, StoredModel, WindowStates, ggml
 from prism_gguf.adapters.native_log import native_log
 from prism_gguf.chat import Conversation
-from prism_gguf.errors import InvalidModelError, RuntimeFailureError
+from prism_gguf.errors import InvalidAdapterError, InvalidModelError, RuntimeFailureError
 from prism_gguf.gguf_file import GgufFile
+from prism_gguf.lora import AdapterFile, LoraAdapter
 from prism_gguf.output_head import LogitTransform, OutputHead
 from prism_gguf.text import Vocabulary
 
@@ -88,18 +89,46 @@ def emulated_head(gguf: GgufFile) -> OutputHead | None:
     return None if rounding is None else replace(gguf_output_head(gguf), round_activations=rounding)
 
 
+def adapted_head(head: OutputHead, lora: Sequence[LoraAdapter]) -> OutputHead:
+    """``head`` with what the adapters add to its rows, or itself where they leave it alone."""
+    updates = [
+        (np.float32(one.scale) * update[0], update[1])
+        for one in lora
+        if one.scale and (update := AdapterFile(one.path).update(head.tensor)) is not None
+    ]
+    if not updates:
+        return head
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        return sum((b[start:stop] @ a for b, a in updates), start=head.read_rows(start, stop))
+
+    return replace(head, read_rows=read_rows)
+
+
 class LlamaCppModel:
-    """A GGUF loaded into llama.cpp, with a context for windows of ``n_ctx`` tokens.
+    """A GGUF loaded into llama.cpp with LoRA adapters, and a context for windows of ``n_ctx`` tokens.
 
     Raises:
         InvalidModelError: llama.cpp cannot load the file.
+        InvalidAdapterError: it cannot load an adapter, or that belongs to another model.
         RuntimeFailureError: the context cannot be made, a decode fails, or states are undefined (NaN).
     """
 
-    def __init__(self, path: str | Path, *, n_ctx: int, options: RuntimeOptions | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_ctx: int,
+        options: RuntimeOptions | None = None,
+        lora: Sequence[LoraAdapter] = (),
+    ) -> None:
         self.gguf = GgufFile(path)
         self.gguf.check_context(n_ctx)
         self.options = options or RuntimeOptions()
+        self.lora = tuple(lora)
+        for one in self.lora:
+            AdapterFile(one.path).check_fits(self.gguf)
+        self._head = adapted_head(gguf_output_head(self.gguf), self.lora)
         self._log = native_log()
         self._log.clear()
         self._model: Any = None
@@ -131,9 +160,22 @@ class LlamaCppModel:
         self._vocab = C.llama_model_get_vocab(self._model)
         self.n_vocab = int(C.llama_vocab_n_tokens(self._vocab))
         self._n_batch = max(16, min(n_ctx, _MAX_BATCH, _MAX_LOGIT_BYTES // (4 * self.n_vocab)))
+        # Before the context, which makes room in its graph for all that the model has by then.
+        loaded = [self._load_adapter(one) for one in self.lora]
         self._ctx = C.llama_init_from_model(self._model, self._context_params(n_ctx))
         if not self._ctx:
             raise RuntimeFailureError(f"{self.gguf.path}: llama.cpp cannot make a context: {self._log.reason()}")
+        if loaded:
+            handles = (C.llama_adapter_lora_p_ctypes * len(loaded))(*loaded)
+            scales = (ctypes.c_float * len(loaded))(*(one.scale for one in self.lora))
+            C.llama_set_adapters_lora(self._ctx, handles, len(loaded), scales)
+
+    def _load_adapter(self, adapter: LoraAdapter) -> Any:
+        """An adapter in llama.cpp; it goes with the model."""
+        loaded = C.llama_adapter_lora_init(self._model, str(adapter.path).encode())
+        if not loaded:
+            raise InvalidAdapterError(f"{adapter.path}: llama.cpp cannot load it: {self._log.reason()}")
+        return loaded
 
     def _context_params(self, n_ctx: int) -> Any:
         options = self.options
@@ -234,8 +276,18 @@ class LlamaCppModel:
         rendered, _ = render_jinja_template(conversations=[conversation], chat_template=str(template), **special)
         return str(rendered[0])
 
+    def stored(self) -> StoredModel:
+        gguf = self.gguf
+        types = {tensor.name: tensor.type for tensor in gguf.tensors}
+        return StoredModel(gguf.file_bytes, gguf.bits_per_weight, gguf.ftype, types, gguf.fallbacks)
+
     def output_head(self) -> OutputHead:
-        return gguf_output_head(self.gguf)
+        return self._head
+
+    def served_head(self) -> OutputHead | None:
+        # An adapter of the head has a product of its own, with a kernel of its own.
+        adapted = any(one.scale and AdapterFile(one.path).adapts(self._head.tensor) for one in self.lora)
+        return None if adapted else emulated_head(self.gguf)
 
     def head_source(self) -> dict[str, str]:
         return {"file": str(self.gguf.path.resolve()), "tensor": self.gguf.head_tensor.name, "bias": "output.bias"}

@@ -76,6 +76,7 @@ def decode_body(path: str, folder: Path, out: Path, options: HeadOptions, *, pro
     out.mkdir()
     progress(0, 0, "loading")
     with open_candidate(path, capture, options) as (model, shared, notes):
+        assert isinstance(model, LlamaCppModel)
         decoded = decode_windows(capture, model, out, shared, progress)
         kernel = _is_cpu_kernel(decoded.logits, model.gguf.head_type)
     np.savez(out / _SERVED, **{f.name: getattr(decoded.tokens, f.name) for f in fields(TokenDivergence)})

@@ -38,8 +38,15 @@ def compare_options(score: str, fail_on: tuple[str, ...], **options: Any) -> Com
 
 @main.command()
 @click.argument("reference")
-@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE.gguf…")
+@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE…")
 @text_options
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="ADAPTER.gguf[:SCALE]",
+    help="LoRA adapter that llama.cpp applies to every candidate, at SCALE times its own strength; repeatable. No "
+    "candidate is then the control by itself.",
+)
 @judging_options
 @runtime_options
 @trust_option
@@ -54,7 +61,9 @@ def compare(
     """How far is each CANDIDATE from REFERENCE, and why?
 
     REFERENCE is a checkpoint directory, a hub id (owner/name), a GGUF (best F16 or BF16), or a folder that `prism-gguf
-    capture` made, with the text that it has read. Candidates are GGUF files; name the first part of a split one.
+    capture` made, with the text that it has read. A CANDIDATE is a GGUF file (the first part of a split one), or a
+    checkpoint directory or hub id, such as a fine-tune, which runs in transformers; no candidate is then the control by
+    itself.
 
     Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken or the conversion is, 2 if something could not be done.
     """

@@ -154,13 +154,13 @@ judging_options = options(
     click.option(
         "--control",
         metavar="F16.gguf",
-        help="Unquantized GGUF that sets the noise floor. Default: the first among the candidates.",
+        help="Unquantized GGUF that sets the noise floor, or 'none'. Default: the first among the candidates.",
     ),
     limit_options,
 )
 
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Let transformers run code that comes with REFERENCE."
+    "--trust-remote-code", is_flag=True, help="Let transformers run code that comes with a checkpoint."
 )
 quiet_option = click.option("--quiet", is_flag=True, help="Show no progress, no tables and no notes; only errors.")
 json_option = click.option(

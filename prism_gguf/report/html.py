@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from prism_gguf.report.baselines import CONTEXT, HEADINGS, baseline_rows
 from prism_gguf.report.figures import Drawing, svg
 from prism_gguf.report.names import command_line, file_names
-from prism_gguf.report.words import best_for_size, number, printable, verdict_in_words
+from prism_gguf.report.words import best_for_size, number, printable, title, verdict_in_words, with_adapters
 from prism_gguf.results import CandidateResult, Comparison
 
 _HARDWARE = ("cpu", "cpus", "machine", "system")
@@ -79,7 +79,7 @@ def page(comparison: Comparison) -> str:
         "page.html.j2",
         drawing,
         figures=shown,
-        title=f"{_reference_name(comparison)}: what quantization lost",
+        title=f"{_reference_name(comparison)}: {title(comparison)}",
         has_layers=any(figure.id == "layers" for figure in shown),
         type_maps=[
             _type_map(
@@ -146,6 +146,7 @@ def _environment(comparison: Comparison) -> Environment:
         "shown": _visible,
         "command": command_line,
         "verdict": lambda row: verdict_in_words(row, comparison),
+        "adapters": with_adapters,
     }
     return environment
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from prism_gguf.files import write_whole, written_whole
 from prism_gguf.report.figures import Drawing, png
 from prism_gguf.report.names import command_line
-from prism_gguf.report.words import number, printable, purpose
+from prism_gguf.report.words import number, printable, purpose, title
 from prism_gguf.results import Comparison
 
 
@@ -47,7 +47,11 @@ def card(comparison: Comparison, figure: str | None) -> str:
     }
     rows = sorted((c for c in comparison.candidates if c.error is None), key=lambda c: -(c.file_bytes or 0))
     made = environment.get_template("card.md.j2").render(
-        comparison=comparison, rows=rows, figure=figure, environment=comparison.runs[0].environment
+        comparison=comparison,
+        rows=rows,
+        figure=figure,
+        environment=comparison.runs[0].environment,
+        title=title(comparison).capitalize(),
     )
     return made.rstrip("\n") + "\n"
 

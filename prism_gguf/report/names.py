@@ -22,7 +22,7 @@ def command_line(words: Sequence[str]) -> str:
 def file_names(candidates: Sequence[CandidateResult]) -> dict[str, str]:
     """A short name for each path: without the ending and without what all have in common, such as the model's name."""
     paths = list(dict.fromkeys(c.path for c in candidates))
-    stems = {path: printable(Path(path).name.removesuffix(".gguf")) for path in paths}
+    stems = {path: printable(Path(path).name.removesuffix(".gguf") or path) for path in paths}
     counts = Counter(stems.values())
     # The same name in two folders: the folder tells them apart.
     stems = {

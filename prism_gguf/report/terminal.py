@@ -18,7 +18,15 @@ from rich.text import Text
 
 from prism_gguf.adapters import ModelIdentity
 from prism_gguf.report.baselines import CONTEXT, HEADINGS, baseline_rows
-from prism_gguf.report.words import best_for_size, label, number, printable, short, verdict_in_words
+from prism_gguf.report.words import (
+    best_for_size,
+    label,
+    number,
+    printable,
+    short,
+    verdict_in_words,
+    with_adapters,
+)
 from prism_gguf.results import CandidateResult, Comparison, TextInfo
 
 if TYPE_CHECKING:  # gguf-py is loaded where a file is inspected
@@ -149,6 +157,7 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
     perplexity = done[0].divergence.ppl_reference if done and done[0].divergence is not None else None
     print_header(comparison.reference, comparison.text, out, perplexity=perplexity)
     if done:
+        _print_adapters(done, out)
         _print_control(comparison, out)
         _print_tables(comparison_tables(comparison), out)
         if best_for_size(comparison):
@@ -204,6 +213,15 @@ def print_header(reference: ModelIdentity, text: TextInfo, out: Console, *, perp
     _pairs(rows, out)
     if reference.kind == "gguf" and reference.dtype not in ("F32", "F16", "BF16"):
         out.print(f"note: the reference is itself quantized ({reference.dtype}): its own loss is not counted")
+
+
+def _print_adapters(done: list[CandidateResult], out: Console) -> None:
+    """Which adapters were applied, and to what, where that is not all."""
+    applied = defaultdict(list)
+    for candidate in done:
+        applied[with_adapters(candidate)].append(label(candidate.path))
+    rows = [(words, "" if len(applied) == 1 else f": {', '.join(names)}") for words, names in applied.items() if words]
+    _pairs((("adapter", escape(words + names)) for words, names in rows), out)
 
 
 def _print_control(comparison: Comparison, out: Console) -> None:

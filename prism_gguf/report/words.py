@@ -6,9 +6,10 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from prism_gguf.lora import in_words
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.results import CandidateResult, Comparison, Divergence, NoiseFloor
-from prism_gguf.verdict import is_lossless
+from prism_gguf.verdict import differs_on_purpose, is_lossless
 
 LOSSLESS = "no measurable loss"
 # Below so many nats of mean KLD. Our own convention: nobody has said how many nats a reader notices. The steps are about
@@ -20,6 +21,14 @@ LEVELS = (
     (0.5, "heavy loss"),
     (float("inf"), "broken"),
 )
+# What other weights did is no loss.
+_CHANGES = {
+    "hardly distinguishable": "hardly distinguishable",
+    "small loss": "small change",
+    "clear loss": "clear change",
+    "heavy loss": "large change",
+    "broken": "far from the reference",
+}
 _HEAVY = 0.15  # from here on a file is advised against
 _AXES = {
     "scale": "hidden states' scale",
@@ -39,7 +48,7 @@ def printable(text: str, keep: str = "") -> str:
 
 def label(path: str, limit: int = 24) -> str:
     """A file's name as tables show it: without folder and ending, fit to print."""
-    return short(printable(Path(path).name.removesuffix(".gguf")), limit)
+    return short(printable(Path(path).name.removesuffix(".gguf") or path), limit)
 
 
 def short(name: str, limit: int = 24) -> str:
@@ -63,6 +72,24 @@ def loss_in_words(kld_mean: float, floor: NoiseFloor | None) -> str:
     return next((words for limit, words in LEVELS if kld_mean < limit), LEVELS[-1][1])
 
 
+def _difference(candidate: CandidateResult, comparison: Comparison) -> str:
+    """``loss_in_words``, or how large the change is where the weights are others on purpose."""
+    assert candidate.divergence is not None
+    loss = loss_in_words(candidate.divergence.kld_mean, comparison.noise_floor)
+    return _CHANGES.get(loss, loss) if differs_on_purpose(candidate, comparison.noise_floor) else loss
+
+
+def title(comparison: Comparison) -> str:
+    """What a report is about."""
+    variants = any(c.is_checkpoint or c.lora for c in comparison.candidates)
+    return "how far its variants are" if variants else "what quantization lost"
+
+
+def with_adapters(candidate: CandidateResult) -> str:
+    """The adapters that a candidate ran with, fit to print; nothing for none."""
+    return printable(in_words(candidate.lora))
+
+
 def verdict_in_words(candidate: CandidateResult, comparison: Comparison, *, limit: int = 100) -> str:
     """One sentence of ``limit`` characters at most: how much was lost, and the most telling of what else is known."""
     divergence = candidate.divergence
@@ -71,7 +98,7 @@ def verdict_in_words(candidate: CandidateResult, comparison: Comparison, *, limi
         return _cut(f"{'not made' if candidate.over_budget else 'failed'}: {printable(reason)}", limit)
     if comparison.conversion_problem:
         return _cut("conversion problem: the unquantized control is off already", limit)
-    loss = loss_in_words(divergence.kld_mean, comparison.noise_floor)
+    loss = _difference(candidate, comparison)
     sentence = f"{loss}: {_changes(divergence)}"
     for more in _telling(candidate, comparison, loss):
         if len(sentence) + 2 + len(more) <= limit:
@@ -90,6 +117,8 @@ def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
         return f"no reason to take it: {_beaten_by(candidate, better)}"
     if broken := _broken_limits(candidate):
         return f"fails {broken}"
+    if candidate.is_checkpoint or candidate.lora:
+        return f"{'another checkpoint' if candidate.is_checkpoint else 'adapted'}: {_difference(candidate, comparison)}"
     kld, loss = divergence.kld_mean, loss_in_words(divergence.kld_mean, comparison.noise_floor)
     if loss == LOSSLESS:
         return "reference quality" if candidate.ftype in UNQUANTIZED else "as good as unquantized"
@@ -103,13 +132,14 @@ def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
 
 def dominating(candidate: CandidateResult, comparison: Comparison) -> CandidateResult | None:
     """Of the files that are no larger and no farther from the reference, the closest; None where there is none."""
-    if candidate.divergence is None:
+    if candidate.divergence is None or candidate.is_checkpoint:
         return None
     own = (candidate.divergence.kld_mean, candidate.file_bytes or 0)
     better = [
         (found, other)
         for other in comparison.candidates
         if other.divergence is not None
+        and not other.is_checkpoint
         and (found := (other.divergence.kld_mean, other.file_bytes or 0)) != own
         and found[0] <= own[0]
         and found[1] <= own[1]
