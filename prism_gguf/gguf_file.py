@@ -236,7 +236,10 @@ class GgufFile:
     def _check_causal(self) -> None:
         kind = self.metadata("general.type")
         if kind not in (None, "model"):
-            raise InvalidModelError(f"{self.path}: holds a {kind}, not a language model; name the model's own GGUF")
+            way_out = " and this with --lora" if kind == "adapter" else ""
+            raise InvalidModelError(
+                f"{self.path}: holds a {kind}, not a language model; name the model's own GGUF{way_out}"
+            )
         if not self.architecture:
             raise InvalidModelError(f"{self.path}: has no general.architecture, so llama.cpp cannot run it")
         causal = self.metadata(f"{self.architecture}.attention.causal")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -31,56 +31,68 @@ def random_updates(model: Path, names: list[str], size: float = 0.03, seed: int 
     return found
 
 
-def write_adapter(
-    out: Path,
-    updates: Updates,
-    *,
-    architecture: str = "llama",
-    kind: str = "adapter",
-    alpha: float = ALPHA,
-) -> Path:
+def write_adapter(out: Path, updates: Updates, *, architecture: str = "llama") -> Path:
     """An adapter as llama.cpp's convert_lora_to_gguf.py lays it out."""
     writer = gguf.GGUFWriter(out, architecture)
-    writer.add_type(kind)
+    writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_float32("adapter.lora.alpha", ALPHA)
     for name, (b, a) in updates.items():
-        # The embedding's pair is looked up by token, so A is stored transposed.
-        writer.add_tensor(
-            f"{name}.lora_a", a.astype(np.float16) if name != "token_embd.weight" else b.astype(np.float16)
-        )
-        writer.add_tensor(
-            f"{name}.lora_b", b.astype(np.float16) if name != "token_embd.weight" else a.T.astype(np.float16)
-        )
+        # The embedding's pair is the other way around, to be looked up by token.
+        pair = (b, a.T) if name == "token_embd.weight" else (a, b)
+        for half, part in zip("ab", pair, strict=True):
+            writer.add_tensor(f"{name}.lora_{half}", np.ascontiguousarray(part, dtype=np.float16))
     finish(writer)
     return out
 
 
-def merged(model: Path, out: Path, updates: Updates, scale: float = 1.0) -> Path:
+def _added(weight: np.ndarray, update: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    return (weight.astype(np.float32) + ALPHA / RANK * (update[0] @ update[1])).astype(np.float16)
+
+
+def merged_gguf(model: Path, out: Path, updates: Updates) -> Path:
     """The F16 GGUF ``model`` with the updates in its weights."""
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for tensor in gguf.GGUFReader(model).tensors:
             data = np.array(tensor.data)
-            if tensor.name in updates:
-                b, a = updates[tensor.name]
-                data = (data.astype(np.float32) + scale * ALPHA / RANK * (b @ a)).astype(np.float16)
-            yield tensor.name, data
+            yield tensor.name, _added(data, updates[tensor.name]) if tensor.name in updates else data
 
     rewrite_f16(model, out, tensors)
     return out
 
 
-def fine_tuned(out: Path, size: float = 0.02, seed: int = 0) -> Path:
-    """The testbed's checkpoint with every matrix moved by ``size`` of its norm, as fine-tuning does."""
+def merged_checkpoint(out: Path, updates: Updates) -> Path:
+    """The testbed's checkpoint with the updates in its weights; none of q and k, whose rows a GGUF has in another order."""
+    names, left = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4), dict(updates)
+
+    def change(name: str, weight: np.ndarray) -> np.ndarray:
+        update = left.pop(names.get_name(name, try_suffixes=(".weight",)) or "", None)
+        return weight if update is None else _added(weight, update)
+
+    changed = _changed(out, change)
+    assert not left
+    return changed
+
+
+def _changed(out: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> Path:
+    """The testbed's checkpoint with other weights."""
     shutil.copytree(MODEL, out, ignore=shutil.ignore_patterns("*.safetensors", "*.md"))
-    random = np.random.default_rng(seed)
-    for file in sorted(MODEL.glob("*.safetensors")):
-        tensors = load_file(file)
-        for name, weight in tensors.items():
-            if weight.ndim == 2:
-                noise = random.normal(size=weight.shape)
-                step = size * np.linalg.norm(weight.astype(np.float64)) / np.linalg.norm(noise)
-                tensors[name] = (weight + step * noise).astype(weight.dtype)
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
+    weights = load_file(MODEL / "model.safetensors")
+    weights = {name: change(name, weight) for name, weight in weights.items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     return out
+
+
+def fine_tuned(out: Path) -> Path:
+    """The testbed's checkpoint with every matrix moved by 2 % of its norm, as fine-tuning does."""
+    random = np.random.default_rng(0)
+
+    def moved(_: str, weight: np.ndarray) -> np.ndarray:
+        if weight.ndim < 2:
+            return weight
+        noise = random.normal(size=weight.shape)
+        step = 0.02 * np.linalg.norm(weight.astype(np.float64)) / np.linalg.norm(noise)
+        return (weight + step * noise).astype(weight.dtype)
+
+    return _changed(out, moved)
