@@ -188,7 +188,7 @@ def _measured(
 
 
 def _name(path: str) -> str:
-    return Path(path).name.removesuffix(".gguf")
+    return Path(path).name.removesuffix(".gguf") or path
 
 
 def failed_row(path: str, error: PrismGgufError) -> CandidateResult:
