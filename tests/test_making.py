@@ -143,7 +143,11 @@ def test_bases_and_outputs(ladder: dict[str, Path], tmp_path: Path) -> None:
 def test_interrupted_work_leaves_nothing(ladder: dict[str, Path], tmp_path: Path) -> None:
     args = ["quantize", str(ladder["F16"]), str(tmp_path / "out.gguf"), "--type", "IQ3_S", "--threads", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "prism_gguf.cli", *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "prism_gguf.cli", *args],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # What a shell runs in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(3000):
         time.sleep(0.02)
