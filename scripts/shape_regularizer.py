@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does PRISM's shape term mend a quantized model as a training penalty (``prism_gguf.ShapeRegularizer``)?
 
-    python scripts/shape_regularizer.py [--json FILE]        # about 15 minutes on two busy cores
+    python scripts/shape_regularizer.py [--json FILE]        # about six minutes on two cores
 
 The testbed's body is put on ggml's 3-bit grid and frozen; an adapter of low rank beside each of its linear layers is
 trained on the packaged text, with and without the penalty, and measured on the testbed's held-out text. Weights only:
