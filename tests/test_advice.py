@@ -57,6 +57,7 @@ def test_the_imatrix_is_the_mean_square_of_what_enters_each_matrix(matrix: Path)
     assert found.weights["blk.0.ffn_down.weight"].shape == (768,)
 
 
+@pytest.mark.slow
 def test_a_recipe_beats_the_default_mix_of_its_size(
     ladder: dict[str, Path], found: Sensitivity, matrix: Path, tmp_path: Path
 ) -> None:

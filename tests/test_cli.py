@@ -100,6 +100,7 @@ def test_inspect(ladder: dict[str, Path]) -> None:
     assert len(data["tensors"]) == 39
 
 
+@pytest.mark.slow
 def test_demo_keeps_its_files(tmp_path: Path) -> None:
     result = run("demo", "--windows", 2, "--keep", tmp_path / "kept", "--json", tmp_path / "r.json")
     assert result.exit_code == 0, result.output

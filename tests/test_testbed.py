@@ -22,6 +22,7 @@ def test_the_card_states_the_training_s_figures() -> None:
     assert f"{FIGURES['training_tokens_seen']:,}" in card
 
 
+@pytest.mark.slow
 def test_the_held_out_perplexity_is_what_the_card_says() -> None:
     """Consecutive windows of 512 over both texts, each scored from its first token on, as the training script does."""
     with HuggingFaceModel(MODEL) as model:
