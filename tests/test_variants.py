@@ -272,5 +272,9 @@ def test_what_is_no_checkpoint_is_said_before_the_run(adapter: Path, tmp_path: P
     shutil.copy(MODEL / "config.json", tmp_path)
     with pytest.raises(InvalidModelError, match="has no safetensors"):
         check_checkpoint(str(tmp_path), 512)
+    for damage in ('{"weight_map"', "{}", "[]", '{"weight_map": []}'):
+        (tmp_path / "model.safetensors.index.json").write_text(damage)
+        with pytest.raises(InvalidModelError, match=r"model.safetensors.index.json: damaged \(.*download it again"):
+            check_checkpoint(str(tmp_path), 512)
     with pytest.raises(InvalidAdapterError, match="adapters, which a checkpoint does not go through"):
         read_candidate(str(MODEL), 512, replace(FEW, lora=(adapter,)))

@@ -128,11 +128,18 @@ def _first_line(error: Exception) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors that transformers reads of a checkpoint's folder; publishers may have put others beside them."""
+    """The safetensors that transformers reads of a checkpoint's folder; publishers may have put others beside them.
+
+    Raises:
+        InvalidModelError: the index of several parts is damaged.
+    """
     if (whole := folder / "model.safetensors").is_file():
         return [whole]
     if (index := folder / "model.safetensors.index.json").is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidModelError(f"{index}: damaged ({type(error).__name__}: {error}); download it again") from error
     return sorted(folder.glob("*.safetensors"))
 
 
