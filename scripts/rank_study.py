@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 
 from prism_gguf.advisor.calibrate import imatrix
 from prism_gguf.comparison import CompareOptions
-from prism_gguf.files import write_whole
+from prism_gguf.files import write_whole, written_whole
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.profiles import Profile, ProfileEntry
 from prism_gguf.reading import Reading
@@ -93,7 +93,8 @@ def untied(base: Path, out: Path) -> Path:
                 yield "output.weight", np.array(tensor.data)
 
     if not out.exists():
-        rewrite_f16(base, out, tensors)
+        with written_whole(out) as partial:
+            rewrite_f16(base, partial, tensors)
     return out
 
 
