@@ -93,6 +93,11 @@ class Fallback:
         return f"rows of {self.row_width} are not a multiple of {self.block_size}"
 
 
+def counted(types: Iterable[str]) -> dict[str, int]:
+    """Number of tensors of each type, most frequent first."""
+    return dict(Counter(types).most_common())
+
+
 def row_block(kind: str) -> int:
     """How many values of a row a ggml type packs together: rows must be a multiple of it."""
     return int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0])
@@ -337,7 +342,7 @@ class GgufFile:
     @cached_property
     def types(self) -> dict[str, int]:
         """Number of tensors of each type, most frequent first."""
-        return dict(Counter(t.type for t in self.tensors).most_common())
+        return counted(t.type for t in self.tensors)
 
     @cached_property
     def recorded_ftype(self) -> str | None:

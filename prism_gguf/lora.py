@@ -50,6 +50,11 @@ class LoraAdapter:
             raise InvalidAdapterError(f"{whole}: scale '{scale}' is no number; write FILE:SCALE, such as {path}:0.5")
         return cls._found(whole, 1.0)
 
+    @property
+    def at_scale(self) -> str:
+        """The scale in words, with a space before it; nothing for 1."""
+        return "" if self.scale == 1.0 else f" at scale {self.scale:g}"
+
     @classmethod
     def _found(cls, path: str, scale: float) -> LoraAdapter:
         if not Path(path).is_file():
@@ -73,7 +78,7 @@ def adapters(given: Iterable[LoraAdapter | str | Path]) -> tuple[LoraAdapter, ..
 
 def in_words(given: Iterable[LoraAdapter]) -> str:
     """Such as ``a.gguf, b.gguf at scale 0.5``; nothing for none. As it is: reports print it harmlessly."""
-    return ", ".join(Path(a.path).name + (f" at scale {a.scale:g}" if a.scale != 1.0 else "") for a in given)
+    return ", ".join(Path(adapter.path).name + adapter.at_scale for adapter in given)
 
 
 class AdapterFile:
@@ -149,10 +154,6 @@ class AdapterFile:
                     f"{self.path}: {name} is adapted by {' × '.join(map(str, b))} times {' × '.join(map(str, a))}, in "
                     f"{model.path} it is {' × '.join(map(str, shapes[name]))}; it belongs to another model"
                 )
-
-    def adapts(self, name: str) -> bool:
-        """Whether it has an update for the tensor ``name``."""
-        return name in self._pairs
 
     def update(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """B · alpha / rank (out, rank) and A (rank, in), float32, of a matrix; None where it is not adapted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
 from prism_gguf.details import Baselines
 from prism_gguf.divergent_tokens import divergent_tokens
 from prism_gguf.errors import IncompatibleModelsError
+from prism_gguf.gguf_file import counted
 from prism_gguf.isolation import Progress, no_progress, stage
 from prism_gguf.metrics.bound import K_PRED, Bound, HeadMoments, head_divergence, head_moments
 from prism_gguf.metrics.divergence import clustered_mean
@@ -119,17 +121,9 @@ def measure(
     # The bound speaks of states times weights: what the head's kernel adds to the gap is not its business.
     kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
     geometries = [_geometry_row(name, bound, gap - kernel) for name, bound in _bounds(features, heads, capture.k_feat)]
-    stored = model.stored()
     served = None if decoded.logits.source == "runtime" else model.served_head()
-    return CandidateResult(
-        path=model.identity.path,
-        file_bytes=stored.file_bytes,
-        bits_per_weight=stored.bits_per_weight,
-        ftype=stored.ftype,
-        types=stored.types,
-        tensor_types=stored.tensor_types,
-        fallbacks=[FallbackInfo(f.tensor, f.type, f.wanted, f.reason) for f in stored.fallbacks],
-        head=HeadInfo(candidate_head.tensor, candidate_head.type, model.identity.tied),
+    return replace(
+        _files(model, candidate_head),
         geometry=geometries[0],
         geometry_alternatives=geometries[1:],
         risk=Risk(float(tokens.nll_reference.mean()), float(tokens.nll_candidate.mean()), gap, gap_se),
@@ -143,6 +137,21 @@ def measure(
         ),
         baselines=_baselines(capture, decoded.hidden, candidate_head, shared_rows, progress) if baselines else None,
         notes=notes,
+    )
+
+
+def _files(model: Model, head: OutputHead) -> CandidateResult:
+    """What the candidate's own files say of it: a row without measurements."""
+    stored, identity = model.stored(), model.identity
+    return CandidateResult(
+        path=identity.path,
+        file_bytes=stored.file_bytes,
+        bits_per_weight=stored.bits_per_weight,
+        ftype=stored.ftype,
+        types=counted(stored.tensor_types.values()),
+        tensor_types=stored.tensor_types,
+        fallbacks=[FallbackInfo(f.tensor, f.type, f.wanted, f.reason) for f in stored.fallbacks],
+        head=HeadInfo(head.tensor, head.type, identity.tied),
     )
 
 

@@ -6,7 +6,6 @@ that matches nothing, a tensor that the importance matrix leaves out) is said he
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from prism_gguf.gguf_file import (
     PROVENANCE,
     GgufFile,
     TensorInfo,
+    counted,
     fallback_type,
     find_fallbacks,
     row_block,
@@ -76,7 +76,7 @@ class Plan:
     @property
     def types(self) -> dict[str, int]:
         """Number of tensors of each type, most frequent first."""
-        return dict(Counter(t.type for t in self.tensors).most_common())
+        return counted(t.type for t in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -251,11 +251,10 @@ def provenance(
 
     Every key is written every time: llama.cpp keeps the base's entries, and cannot remove one.
     """
-    counts = Counter(t.type for t in gguf.tensors)
     entries: dict[str, str | int | bool] = {
         "version": __version__,
         "base": gguf.path.name,
-        "base_types": ", ".join(f"{kind} {n}" for kind, n in counts.most_common()),
+        "base_types": ", ".join(f"{kind} {n}" for kind, n in gguf.types.items()),
         "requantized": requantized,
         "recipe": name,
         "recipe_sha256": mix_digest(mix),

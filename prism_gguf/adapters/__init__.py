@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -50,11 +49,6 @@ class StoredModel:
     ftype: str | None
     tensor_types: dict[str, str]
     fallbacks: list[Fallback] = field(default_factory=list)
-
-    @property
-    def types(self) -> dict[str, int]:
-        """Number of tensors of each type, most frequent first."""
-        return dict(Counter(self.tensor_types.values()).most_common())
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,9 @@ class LlamaCppModel:
         self.lora = tuple(lora)
         for one in self.lora:
             AdapterFile(one.path).check_fits(self.gguf)
-        self._head = adapted_head(gguf_output_head(self.gguf), self.lora)
+        stored_head = gguf_output_head(self.gguf)
+        self._head = adapted_head(stored_head, self.lora)
+        self._head_is_adapted = self._head is not stored_head
         self._log = native_log()
         self._log.clear()
         self._model: Any = None
@@ -286,8 +288,7 @@ class LlamaCppModel:
 
     def served_head(self) -> OutputHead | None:
         # An adapter of the head has a product of its own, with a kernel of its own.
-        adapted = any(one.scale and AdapterFile(one.path).adapts(self._head.tensor) for one in self.lora)
-        return None if adapted else emulated_head(self.gguf)
+        return None if self._head_is_adapted else emulated_head(self.gguf)
 
     def head_source(self) -> dict[str, str]:
         return {"file": str(self.gguf.path.resolve()), "tensor": self.gguf.head_tensor.name, "bias": "output.bias"}
