@@ -123,7 +123,7 @@ def compare_candidates(
 
     gates = [Gate.parse(text) for text in options.fail_on]
     options = replace(options, lora=adapters(options.lora))
-    with NativeWorker(verbose=options.verbose) as worker:
+    with options.worker() as worker:
         # Unreadable files are found before the reference takes its minutes.
         given = given_capture(reference, texts)
         n_ctx = options.n_ctx if given is None else 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Sequence
+
 
 class PrismGgufError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -20,7 +23,22 @@ class InvalidTextError(PrismGgufError):
 
 
 class RuntimeFailureError(PrismGgufError):
-    """A model that was loaded but did not run: a failed decode, undefined hidden states, a crashed process."""
+    """A model that was loaded but did not run: a failed decode, undefined hidden states, a crashed process.
+
+    ``log``: what llama.cpp said last, where its process ended.
+    """
+
+    def __init__(self, message: str, *, log: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.log = list(log)
+
+
+class OutOfMemoryError(PrismGgufError):
+    """There was less memory than the work needs."""
+
+
+class StorageError(PrismGgufError):
+    """A file that the system does not let us read or write: a full disk, a read-only folder."""
 
 
 class UndefinedMetricError(PrismGgufError):
@@ -77,3 +95,25 @@ class InvalidAdapterError(PrismGgufError):
 
 class InvalidResultError(PrismGgufError):
     """A stored result cannot be read, or results cannot be put together."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's own words, in a RuntimeError
+
+
+def known(error: BaseException) -> PrismGgufError | None:
+    """The error as this package's own: itself, or one that says in a line what the system refused. None for a mistake."""
+    if isinstance(error, PrismGgufError):
+        return error
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in _NO_MEMORY)):
+        return OutOfMemoryError("out of memory; close other programs, or use fewer --windows or a smaller --n-ctx")
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    if error.errno in _FULL:
+        what_to_do = "make room and run the same command again: what is finished is kept"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        what_to_do = "name a folder that can be written to (--cache, --out)"
+    else:
+        what_to_do = "nothing half-written is left; run the same command again"
+    return StorageError(f"{where}{error.strerror}; {what_to_do}")

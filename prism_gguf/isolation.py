@@ -1,22 +1,30 @@
-"""Native code runs in a child process: an abort or a segfault there becomes an error here, and nothing else is lost."""
+"""Native code runs in child processes: an abort, a segfault or a hang there becomes an error, and nothing else is lost."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
-from prism_gguf.errors import PrismGgufError, RuntimeFailureError
+from prism_gguf.errors import RuntimeFailureError
+from prism_gguf.scratch import scratch_folder
 
 T = TypeVar("T")
+
+STALL_LIMIT = 900.0
+"""Seconds without progress after which a child counts as hung. Loading tens of GB from a slow disk takes minutes."""
+MEASURING = ("prism_gguf.measure",)
+"""What to ``preload`` for measuring: torch, llama.cpp and our own metrics."""
+_KEPT_LINES = 20  # of llama.cpp's log, with an error
 
 
 class Progress(Protocol):
@@ -30,7 +38,7 @@ class Progress(Protocol):
 _CHILD = (
     "import sys; sys.path[:] = filter(None, sys.path); "
     f"here = {str(Path(__file__).parent.parent)!r}; here in sys.path or sys.path.insert(0, here); "
-    "from prism_gguf.isolation import serve; serve()"
+    "from prism_gguf.child import serve; serve(sys.argv[1:])"
 )
 
 
@@ -57,80 +65,130 @@ def part(progress: Progress, before: int, total: int) -> Progress:
 
 
 class NativeWorker:
-    """One child process that runs module-level functions in order; it is replaced when it dies.
+    """Runs module-level functions in order, in a child process that is replaced when it dies or ``renew`` is called.
 
     A function runs as ``function(*args, progress=…)``. Its return value and arguments travel by pickle, so they should be
-    small; arrays travel by file. (Not multiprocessing: its spawn runs the caller's own script again in the child.)
+    small; arrays travel by file. The child's temporary files go with the worker. (Not multiprocessing: its spawn runs the
+    caller's own script again in the child.)
+
+    Args:
+        verbose: let llama.cpp log to stderr.
+        stall_limit: seconds without progress after which the child is ended; None waits forever.
+        preload: modules that each new child has at once. Where the system can fork, a clean process that never runs
+            anything native imports them once and forks the children: a new one costs milliseconds, not torch's seconds.
     """
 
-    def __init__(self, *, verbose: bool = False) -> None:
+    def __init__(
+        self, *, verbose: bool = False, stall_limit: float | None = STALL_LIMIT, preload: Sequence[str] = ()
+    ) -> None:
+        self._stall_limit, self._preload = stall_limit, list(preload)
         self._process: subprocess.Popen[bytes] | None = None
+        self._answers: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._last_step = ""
+        self._open = ExitStack()
+        self._scratch = self._open.enter_context(scratch_folder())
         # llama.cpp's last words before an abort go to the file descriptor: a file keeps them.
-        self._log = None if verbose else tempfile.TemporaryFile(prefix="prism-gguf-")  # noqa: SIM115 (closed by close)
+        self._log = None if verbose else self._open.enter_context((self._scratch / "log").open("w+b"))
 
     def run(self, function: Callable[..., T], *args: Any, progress: Progress = no_progress) -> T:
         """Run ``function`` in the child.
 
         Raises:
             PrismGgufError: what the function raised.
-            RuntimeFailureError: the child died; the message has the signal or exit code and its last native log line.
+            RuntimeFailureError: the child died or hung; the message has the signal or exit code and its last native log
+                line, ``log`` the lines before it.
         """
         if self._process is None:
-            self._process = self._start()
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            pickle.dump((function, args), process.stdin)
-            process.stdin.flush()
-            while True:
-                kind, value = pickle.load(process.stdout)
-                if kind == "progress":
-                    progress(*value)
-                elif kind == "result":
-                    return value
-                elif kind == "known error":
-                    raise value
-                else:
-                    raise RuntimeError(f"in the child process:\n{value}")
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            message = self._death()
-            self._end_process()
-            raise RuntimeFailureError(message) from error
+            self._start()
+        self._last_step = "starting"
+        self._send((function, args))
+        while True:
+            try:
+                kind, value = self._answers.get(timeout=self._stall_limit)
+            except queue.Empty:
+                raise self._ended(f"no progress for {self._stall_limit:.0f} s ({self._last_step})", kill=True) from None
+            if kind == "progress":
+                done, total, *stages = value
+                self._last_step = " ".join([*filter(None, stages), *([f"{done}/{total}"] if total else [])])
+                progress(*value)
+            elif kind == "result":
+                return value
+            elif kind == "known error":
+                raise value
+            elif kind == "end":
+                raise self._ended("llama.cpp ended the process", kill=False)
+            else:
+                raise RuntimeError(f"in the child process:\n{value}")
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def renew(self) -> None:
+        """Let the next function run in a new child: what the last one left in memory is gone."""
+        if self._process is None:
+            return
+        self._send(None)
+        kind, _ = self._answers.get()
+        if kind == "end":  # where the system cannot fork, or the child did not end well
+            self._end_process()
+
+    def _send(self, job: object) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the answers end too, and say so
+            pickle.dump(job, self._process.stdin)
+            self._process.stdin.flush()
+
+    def _start(self) -> None:
         if self._log is not None:
             self._log.seek(0)
             self._log.truncate()
-        return subprocess.Popen(
-            [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, *self._preload],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._scratch))},
+            start_new_session=True,  # Ctrl-C is the parent's to handle; and all of the child's processes are one group
         )
+        self._answers = queue.Queue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
 
-    def _death(self) -> str:
+    def _ended(self, what: str, *, kill: bool) -> RuntimeFailureError:
+        """The error that says how the child ended; ``kill`` where it has not yet."""
         assert self._process is not None
-        code: int | str = self._process.wait(timeout=10)
-        if isinstance(code, int) and code < 0:
-            with contextlib.suppress(ValueError):
-                code = signal.Signals(-code).name
-        lines = []
-        if self._log is not None:
-            self._log.seek(0)
-            lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines()]
-        lines = [line for line in lines if line.strip(".")]
+        if not kill:
+            what += f" ({_in_words(self._process.wait(timeout=10))})"
+        self._end_process()
+        lines = self._log_lines()
         # An assertion says where it failed before a backtrace says how it got there.
         telling = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()] or lines
-        return f"llama.cpp ended the process ({code}); it last said: {telling[-1] if telling else 'nothing'}"
+        message = f"{what}; it last said: {telling[-1] if telling else 'nothing'}"
+        if kill:
+            message += "; --stall-limit gives it more time"
+        return RuntimeFailureError(message, log=lines[-_KEPT_LINES:])
+
+    def _log_lines(self) -> list[str]:
+        if self._log is None:
+            return []
+        self._log.seek(0)
+        lines = (line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines())
+        return [line for line in lines if line.strip(".")]
 
     def _end_process(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                assert stream is not None
+                stream.close()
 
     def close(self) -> None:
-        """End the child, at once if it is busy."""
+        """End the child, at once if it is busy, and remove its temporary files."""
         self._end_process()
-        if self._log is not None:
-            self._log.close()
+        self._open.close()
 
     def __enter__(self) -> NativeWorker:
         return self
@@ -139,27 +197,19 @@ class NativeWorker:
         self.close()
 
 
-def serve() -> None:
-    """The child's main loop: read (function, args) from stdin, answer on stdout, until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
-    # Whatever prints to stdout here must not end up in the stream of answers.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def _read(stream: IO[bytes], answers: queue.Queue[tuple[str, Any]]) -> None:
+    """Put the child's answers into the queue; last that there are no more."""
+    with contextlib.suppress(EOFError, OSError, ValueError, pickle.UnpicklingError):
+        while True:
+            answers.put(pickle.load(stream))
+    answers.put(("end", None))
 
-    def send(kind: str, value: Any) -> None:
-        pickle.dump((kind, value), answers)
-        answers.flush()
 
-    while True:
-        try:
-            function, args = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            send("result", function(*args, progress=lambda *step: send("progress", step)))
-        except PrismGgufError as error:
-            send("known error", error)
-        except BrokenPipeError:
-            return
-        except Exception:
-            send("unknown error", traceback.format_exc())
+def _in_words(code: int) -> str:
+    """A process's exit code, or the signal that ended it."""
+    if code >= 0:
+        return str(code)
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        return f"{name}, as the system does where memory runs out" if name == "SIGKILL" else name
+    return str(code)

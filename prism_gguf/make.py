@@ -91,7 +91,7 @@ def quantize(
     if verify is not None:
         _check_reference(verify, options, partial(steps, "reference"))
     progress, threads = partial(steps, out.stem), options.threads or 0
-    with NativeWorker(verbose=options.verbose) as worker:
+    with options.worker() as worker:
         found = plan(base, what, name=name, imatrix=imatrix, requantize=requantize, worker=worker, progress=progress)
         planned(found)
         if dry_run:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from prism_gguf.cache import default_cache, is_capture, is_checkpoint, key_of, locked, model_fingerprint, recorded_key
 from prism_gguf.errors import InvalidCaptureError
-from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
+from prism_gguf.isolation import STALL_LIMIT, NativeWorker, Progress, no_progress, stage
 from prism_gguf.reading import Reading, Source, TokenSource
 from prism_gguf.text import Score, default_texts
 
@@ -40,6 +40,7 @@ class RunOptions:
         threads, n_gpu_layers, cache_type_k, cache_type_v: see ``adapters.llama_cpp.RuntimeOptions``.
         trust_remote_code: let transformers run code that comes with a checkpoint.
         verbose: let llama.cpp log to stderr.
+        stall_limit: seconds without progress after which a model counts as hung; 0 waits forever.
     """
 
     cache: str | Path | None = None
@@ -49,6 +50,11 @@ class RunOptions:
     cache_type_v: str = "f16"
     trust_remote_code: bool = False
     verbose: bool = False
+    stall_limit: float = STALL_LIMIT
+
+    def worker(self, *, preload: Sequence[str] = ()) -> NativeWorker:
+        """A child process for models."""
+        return NativeWorker(verbose=self.verbose, stall_limit=self.stall_limit or None, preload=preload)
 
     def runtime(self) -> RuntimeOptions:
         from prism_gguf.adapters.llama_cpp import RuntimeOptions
@@ -125,7 +131,7 @@ def capture(
     options = options or CaptureOptions()
     reading = options.reading(texts)
     steps("reference", 0, 0, "starting")
-    with NativeWorker(verbose=options.verbose) as worker:
+    with options.worker() as worker:
         return worker.run(ensure_capture, str(reference), reading, options, progress=partial(steps, "reference"))
 
 

@@ -118,7 +118,7 @@ def _plans(
     """What each entry makes of the base, or why it is not made."""
     # llama.cpp quantizes matrices only: a pattern that fits nothing else is a mistake.
     tensors = [t.name for t in base.tensors if len(t.shape) > 1]
-    with NativeWorker(verbose=options.verbose) as worker:
+    with options.worker() as worker:
         limit = None
         if (budget := profile.budget) is not None:
             overhead = base.file_bytes - sum(t.n_bytes for t in base.tensors)

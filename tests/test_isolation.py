@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -9,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prism_gguf.errors import InvalidTextError, RuntimeFailureError
+from prism_gguf.errors import InvalidTextError, OutOfMemoryError, RuntimeFailureError, StorageError
 from prism_gguf.isolation import NativeWorker
+from prism_gguf.scratch import scratch_folder
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +48,75 @@ def test_an_abort_is_an_error_and_the_next_job_runs() -> None:
 
 
 def test_a_killed_child_is_an_error() -> None:
-    with NativeWorker() as worker, pytest.raises(RuntimeFailureError, match="SIGKILL"):
+    with NativeWorker() as worker, pytest.raises(RuntimeFailureError, match="SIGKILL, as the system does where memory"):
         worker.run(_kill_self)
+
+
+def test_the_last_native_log_lines_come_with_the_error() -> None:
+    with NativeWorker() as worker, pytest.raises(RuntimeFailureError) as caught:
+        worker.run(_abort)
+    assert caught.value.log == ["loading", "x.c:1: GGML_ASSERT(a) failed", "backtrace"]
+
+
+def test_a_hang_is_an_error_and_the_next_job_runs() -> None:
+    with NativeWorker(stall_limit=1) as worker:
+        assert worker.run(_sleep_in_steps, 1.5) == "slept"  # progress is what counts, not time
+        with pytest.raises(RuntimeFailureError, match=r"no progress for 1 s \(running 0/1\).*--stall-limit"):
+            worker.run(_sleep, 600)
+        assert worker.run(_add, 1, 1) == 2
+
+
+def test_each_renewed_child_is_a_process_of_its_own() -> None:
+    me = psutil.Process()
+    with NativeWorker(preload=["json.tool"]) as worker:
+        first = worker.run(_process_and_modules)
+        assert worker.run(_process_and_modules) == first
+        worker.renew()
+        second = worker.run(_process_and_modules)
+        assert second[0] != first[0] and first[1] == second[1] == {"json.tool"}
+        assert not psutil.pid_exists(first[0])
+        with pytest.raises(RuntimeFailureError, match="SIGABRT"):
+            worker.run(_abort)
+        worker.renew()  # of a dead one: nothing to do
+        assert worker.run(_add, 1, 1) == 2
+    assert not [p for p in me.children(recursive=True) if p.pid in (first[0], second[0])]
+
+
+def test_what_the_system_refuses_is_one_line() -> None:
+    with NativeWorker() as worker:
+        with pytest.raises(StorageError, match=r"^/nowhere/x: No such file or directory"):
+            worker.run(_open, "/nowhere/x")
+        with pytest.raises(StorageError, match=r"^No space left on device; make room"):
+            worker.run(_fill)
+        with pytest.raises(OutOfMemoryError, match="out of memory"):
+            worker.run(_take_all_memory)
+
+
+def test_the_childs_temporary_files_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with NativeWorker() as worker:
+        worker.run(_leave_a_file)
+        assert list(tmp_path.rglob("left*"))
+        with pytest.raises(RuntimeFailureError):
+            worker.run(_abort)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_killed_caller_leaves_no_process_and_the_next_removes_its_files(tmp_path: Path) -> None:
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    code = "import test_isolation as t; t._worker_that_sleeps()"
+    caller = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
+    assert caller.stdout is not None and caller.stdout.readline() == b"asleep\n"
+    children = psutil.Process(caller.pid).children(recursive=True)
+    assert children and list(tmp_path.rglob("left*"))
+    caller.kill()
+    caller.wait()
+    caller.stdout.close()
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    with scratch_folder(tmp_path) as folder:
+        assert {p.name for p in tmp_path.iterdir()} == {folder.name, f"{folder.name}.lock"}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_behind() -> None:
@@ -67,7 +137,7 @@ def test_closing_ends_a_busy_child_at_once() -> None:
     assert time.monotonic() - started < 5
 
 
-def _interrupt(done: int, total: int) -> None:
+def _interrupt(done: int, total: int, stage: str) -> None:
     raise KeyboardInterrupt
 
 
@@ -102,5 +172,42 @@ def _kill_self(*, progress):
 
 
 def _sleep(seconds, *, progress):
-    progress(0, 1)
+    progress(0, 1, "running")
     time.sleep(seconds)
+
+
+def _sleep_in_steps(seconds, *, progress):
+    for step in range(10):
+        progress(step, 10)
+        time.sleep(seconds / 10)
+    return "slept"
+
+
+def _process_and_modules(*, progress):
+    return os.getpid(), {"json.tool"} & set(sys.modules)
+
+
+def _open(path, *, progress):
+    Path(path).read_text()
+
+
+def _fill(*, progress):
+    with open("/dev/full", "wb") as stream:
+        stream.write(b"x" * 2**20)
+
+
+def _take_all_memory(*, progress):
+    return bytearray(2**62)
+
+
+def _leave_a_file(*, progress):
+    Path(tempfile.mkdtemp(prefix="left")).joinpath("file").write_text("x")
+
+
+def _worker_that_sleeps():
+    def tell(done: int, total: int, stage: str = "") -> None:
+        print("asleep", flush=True)
+
+    with NativeWorker() as worker:
+        worker.run(_leave_a_file)
+        worker.run(_sleep, 600, progress=tell)

@@ -158,7 +158,7 @@ def advise(
     limit = Budget.parse(budget) if isinstance(budget, str) else budget
     GgufFile(base)  # an unreadable one is found before the sensitivities take their minutes
     found = _sensitivity(reference, sensitivity, imatrix, types, options, steps)
-    with NativeWorker(verbose=options.verbose) as worker:
+    with options.worker() as worker:
         progress = partial(steps, "recipe")
         problem = Problem(Path(base), limit, found, imatrix, worker, progress)
         best = problem.solve(worker)
@@ -173,7 +173,7 @@ def advise(
     checks = _checks(problem, best, rows, leading)
     chosen = ADVISED
     if checks:
-        with NativeWorker(verbose=options.verbose) as worker:
+        with options.worker() as worker:
             again = problem.solve(worker, _factors(best, checks))
         if again.recipe.tensor_types != best.recipe.tensor_types:
             rows |= compared({REFINED: again.plan})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from prism_gguf.isolation import NativeWorker, Progress
+from prism_gguf.isolation import Progress
 from prism_gguf.reading import Reading
 from prism_gguf.reference import RunOptions, Steps, no_steps
 
@@ -15,7 +15,7 @@ def imatrix(
 ) -> dict[str, str]:
     """Write the importance matrix of ``reference`` over a text to ``out``; see ``collect.collect_imatrix``."""
     steps("imatrix", 0, 0, "starting")
-    with NativeWorker(verbose=options.verbose) as worker:
+    with options.worker() as worker:
         return worker.run(_collect, str(reference), reading, out, options, progress=partial(steps, "imatrix"))
 
 

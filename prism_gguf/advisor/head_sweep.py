@@ -110,7 +110,7 @@ def sweep_heads(
     options.check()
     paths = list(dict.fromkeys(map(str, candidates)))
     with (
-        NativeWorker(verbose=options.verbose) as worker,
+        options.worker() as worker,
         tempfile.TemporaryDirectory(prefix="prism-gguf-head-") as temporary,
     ):
         given = given_capture(reference, texts)

@@ -20,7 +20,7 @@ from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
 from prism_gguf.files import write_whole, written_whole
 from prism_gguf.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix
-from prism_gguf.isolation import NativeWorker, Progress, no_progress, part, stage
+from prism_gguf.isolation import Progress, no_progress, part, stage
 from prism_gguf.mix import ggml_type
 from prism_gguf.reading import Reading, Source
 from prism_gguf.reference import RunOptions, Steps, no_steps
@@ -182,7 +182,7 @@ def sensitivity(
     options = options or SensitivityOptions()
     reading = Reading(calibration_texts() if texts is None else texts, options.n_ctx, options.windows, Score.ALL)
     steps("sensitivity", 0, 0, "starting")
-    with NativeWorker(verbose=options.verbose) as worker:
+    with options.worker() as worker:
         return worker.run(ensure_sensitivity, str(reference), reading, options, progress=partial(steps, "sensitivity"))
 
 

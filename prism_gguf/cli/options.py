@@ -85,6 +85,14 @@ cache_option = click.option(
     help="Folder for captures and sensitivities. Default: the user's cache folder, or PRISM_GGUF_CACHE.",
 )
 verbose_option = click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
+stall_option = click.option(
+    "--stall-limit",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    default=900,
+    show_default=True,
+    help="Seconds without progress after which a model counts as hung, and becomes a row that says so; 0 waits forever.",
+)
 imatrix_option = click.option(
     "--imatrix",
     type=click.Path(path_type=Path),
@@ -105,6 +113,7 @@ runtime_options = options(
     ),
     cache_option,
     verbose_option,
+    stall_option,
 )
 
 limit_options = options(
