@@ -107,11 +107,11 @@ def _run(
                 leftover.unlink()
             write_whole(folder / KEY, key)
         states = StateFile(folder, shape, writable=True)
-        missing = [number for number in range(windows.n_windows) if not states.has(number)]
+        missing = states.missing()
         for left, number in zip(range(len(missing), 0, -1), missing, strict=True):
             progress(windows.n_windows - left, windows.n_windows, "running")
             parts = [s.hidden for s in model.window_states(windows.tokens[number], windows.first_scored)]
-            states.write(number, np.concatenate(parts))
+            states.write_states(number, np.concatenate(parts))
         progress(0, 0, "saving")
         with written_whole(folder / _TOKENS) as partial, partial.open("wb") as stream:
             np.save(stream, windows.tokens)

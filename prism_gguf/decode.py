@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,14 @@ from prism_gguf.isolation import Progress, part, stage
 from prism_gguf.metrics.divergence import TokenDivergence, token_divergence
 from prism_gguf.output_head import OutputHead, paired_chunks
 from prism_gguf.results import Logits
+from prism_gguf.state_file import WindowFile
 
 # Nats. Measured: 1e-12 to 7e-12 where the kernel is the right one; the kernels themselves cost 1e-7 (F16) to 1e-3 (Q8_0).
 _MAX_EMULATION_KLD = 1e-9
 _PROOF_POSITIONS = 64  # of each window that the emulation is checked on
 # Tokens whose logits exist at a time, over one chunk of the vocabulary.
 BLOCK = 512
-STATES = "candidate.npy"
+_STATES, _RUNTIME, _WEIGHTS = "states", "runtime", "weights"  # folders of a candidate's windows
 
 
 @dataclass(frozen=True)
@@ -66,45 +67,68 @@ def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, pr
     from prism_gguf.mix import Mix
     from prism_gguf.quantizer import quantize_gguf
 
-    windows, path, hidden = capture.windows, folder / "weights-F16.gguf", _new_states(capture, folder / "weights.npy")
-    quantize_gguf(
-        model.gguf.path,
-        path,
-        Mix("F16"),
-        requantize=True,
-        threads=model.options.n_threads,
-        progress=stage(progress, "making F16 of it"),
-    )
-    with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options, lora=model.lora) as unquantized:
-        for number, tokens in enumerate(windows.tokens):
-            progress(number, windows.n_windows, "running as F16")
-            for states in unquantized.window_states(tokens, windows.first_scored):
-                hidden[windows.rows(number, states.start, states.stop)] = states.hidden
-    path.unlink()
-    return hidden
+    windows, path, kept = capture.windows, folder / "weights-F16.gguf", _kept(capture, folder / _WEIGHTS)
+    missing = kept.missing()
+    if missing and not path.exists():
+        quantize_gguf(
+            model.gguf.path,
+            path,
+            Mix("F16"),
+            requantize=True,
+            threads=model.options.n_threads,
+            progress=stage(progress, "making F16 of it"),
+        )
+    if missing:
+        with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options, lora=model.lora) as unquantized:
+            for number in _counted(missing, windows.n_windows, stage(progress, "running as F16")):
+                parts = unquantized.window_states(windows.tokens[number], windows.first_scored)
+                kept.write(number, hidden=np.concatenate([states.hidden for states in parts]))
+    path.unlink(missing_ok=True)
+    return _flat(kept.arrays["hidden"])
 
 
-def _new_states(capture: Capture, path: Path) -> np.memmap:
-    shape = (capture.windows.n_scored, capture.identity.hidden_size)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+def stored_states(folder: Path) -> np.ndarray:
+    """The states (n_scored, d) float32 that ``decode_windows`` left in a folder, memory-mapped."""
+    place = next(p for p in (folder / _RUNTIME, folder / _STATES) if p.exists())
+    return _flat(np.load(place / "hidden.npy", mmap_mode="r"))
+
+
+def _kept(capture: Capture, folder: Path, **more: tuple[tuple[int, ...], type[np.generic]]) -> WindowFile:
+    """What is kept of each window: its states, and ``more``."""
+    states = ((capture.windows.scored_per_window, capture.identity.hidden_size), np.float32)
+    return WindowFile(folder, capture.windows.n_windows, {"hidden": states, **more}, writable=True)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1, *array.shape[2:])
+
+
+def _counted(missing: Sequence[int], n_windows: int, progress: Progress) -> Iterator[int]:
+    """The windows to run, with progress that counts those of an earlier run too."""
+    for left, number in zip(range(len(missing), 0, -1), missing, strict=True):
+        progress(n_windows - left, n_windows)
+        yield number
 
 
 def _states(
     capture: Capture, model: Model, folder: Path, emulated: OutputHead | None, progress: Progress
 ) -> tuple[np.ndarray, float | None]:
     """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
-    windows, hidden, worst = capture.windows, _new_states(capture, folder / STATES), 0.0
+    windows = capture.windows
+    kept = _kept(capture, folder / _STATES, disagreement=((), np.float64))
     proofs = set() if emulated is None else {0, windows.n_windows // 2}
-    for done, number in enumerate(sorted(range(windows.n_windows), key=lambda n: n not in proofs)):
-        progress(done, windows.n_windows, "running")
-        tokens = windows.tokens[number]
+    missing = sorted(kept.missing(), key=lambda number: number not in proofs)
+    for number in _counted(missing, windows.n_windows, stage(progress, "running")):
+        if kept.arrays["disagreement"].max() > _MAX_EMULATION_KLD:
+            break
+        tokens, parts, worst = windows.tokens[number], [], 0.0
         for states in model.window_states(tokens, windows.first_scored, logits=number in proofs):
-            hidden[windows.rows(number, states.start, states.stop)] = states.hidden
+            parts.append(states.hidden)
             if emulated is not None and states.logits is not None:
                 worst = max(worst, _disagreement(states, emulated, tokens))
-        if worst > _MAX_EMULATION_KLD:
-            break
-    return hidden, None if emulated is None else worst
+        kept.write(number, hidden=np.concatenate(parts), disagreement=np.float64(worst))
+    worst = float(kept.arrays["disagreement"].max())
+    return _flat(kept.arrays["hidden"]), None if emulated is None else worst
 
 
 def _disagreement(states: WindowStates, served: OutputHead, tokens: np.ndarray) -> float:
@@ -140,18 +164,21 @@ def _states_and_logits(
     capture: Capture, model: Model, folder: Path, shared_rows: int, progress: Progress
 ) -> tuple[np.ndarray, TokenDivergence]:
     """Hidden states, and the divergence of the runtime's own logits as they come."""
-    windows, hidden, head = capture.windows, _new_states(capture, folder / STATES), capture.head
-    parts: list[TokenDivergence] = []
-    for number, tokens in enumerate(windows.tokens):
-        progress(number, windows.n_windows, "running, with logits")
+    windows, head = capture.windows, capture.head
+    kinds = {f.name: np.bool_ if f.name == "same_top" else np.float64 for f in fields(TokenDivergence)}
+    kept = _kept(capture, folder / _RUNTIME, **{name: ((windows.scored_per_window,), kinds[name]) for name in kinds})
+    for number in _counted(kept.missing(), windows.n_windows, stage(progress, "running, with logits")):
+        tokens, states_parts, parts = windows.tokens[number], [], []
         for states in model.window_states(tokens, windows.first_scored, logits=True):
             assert states.logits is not None
             rows_of = windows.rows(number, states.start, states.stop)
-            hidden[rows_of] = states.hidden
             reference, runtime = torch.from_numpy(capture.states[rows_of]), torch.from_numpy(states.logits)
             pairs = (
                 (start, head.logits(reference, start, stop, rows), runtime[:, start:stop])
                 for start, stop, rows in head.chunks(shared_rows)
             )
+            states_parts.append(states.hidden)
             parts.append(token_divergence(pairs, tokens[states.start + 1 : states.stop + 1]))
-    return hidden, TokenDivergence.concatenate(parts)
+        kept.write(number, hidden=np.concatenate(states_parts), **vars(TokenDivergence.concatenate(parts)))
+    divergence = TokenDivergence(**{name: _flat(np.array(kept.arrays[name])) for name in kinds})
+    return _flat(kept.arrays["hidden"]), divergence

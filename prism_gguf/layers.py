@@ -59,7 +59,9 @@ class StreamFile:
     def write(self, window: int, parts: list[LayerStates]) -> None:
         """Keep one window, in its batches."""
         batches = [part.hidden for part in parts]
-        self._file.write(window, np.concatenate([hidden for block in zip(*batches, strict=True) for hidden in block]))
+        self._file.write_states(
+            window, np.concatenate([hidden for block in zip(*batches, strict=True) for hidden in block])
+        )
 
     def read(self, window: int, block: int, start: int, stop: int) -> np.ndarray:
         """The stream after a block at positions ``[start, stop)`` of a window: (stop − start, d) float32."""

@@ -8,11 +8,13 @@ below it. fp16 has the same size but spends five bits of every value on an expon
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from prism_gguf.errors import UndefinedMetricError
+from prism_gguf.files import reserve
 
 _MAX_BLOCKS = 32
 _MANTISSA_BITS = 15
@@ -55,51 +57,88 @@ def decode(mantissas: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     return mantissas.astype(np.float32) * np.repeat(scales, block_width(width), axis=1)[:, :width]
 
 
-class StateFile:
-    """Hidden states of the scored positions of n_windows windows in a folder, in window order.
+class WindowFile:
+    """Arrays in a folder with one entry for each token window, which is there whole or not at all.
 
     Args:
-        writable: open for writing, keeping the windows that are there already; the file is made where it is missing or
-            has another shape.
+        n_windows: entries of each array.
+        entries: shape and dtype of an entry, by the array's name.
+        writable: open for writing, keeping the windows that are there already; an array is made where it is missing or has
+            another shape.
+
+    Raises:
+        OSError: missing, or there is no room for it.
+        ValueError: not what was written.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], *, writable: bool = False) -> None:
-        n_windows, per_window, width = shape
-        blocks = -(-width // block_width(width))
-        wanted = {
-            "mantissas": (shape, np.int16),
-            "exponents": ((n_windows, per_window, blocks), np.int8),
-            "checksums": ((n_windows,), np.uint64),
+    def __init__(
+        self,
+        folder: Path,
+        n_windows: int,
+        entries: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
+        *,
+        writable: bool = False,
+    ) -> None:
+        if writable:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.arrays = {
+            name: _open(folder / f"{name}.npy", (n_windows, *shape), np.dtype(kind), writable)
+            for name, (shape, kind) in entries.items()
         }
-        arrays = [_open(folder / f"{n}.npy", s, np.dtype(d), writable) for n, (s, d) in wanted.items()]
-        self._mantissas, self._exponents, self._checksums = arrays
-        self._per_window = per_window
+        self._checksums = _open(folder / "checksums.npy", (n_windows,), np.dtype(np.uint64), writable)
 
-    def write(self, window: int, hidden: np.ndarray) -> None:
-        """Keep one window's states (scored positions, d) float32; once this returns, a killed process leaves them whole."""
-        self._mantissas[window], self._exponents[window] = encode(hidden)
-        self._mantissas.flush()
-        self._exponents.flush()
+    def write(self, window: int, **entries: np.ndarray) -> None:
+        """Keep one window's entries; once this returns, a killed process leaves them whole."""
+        for name, entry in entries.items():
+            self.arrays[name][window] = entry
+            self.arrays[name].flush()
         self._checksums[window] = self._checksum(window)
         self._checksums.flush()
 
     def has(self, window: int) -> bool:
         """Whether a window was written, and is what was written."""
-        return bool(self._checksums[window] == self._checksum(window))
+        stored = self._checksums[window]
+        return bool(stored) and bool(stored == self._checksum(window))
+
+    def missing(self) -> list[int]:
+        """The windows that it does not have."""
+        return [window for window in range(len(self._checksums)) if not self.has(window)]
 
     def _checksum(self, window: int) -> np.uint64:
-        crc = zlib.crc32(self._exponents[window].tobytes(), zlib.crc32(self._mantissas[window].tobytes()))
+        crc = 0
+        for array in self.arrays.values():
+            crc = zlib.crc32(array[window].tobytes(), crc)
         return np.uint64(crc) | _WRITTEN
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """States of some scored positions, a slice or indices counted over all windows: (positions, d) float32."""
-        flat = (a.reshape(-1, a.shape[2])[rows] for a in (self._mantissas, self._exponents))
-        return decode(*flat)
 
     @property
     def n_bytes(self) -> int:
         """Bytes on disk."""
-        return sum(a.nbytes for a in (self._mantissas, self._exponents, self._checksums))
+        return sum(array.nbytes for array in (*self.arrays.values(), self._checksums))
+
+
+class StateFile(WindowFile):
+    """Hidden states of the scored positions of n_windows windows in a folder, in window order, 2 bytes a value.
+
+    Args:
+        shape: windows, scored positions in each, width.
+        writable: as in ``WindowFile``.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], *, writable: bool = False) -> None:
+        n_windows, per_window, width = shape
+        blocks = -(-width // block_width(width))
+        entries = {"mantissas": ((per_window, width), np.int16), "exponents": ((per_window, blocks), np.int8)}
+        super().__init__(folder, n_windows, entries, writable=writable)
+
+    def write_states(self, window: int, hidden: np.ndarray) -> None:
+        """Keep one window's states (scored positions, d) float32."""
+        mantissas, exponents = encode(hidden)
+        self.write(window, mantissas=mantissas, exponents=exponents)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """States of some scored positions, a slice or indices counted over all windows: (positions, d) float32."""
+        mantissas, exponents = (a.reshape(-1, a.shape[2])[rows] for a in self.arrays.values())
+        return decode(mantissas, exponents)
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, writable: bool) -> np.memmap:
@@ -107,7 +146,11 @@ def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, writable: bool) -
         array = np.lib.format.open_memmap(path, mode="r+" if writable else "r")
         if array.shape == shape and array.dtype == dtype:
             return array
+        if not writable:
+            raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, not {dtype} {shape}")
     except (OSError, ValueError):  # missing, or cut short before its header was whole
         if not writable:
             raise
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    reserve(path, array.offset)
+    return array

@@ -44,7 +44,7 @@ def test_undefined_states_are_refused(bad: float) -> None:
 def test_windows_are_read_back_by_slice_and_by_index(tmp_path: Path) -> None:
     writer = StateFile(tmp_path, STATES.shape, writable=True)
     for window, states in enumerate(STATES):
-        writer.write(window, states)
+        writer.write_states(window, states)
     reader = StateFile(tmp_path, STATES.shape)
     flat = decode(*encode(STATES.reshape(-1, 100)))
     np.testing.assert_array_equal(reader[35:50], flat[35:50])
@@ -56,7 +56,7 @@ def test_windows_are_read_back_by_slice_and_by_index(tmp_path: Path) -> None:
 def test_only_whole_windows_count(tmp_path: Path) -> None:
     writer = StateFile(tmp_path, STATES.shape, writable=True)
     assert [writer.has(w) for w in range(3)] == [False] * 3
-    writer.write(1, STATES[1])
+    writer.write_states(1, STATES[1])
     again = StateFile(tmp_path, STATES.shape, writable=True)  # another run goes on with what is there
     assert [again.has(w) for w in range(3)] == [False, True, False]
     with (tmp_path / "mantissas.npy").open("r+b") as file:
@@ -66,7 +66,7 @@ def test_only_whole_windows_count(tmp_path: Path) -> None:
 
 
 def test_another_shape_or_a_cut_header_starts_afresh(tmp_path: Path) -> None:
-    StateFile(tmp_path, STATES.shape, writable=True).write(0, STATES[0])
+    StateFile(tmp_path, STATES.shape, writable=True).write_states(0, STATES[0])
     assert not StateFile(tmp_path, (2, 40, 100), writable=True).has(0)
     (tmp_path / "mantissas.npy").write_bytes(b"\x93NUMPY")
     assert not StateFile(tmp_path, (2, 40, 100), writable=True).has(0)

@@ -18,7 +18,7 @@ from prism_gguf.adapters.llama_cpp import LlamaCppModel, gguf_output_head
 from prism_gguf.advisor.head_results import Body, HeadRow, HeadScore, HeadSweep
 from prism_gguf.capture_file import Capture, read_capture
 from prism_gguf.comparison import open_candidate
-from prism_gguf.decode import BLOCK, STATES, decode_windows
+from prism_gguf.decode import BLOCK, decode_windows, stored_states
 from prism_gguf.gates import Gate
 from prism_gguf.gguf_file import GgufFile, fallback_type
 from prism_gguf.isolation import Progress, no_progress
@@ -35,11 +35,6 @@ _MAX_ROW_BYTES = 256 * 2**20  # of one chunk of the vocabulary, dequantized from
 _SERVED = "served.npz"
 _MIB = 2**20
 _NEAR_EMULATION = 1e-6  # nats; the kernels of quantized heads cost 1e-4 to 1e-3
-
-
-def _states(body: Body) -> np.ndarray:
-    """(n_scored, d) float32, memory-mapped."""
-    return np.load(body.folder / STATES, mmap_mode="r")
 
 
 def _served(body: Body) -> TokenDivergence:
@@ -160,7 +155,7 @@ def _cross_score(
     logits only one block of tokens by one chunk of the vocabulary exists.
     """
     capture, kinds, head = heads.capture, heads.kinds, heads.capture.head
-    states = [_states(body) for body in bodies]
+    states = [stored_states(body.folder) for body in bodies]
     mine = [_Rounded(gguf_output_head(files[body.path]), kinds, exact=not body.kernel) for body in bodies]
     as_stored = {body.path: {files[body.path].head_type} & set(kinds) for body in bodies}
     rooms = (Room(), Room())
