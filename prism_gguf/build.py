@@ -5,21 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 
-from prism_gguf.cache import default_cache, key_of, model_fingerprint
+from prism_gguf.cache import default_cache, locked, model_fingerprint
 from prism_gguf.errors import InvalidModelError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.imatrix import imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker, stage
-from prism_gguf.make import make
+from prism_gguf.make import MADE_OF, made_of, make, recorded_made_of
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.plan import Plan, plan
 from prism_gguf.reference import Steps, no_steps
-
-MADE_OF = "prism_gguf.made_of"
-"""Metadata key of a file that was made here: what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +53,13 @@ class Workshop:
         Raises:
             PrismGgufError: as in ``plan.plan``.
         """
-        matrix = None if imatrix is None else read_imatrix(imatrix)
-        key = key_of([self._fingerprint, mix, imatrix_digest(matrix), version("llama-cpp-python")])
         return plan(
             self.base,
             mix,
             name=name,
             imatrix=imatrix,
             requantize=self.allow_requantize,
-            metadata={MADE_OF: key},
+            metadata={MADE_OF: made_of(self._fingerprint, mix, imatrix)},
             worker=worker,
             progress=partial(self.steps, self.path(name).stem),
         )
@@ -80,22 +72,16 @@ class Workshop:
             InvalidOutputError: the disk is full, or the folder cannot be written to.
             RuntimeFailureError: llama.cpp refused or failed.
         """
-        out = self.path(name)
-        if out.exists():
-            found = _made_of(out)
-            if found == planned.metadata[MADE_OF]:
-                return False
-            if found is None:
-                raise InvalidModelError(f"{out}: is in the way, and was not made here; move it or name another folder")
+        out, progress = self.path(name), partial(self.steps, self.path(name).stem)
         self.folder.mkdir(parents=True, exist_ok=True)
-        progress = partial(self.steps, out.stem)
-        make(planned, out, overwrite=True, threads=self.threads, worker=worker, progress=progress)
+        with locked(out, self.cache or default_cache(), progress):  # two sweeps make it once
+            if out.exists():
+                found = recorded_made_of(out)
+                if found == planned.metadata[MADE_OF]:
+                    return False
+                if found is None:
+                    raise InvalidModelError(
+                        f"{out}: is in the way, and was not made here; move it or name another folder"
+                    )
+            make(planned, out, overwrite=True, threads=self.threads, worker=worker, progress=progress)
         return True
-
-
-def _made_of(path: Path) -> str | None:
-    """What a file says it was made of; None for one that was not made here."""
-    try:
-        return GgufFile(path).metadata(MADE_OF)
-    except InvalidModelError:
-        return None

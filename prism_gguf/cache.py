@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -24,6 +26,8 @@ ENVIRONMENT_VARIABLE = "PRISM_GGUF_CACHE"
 # What of a checkpoint folder decides what it computes: weights, configuration, tokenizer, its own code.
 _CHECKPOINT_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 _READ_BYTES = 4 * 2**20
+_HEARTBEAT = 10.0  # seconds; whoever waits for a lock says so that often
+_TICK = 2 * 10**9  # nanoseconds; FAT's clock, the coarsest, counts two seconds
 
 
 def default_cache() -> Path:
@@ -88,23 +92,31 @@ def _hub_commit(model: str) -> str:
     return f"{model}@{Path(str(config)).parent.name}"
 
 
-def _file_digest(file: Path, cache: Path, progress: Progress) -> str:
+def _state(file: Path) -> list[int]:
+    """What changes with a file's content, by all that its folder says of it."""
     stat = file.stat()
-    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _file_digest(file: Path, cache: Path, progress: Progress) -> str:
+    stat, state = file.stat(), _state(file)
     memo = cache / "fingerprints" / f"{_name_of(file)}.json"
     try:
         known = json.loads(memo.read_text())
         if known["state"] == state:
             return str(known["sha256"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
             progress(stream.tell(), stat.st_size)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(memo, json.dumps({"state": state, "sha256": digest.hexdigest()}))
+    # A file may change twice within a tick of its clock; and one from the future does not tell its next change.
+    if stat.st_mtime_ns < time.time_ns() - _TICK and _state(file) == state:
+        with contextlib.suppress(OSError):  # a read-only cache, or a full one
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(memo, json.dumps({"state": state, "sha256": digest.hexdigest()}))
     return digest.hexdigest()
 
 
@@ -117,13 +129,16 @@ def key_of(parts: Sequence[object]) -> str:
 def locked(folder: Path, cache: Path, progress: Progress = no_progress) -> Iterator[None]:
     """Hold ``folder`` for this process, after whoever holds it now. The lock goes with the process, however it ends."""
     lock = cache / "locks" / _name_of(folder)
-    lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        progress(0, 0, "waiting for another run")
-        held.acquire()
+    with contextlib.suppress(OSError):  # a read-only cache, in which nothing changes under our hands
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        patience = 0.0
+        while not held.is_locked:
+            try:
+                held.acquire(timeout=patience)
+            except Timeout:
+                patience = _HEARTBEAT
+                progress(0, 0, "waiting for another run")
     try:
         yield
     finally:

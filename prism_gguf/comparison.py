@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 from prism_gguf import __version__
 from prism_gguf.adapters import ModelIdentity
 from prism_gguf.cache import is_capture, is_checkpoint
+from prism_gguf.details import Failure
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidAdapterError, InvalidModelError, InvalidTextError, PrismGgufError
-from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
-from prism_gguf.layers import ReferenceLayers, ensure_layers, with_layers
+from prism_gguf.isolation import MEASURING, NativeWorker, Progress, no_progress, stage
+from prism_gguf.layers import ReferenceLayers, ensure_layers
 from prism_gguf.lora import AdapterFile, LoraAdapter, adapters, in_words
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.ranking import rank
 from prism_gguf.reading import Source
 from prism_gguf.reference import ReadOptions, RunOptions, Steps, ensure_capture, no_steps, open_variant
-from prism_gguf.results import CandidateResult, Comparison, Failure, NoiseFloor, TextInfo
+from prism_gguf.results import CandidateResult, Comparison, NoiseFloor, TextInfo
+from prism_gguf.rows import Rows
 
 if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
     from prism_gguf.adapters import Model
@@ -51,6 +52,7 @@ class CompareOptions(ReadOptions):
             reference on purpose.
         fail_on: limits such as ``kld_mean>0.05``.
         confidence: compare confidence bounds with the limits, at this one-sided level.
+        fresh: measure again what was measured before with the same code, packages and processor.
     """
 
     attribution: bool = True
@@ -62,6 +64,7 @@ class CompareOptions(ReadOptions):
     control: str | Path | None = None
     fail_on: tuple[str, ...] = ()
     confidence: float | None = None
+    fresh: bool = False
 
 
 def compare(
@@ -97,10 +100,14 @@ class Candidate:
     Attributes:
         path: where it is, or will be.
         made: for one that is made just in time: a context, entered with the worker, inside which the file exists.
+        content: for such a one: what it is made of, which is known before it is made.
+        wanted: whether the file shall be there afterwards; otherwise it is not made where its numbers are known.
     """
 
     path: str
     made: Callable[[NativeWorker], AbstractContextManager[None]] | None = None
+    content: str | None = None
+    wanted: bool = True
 
 
 def with_control(candidates: list[Candidate], options: CompareOptions) -> list[Candidate]:
@@ -121,17 +128,19 @@ def compare_candidates(
     """``compare``, for candidates some of which are made just in time; the control is among those that are there."""
     from prism_gguf.gates import Gate
 
-    gates = [Gate.parse(text) for text in options.fail_on]
+    created, gates = _now(), [Gate.parse(text) for text in options.fail_on]
     options = replace(options, lora=adapters(options.lora))
-    with options.worker() as worker:
+    with options.worker(preload=MEASURING) as worker, options.worker() as reader:
+        worker.start()  # it imports while headers are read
         # Unreadable files are found before the reference takes its minutes.
         given = given_capture(reference, texts)
         n_ctx = options.n_ctx if given is None else 0
         headers = {
-            c.path: attempt(worker, c.path, read_candidate, n_ctx, options, progress=partial(steps, _name(c.path)))
+            c.path: attempt(reader, c.path, read_candidate, n_ctx, options, progress=partial(steps, _name(c.path)))
             for c in candidates
             if c.made is None
         }
+        reader.close()
         if all(isinstance(headers.get(c.path), CandidateResult) for c in candidates):
             raise InvalidModelError("; ".join(_message(header) for header in headers.values()))
         control = _control(headers, options)
@@ -149,6 +158,7 @@ def compare_candidates(
             if isinstance(header, CandidateResult):
                 rows[path] = header
             else:
+                worker.renew()
                 rows[path] = _measured(worker, candidate, folder, layers, options, steps)
         steps("", len(once), len(once), "files")
     floor, results = _judged(rows, control, gates, text.n_windows, options)
@@ -156,7 +166,7 @@ def compare_candidates(
     return Comparison(
         tool_version=__version__,
         command=sys.argv,
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=created,
         environment=environment(),
         text=text,
         reference=identity,
@@ -175,16 +185,15 @@ def _measured(
     options: CompareOptions,
     steps: Steps,
 ) -> CandidateResult:
-    """One candidate's row; ``seconds`` is what measuring took, without making the file."""
+    """One candidate's row."""
+    path, content, progress = candidate.path, candidate.content, partial(steps, _name(candidate.path))
+    rows = Rows(folder, layers, options, worker)
     try:
-        with nullcontext() if candidate.made is None else candidate.made(worker):
-            started, progress = time.monotonic(), partial(steps, _name(candidate.path))
-            row = worker.run(measure_candidate, candidate.path, folder, options, progress=progress)
-            if layers is not None:
-                row = with_layers(worker, row, folder, layers, options, stage(progress, "layers"))
+        is_needed = candidate.wanted or content is None or not rows.is_known(content, progress)
+        with nullcontext() if candidate.made is None or not is_needed else candidate.made(worker):
+            return rows.row(path, content or rows.content(path, progress), progress)
     except PrismGgufError as error:
-        return failed_row(candidate.path, error)
-    return replace(row, seconds=round(time.monotonic() - started, 3))
+        return failed_row(path, error)
 
 
 def _name(path: str) -> str:
@@ -193,7 +202,7 @@ def _name(path: str) -> str:
 
 def failed_row(path: str, error: PrismGgufError) -> CandidateResult:
     """A row that says why there are no numbers."""
-    return CandidateResult(path, error=Failure(type(error).__name__, str(error)))
+    return CandidateResult(path, error=Failure(type(error).__name__, str(error), getattr(error, "log", [])))
 
 
 def given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path | None:
@@ -328,23 +337,21 @@ def describe_capture(
 
 
 def measure_candidate(
-    path: str, folder: Path, options: CompareOptions, *, progress: Progress = no_progress
+    path: str, folder: Path, options: CompareOptions, place: Path, *, progress: Progress = no_progress
 ) -> CandidateResult:
-    """Run one candidate over the captured windows and measure it. Runs in the worker."""
+    """Run one candidate over the captured windows and measure it; ``place`` keeps each window. Runs in the worker."""
     from prism_gguf.capture_file import read_capture
     from prism_gguf.measure import measure
 
+    started = time.monotonic()
     options.limit_threads()
     capture, lora = read_capture(folder, progress), adapters(options.lora)
     progress(0, 0, "loading")
-    with (
-        open_candidate(path, capture, options, lora) as (model, shared, notes),
-        tempfile.TemporaryDirectory(prefix="prism-gguf-") as temporary,
-    ):
+    with open_candidate(path, capture, options, lora) as (model, shared, notes):
         row = measure(
             capture,
             model,
-            Path(temporary),
+            place,
             shared_rows=shared,
             notes=[*notes, *_remarks(path, lora, options)],
             attribution=options.attribution,
@@ -353,7 +360,11 @@ def measure_candidate(
             baselines=options.baselines,
             progress=progress,
         )
-    return replace(row, lora=list(lora))
+    return replace(row, lora=list(lora), seconds=round(time.monotonic() - started, 3), measured=_now())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _remarks(path: str, lora: Sequence[LoraAdapter], options: CompareOptions) -> Iterator[str]:

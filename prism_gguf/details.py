@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -131,3 +131,12 @@ class Baselines:
     states_candidate: Spread
     head_reference: Spread
     head_candidate: Spread
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a candidate has no numbers: the error's class, its one-line message, and llama.cpp's last words where it died."""
+
+    kind: str
+    message: str
+    log: list[str] = field(default_factory=list)

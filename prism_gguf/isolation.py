@@ -98,8 +98,7 @@ class NativeWorker:
             RuntimeFailureError: the child died or hung; the message has the signal or exit code and its last native log
                 line, ``log`` the lines before it.
         """
-        if self._process is None:
-            self._start()
+        self.start()
         self._last_step = "starting"
         self._send((function, args))
         while True:
@@ -135,7 +134,10 @@ class NativeWorker:
             pickle.dump(job, self._process.stdin)
             self._process.stdin.flush()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the child, so that it imports while the caller does something else; ``run`` does it where it must."""
+        if self._process is not None:
+            return
         if self._log is not None:
             self._log.seek(0)
             self._log.truncate()

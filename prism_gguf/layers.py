@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,9 @@ from prism_gguf.cache import key_of, locked, model_fingerprint, recorded_key
 from prism_gguf.details import LayerCost, LayerDrift, Layers
 from prism_gguf.errors import IncompatibleModelsError, InvalidCaptureError, PrismGgufError
 from prism_gguf.files import write_whole
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.lora import LoraAdapter
 from prism_gguf.reference import RunOptions, open_model, open_variant, runtime_of
-from prism_gguf.results import CandidateResult
 from prism_gguf.state_file import StateFile
 from prism_gguf.text import TokenWindows
 
@@ -111,7 +110,7 @@ def ensure_layers(
     numbers = _spread(windows.n_windows)
     key = [_SCHEMA, recorded_key(capture_folder), capture.identity.fingerprint, windows.fingerprint, numbers]
     folder = cache / "layers" / key_of([*key, *runtime_of(model, options)])
-    with locked(folder, cache):
+    with locked(folder, cache, progress):
         n_blocks = _recorded_blocks(folder)
         streams = None if n_blocks is None else _writable(folder, capture, len(numbers), n_blocks)
         missing = [i for i in range(len(numbers)) if streams is None or not streams.has(i)]
@@ -210,19 +209,3 @@ def _drift(sums: list[SquareAccumulator]) -> Iterator[LayerDrift]:
     for number, gathered in enumerate(sums):
         g = identity_geometry(gathered.squares())
         yield LayerDrift(number, g.scale, g.shape, g.omega, g.delta / g.rho_reference)
-
-
-def with_layers(
-    worker: NativeWorker,
-    row: CandidateResult,
-    capture_folder: Path,
-    reference: ReferenceLayers,
-    options: RunOptions,
-    progress: Progress,
-) -> CandidateResult:
-    """A measured candidate's row with its drift by block, or with a note that says why it has none."""
-    try:
-        drift = worker.run(measure_layers, row.path, row.lora, capture_folder, reference, options, progress=progress)
-    except PrismGgufError as error:
-        return replace(row, notes=[*row.notes, f"no drift by block: {error}"])
-    return replace(row, layers=drift)

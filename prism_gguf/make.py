@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prism_gguf.cache import is_capture, model_fingerprint
+from prism_gguf.cache import is_capture, key_of, model_fingerprint
 from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.errors import InvalidOutputError
+from prism_gguf.errors import InvalidModelError, InvalidOutputError
 from prism_gguf.files import written_whole
-from prism_gguf.gguf_file import split_parts
-from prism_gguf.imatrix import read_imatrix
+from prism_gguf.gguf_file import GgufFile, split_parts
+from prism_gguf.imatrix import imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.mix import Mix
 from prism_gguf.plan import Plan, plan
@@ -24,6 +25,8 @@ from prism_gguf.reference import Steps, no_steps
 from prism_gguf.results import Comparison
 
 SCHEMA = "prism-gguf/quantize/1"
+MADE_OF = "prism_gguf.made_of"
+"""Metadata key of a file that was made here: what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def quantize(
 
     Args:
         base: the GGUF to quantize, best F16 or BF16.
-        out: the file to make; it appears whole or not at all.
+        out: the file to make; it appears whole or not at all. One that was made of the very same is taken as it is.
         what: a recipe (``advise(…).recipe``, ``read_recipe``), a mix, or one of llama.cpp's ftypes, such as ``Q4_K_M``.
         name: where a mix comes from, for the file's metadata.
         imatrix: importance matrix to quantize with.
@@ -87,19 +90,46 @@ def quantize(
     base, out, options = Path(base), Path(out), options or CompareOptions()
     imatrix = None if imatrix is None else Path(imatrix)
     what = Mix(what.upper()) if isinstance(what, str) else what
-    check_output(out, base, overwrite=overwrite or dry_run)
+    progress, threads = partial(steps, out.stem), options.threads or 0
+    is_here = not overwrite and recorded_made_of(out) is not None
+    check_output(out, base, overwrite=overwrite or dry_run or is_here)
     if verify is not None:
         _check_reference(verify, options, partial(steps, "reference"))
-    progress, threads = partial(steps, out.stem), options.threads or 0
     with options.worker() as worker:
-        found = plan(base, what, name=name, imatrix=imatrix, requantize=requantize, worker=worker, progress=progress)
+        found = plan(
+            base,
+            what,
+            name=name,
+            imatrix=imatrix,
+            requantize=requantize,
+            metadata={MADE_OF: made_of("", what, imatrix)},  # as long as the true one, so that the size is exact
+            worker=worker,
+            progress=progress,
+        )
         planned(found)
         if dry_run:
             return Made(out, found, made=False)
-        make(found, out, overwrite=overwrite, threads=threads, worker=worker, progress=progress)
+        fingerprint = model_fingerprint(str(base), options.cache_folder, stage(progress, "hashing"))
+        found = replace(found, metadata={**found.metadata, MADE_OF: made_of(fingerprint, what, imatrix)})
+        if not is_here or recorded_made_of(out) != found.metadata[MADE_OF]:
+            make(found, out, overwrite=overwrite, threads=threads, worker=worker, progress=progress)
     predicted = (what.predicted_kld, what.predicted_kld_se) if isinstance(what, Recipe) else (None, None)
     comparison = None if verify is None else compare(verify, [out], texts, options, steps=steps)
     return Made(out, found, True, *predicted, comparison)
+
+
+def made_of(fingerprint: str, what: Recipe | Mix, imatrix: Path | None) -> str:
+    """A digest of all that decides a file's content: the base's fingerprint, the types, the imatrix, llama.cpp."""
+    matrix = None if imatrix is None else read_imatrix(imatrix)
+    return key_of([fingerprint, what, imatrix_digest(matrix), version("llama-cpp-python")])
+
+
+def recorded_made_of(path: Path) -> str | None:
+    """What a file says it was made of; None for one that is none, or was not made here."""
+    try:
+        return GgufFile(path).metadata(MADE_OF)
+    except InvalidModelError:
+        return None
 
 
 def _check_reference(reference: str | Path, options: CompareOptions, progress: Progress) -> None:

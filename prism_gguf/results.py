@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf.adapters import ModelIdentity
-from prism_gguf.details import Baselines, DivergentToken, LayerCost, Layers
+from prism_gguf.details import Baselines, DivergentToken, Failure, LayerCost, Layers
 from prism_gguf.errors import OverBudgetError
 from prism_gguf.lora import LoraAdapter
 
@@ -312,14 +312,6 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a candidate has no numbers: the error's class and its one-line message."""
-
-    kind: str
-    message: str
-
-
-@dataclass(frozen=True)
 class CandidateResult:
     """One candidate: what the file is, and how far it is from the reference. Numbers are None where ``error`` is not.
 
@@ -328,7 +320,7 @@ class CandidateResult:
         types: how many tensors have each type; ``tensor_types`` has the type of each.
         divergent_tokens: the scored tokens with the largest divergence, largest first.
         layers, baselines: None unless they were asked for.
-        seconds: what measuring took, without making the file.
+        seconds: what measuring took, without making the file; ``measured``: when that was, perhaps in an earlier run.
         lora: the adapters that llama.cpp applied.
     """
 
@@ -354,6 +346,7 @@ class CandidateResult:
     verdict: Verdict | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
+    measured: str | None = None
     error: Failure | None = None
     lora: list[LoraAdapter] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates,
 from prism_gguf.errors import InvalidModelError, InvalidProfileError, OverBudgetError, PrismGgufError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import NativeWorker
+from prism_gguf.make import MADE_OF
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.plan import Plan
 from prism_gguf.profiles import Profile, ProfileEntry
@@ -84,7 +85,10 @@ def sweep(
             if built and not keep:
                 Path(path).unlink(missing_ok=True)
 
-    candidates = [Candidate(str(base)), *(Candidate(path, partial(made, path)) for path in entries)]
+    candidates = [Candidate(str(base))]
+    for path, plan in plans.items():
+        content = None if isinstance(plan, PrismGgufError) else str(plan.metadata[MADE_OF])
+        candidates.append(Candidate(path, partial(made, path), content, wanted=keep))
     comparison = compare_candidates(reference, with_control(candidates, options), texts, options, steps=steps)
     return replace(comparison, choice=_choice(comparison, entries, profile, options))
 

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from prism_gguf.cli import main
+from prism_gguf.details import Failure
 from prism_gguf.errors import InvalidResultError
 from prism_gguf.result_file import merge_results, read_result
-from prism_gguf.results import Comparison, Failure
+from prism_gguf.results import Comparison
 
 
 def stored(comparison: Comparison, path: Path) -> Path:

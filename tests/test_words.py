@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import prism_gguf.report.terminal as terminal
+from prism_gguf.details import Failure
 from prism_gguf.ranking import rank
 from prism_gguf.report.words import (
     LEVELS,
@@ -20,7 +21,7 @@ from prism_gguf.report.words import (
     purpose,
     verdict_in_words,
 )
-from prism_gguf.results import CandidateResult, Comparison, Failure, GateResult
+from prism_gguf.results import CandidateResult, Comparison, GateResult
 
 HOSTILE = "/x/[red]a\x1b[31m\x07b\u202ec\n[/red]:smile:\\.gguf"
 

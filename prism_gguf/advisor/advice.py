@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,6 +25,7 @@ from prism_gguf.reading import Source
 from prism_gguf.recipe import Recipe
 from prism_gguf.reference import RunOptions, Steps, no_steps
 from prism_gguf.results import CandidateResult
+from prism_gguf.scratch import scratch_folder
 
 if TYPE_CHECKING:
     import pandas
@@ -236,7 +236,7 @@ def _compared(
     """
     cache = options.cache_folder
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="advise-", dir=cache) as folder:
+    with scratch_folder(cache) as folder:
 
         @contextmanager
         def made(planned: Plan, path: Path, worker: NativeWorker) -> Iterator[None]:
@@ -246,7 +246,7 @@ def _compared(
             finally:
                 path.unlink()
 
-        paths = {name: Path(folder) / f"{name.removesuffix('.weight')}.gguf" for name in files}
+        paths = {name: folder / f"{name.removesuffix('.weight')}.gguf" for name in files}
         candidates = [
             Candidate(str(paths[name]), partial(made, planned, paths[name])) for name, planned in files.items()
         ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +15,11 @@ from prism_gguf.advisor.head_results import Body, HeadReport, HeadRow, HeadScore
 from prism_gguf.comparison import attempt, given_capture, open_reference, read_header
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidGateError, InvalidModelError, InvalidProfileError, PrismGgufError
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.isolation import MEASURING, NativeWorker, Progress, no_progress
 from prism_gguf.reading import Source
 from prism_gguf.reference import ReadOptions, Steps, no_steps
 from prism_gguf.results import CandidateResult
+from prism_gguf.scratch import scratch_folder
 
 if TYPE_CHECKING:  # heavy modules are loaded where they are used
     import numpy as np
@@ -109,10 +109,7 @@ def sweep_heads(
     options = options or HeadOptions()
     options.check()
     paths = list(dict.fromkeys(map(str, candidates)))
-    with (
-        options.worker() as worker,
-        tempfile.TemporaryDirectory(prefix="prism-gguf-head-") as temporary,
-    ):
+    with options.worker(preload=MEASURING) as worker, scratch_folder() as temporary:
         given = given_capture(reference, texts)
         n_ctx = 0 if given else options.n_ctx
         found = {p: attempt(worker, p, read_header, n_ctx, progress=partial(steps, Path(p).stem)) for p in paths}
@@ -121,7 +118,8 @@ def sweep_heads(
         for number, path in enumerate(paths):
             steps("", number, len(paths), "files")
             if not isinstance(found[path], CandidateResult):
-                place, progress = Path(temporary) / str(number), partial(steps, Path(path).stem)
+                worker.renew()
+                place, progress = temporary / str(number), partial(steps, Path(path).stem)
                 found[path] = attempt(worker, path, decode_body, folder, place, options, progress=progress)
         steps("", len(paths), len(paths), "files")
         _some_are_good(found)

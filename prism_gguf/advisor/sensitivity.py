@@ -269,10 +269,12 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int) -> int:
-    """As many as half of the free memory has room for; results do not depend on it."""
+def _windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int, folder: Path) -> int:
+    """As many as half of the free memory has room for; as many as an earlier run took, which may have had more of it."""
     import psutil
 
+    for first in folder.glob("windows-0-*.npz"):
+        return int(first.stem.rpartition("-")[2])
     if any(t.rows.shape[0] > 1 for t in tensors):
         return 1  # experts get the tokens of all windows in one flat batch
     # Each product keeps its input and output in float32, and what lies between products about as much again.
@@ -296,7 +298,7 @@ def _gradients(
     from prism_gguf.advisor.fisher import FisherProducts
     from prism_gguf.advisor.gradients import backward
 
-    size = _windows_per_batch(tensors, tokens.shape[1])
+    size = _windows_per_batch(tensors, tokens.shape[1], folder)
     n_weights = sum(t.rows.numel() for t in tensors)
     for start in range(0, len(tokens), size):
         batch = torch.from_numpy(tokens[start : start + size].astype(np.int64))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,20 +12,37 @@ from typing import Any
 import click
 
 from prism_gguf import __version__
-from prism_gguf.errors import PrismGgufError
+from prism_gguf.errors import known
 
-EXIT_GATE, EXIT_BAD = 1, 2
+EXIT_GATE, EXIT_BAD, EXIT_INTERRUPTED = 1, 2, 130
+
+
+# What goes on from what is finished when the same command is run again.
+_GOES_ON = ("advise", "capture", "compare", "demo", "imatrix", "quantize", "sensitivity", "sweep")
 
 
 class Group(click.Group):
-    """Turns errors that the library raises on purpose into one line and exit code 2."""
+    """Turns errors that the library raises on purpose, and what the system refuses, into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, _interrupt)
         try:
             return super().invoke(ctx)
-        except PrismGgufError as error:
-            complain(str(error))
+        except KeyboardInterrupt:
+            way_on = "the same command goes on from what is finished" if ctx.invoked_subcommand in _GOES_ON else ""
+            complain(f"interrupted; {way_on or 'nothing half-written is left'}")
+            sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            told = known(error)
+            if told is None:
+                raise
+            complain(str(told))
             sys.exit(EXIT_BAD)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def complain(message: str) -> None:

@@ -78,7 +78,6 @@ def quantize(
     Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken, 2 if something could not be done.
     """
     from prism_gguf.files import write_whole
-    from prism_gguf.make import check_output
     from prism_gguf.make import quantize as run_quantize
     from prism_gguf.report.plan import print_plan
     from prism_gguf.report.progress import progress_bars
@@ -87,7 +86,6 @@ def quantize(
     output = Output.taken_from(options)
     if output.report_files and verify is None:
         raise click.UsageError("--html and --markdown show a comparison; name its reference with --verify")
-    check_output(out, base, overwrite=force or dry_run)
     what, name = _chosen(base, **{kind: options.pop(kind) for kind in _CHOICES})
     with progress_bars(shown=not (output.quiet or options["verbose"])) as steps:
         result = run_quantize(

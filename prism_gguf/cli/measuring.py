@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,11 +99,12 @@ def demo(
     from prism_gguf.demo import run_demo
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.report.terminal import HOW_TO_READ
+    from prism_gguf.scratch import scratch_folder
 
     output = Output.taken_from(options)
     bars = progress_bars(shown=not (output.quiet or options["verbose"]))
-    with tempfile.TemporaryDirectory(prefix="prism-gguf-demo-") as temporary, bars as steps:
-        comparison = run_demo(keep or Path(temporary), sources(text, chat), compare_options(**options), steps=steps)
+    with scratch_folder() as temporary, bars as steps:
+        comparison = run_demo(keep or temporary, sources(text, chat), compare_options(**options), steps=steps)
     output.finish(comparison, footer=HOW_TO_READ)
 
 

@@ -165,6 +165,12 @@ judging_options = options(
         metavar="F16.gguf",
         help="Unquantized GGUF that sets the noise floor, or 'none'. Default: the first among the candidates.",
     ),
+    click.option(
+        "--fresh",
+        is_flag=True,
+        help="Measure again what was measured before, of the same files, with the same code, packages and processor. "
+        "Default: take it from the cache.",
+    ),
     limit_options,
 )
 

@@ -1,0 +1,105 @@
+"""A candidate's row of a comparison: what an earlier run has kept of it, or what measuring it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prism_gguf.cache import model_fingerprint, recorded_key
+from prism_gguf.details import Layers
+from prism_gguf.errors import PrismGgufError
+from prism_gguf.isolation import NativeWorker, Progress, stage
+from prism_gguf.kept import ensure_kept, find_kept, kept_key
+from prism_gguf.layers import ReferenceLayers, measure_layers
+from prism_gguf.lora import LoraAdapter, adapters
+from prism_gguf.results import CandidateResult
+
+if TYPE_CHECKING:
+    from prism_gguf.comparison import CompareOptions
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Makes rows.
+
+    Attributes:
+        folder: the reference's capture.
+        layers: its residual streams, where drift by block is wanted.
+        worker: runs the candidates.
+    """
+
+    folder: Path
+    layers: ReferenceLayers | None
+    options: CompareOptions
+    worker: NativeWorker
+
+    def content(self, path: str, progress: Progress) -> str:
+        """What tells a candidate from others: its content, and its name, which says what it should be."""
+        return f"{self._fingerprint(path, progress)} {Path(path).name}"
+
+    def _fingerprint(self, path: str, progress: Progress) -> str:
+        return self.worker.run(model_fingerprint, path, self.options.cache_folder, progress=stage(progress, "hashing"))
+
+    def is_known(self, content: str, progress: Progress) -> bool:
+        """Whether an earlier run has kept everything about a candidate."""
+        cache, (row, drift) = self.options.cache_folder, self._keys(content, progress)
+        known = not self.options.fresh and find_kept(cache, row, CandidateResult) is not None
+        return known and (self.layers is None or find_kept(cache, drift, Layers) is not None)
+
+    def row(self, path: str, content: str, progress: Progress) -> CandidateResult:
+        """The row of a candidate; one without drift by block, and a note that says why, where only that fails.
+
+        Raises:
+            PrismGgufError: it cannot be measured.
+        """
+        row_key, drift_key = self._keys(content, progress)
+        row = self.worker.run(ensure_row, row_key, path, self.folder, self.options, progress=progress)
+        row = replace(row, path=path)
+        if self.layers is None:
+            return row
+        job = (drift_key, path, row.lora, self.folder, self.layers, self.options)
+        try:
+            drift = self.worker.run(ensure_drift, *job, progress=stage(progress, "layers"))
+        except PrismGgufError as error:
+            return replace(row, notes=[*row.notes, f"no drift by block: {error}"])
+        return replace(row, layers=drift, seconds=round((row.seconds or 0.0) + drift.seconds, 3))
+
+    def _keys(self, content: str, progress: Progress) -> tuple[str, str]:
+        """The keys of a row, and of its drift by block: all that each depends on."""
+        options = self.options
+        lora = [(self._fingerprint(str(one.path), progress), one.scale) for one in adapters(options.lora)]
+        how = (options.runtime(), options.trust_remote_code, lora)
+        asked = (options.attribution, options.attribution_tokens, options.split_kernels, options.baselines)
+        capture = recorded_key(self.folder)
+        drift = () if self.layers is None else (self.layers.folder.name, self.layers.numbers)
+        return kept_key("row", content, capture, how, asked), kept_key("layers", content, capture, how, drift)
+
+
+def ensure_row(key: str, path: str, folder: Path, options: CompareOptions, *, progress: Progress) -> CandidateResult:
+    """A candidate's row, kept or measured. Runs in the worker."""
+    from prism_gguf.comparison import measure_candidate
+
+    def measured(place: Path) -> CandidateResult:
+        return measure_candidate(path, folder, options, place, progress=progress)
+
+    return ensure_kept(options.cache_folder, key, CandidateResult, measured, fresh=options.fresh, progress=progress)
+
+
+def ensure_drift(
+    key: str,
+    path: str,
+    lora: Sequence[LoraAdapter],
+    folder: Path,
+    reference: ReferenceLayers,
+    options: CompareOptions,
+    *,
+    progress: Progress,
+) -> Layers:
+    """A candidate's drift by block, kept or measured. Runs in the worker."""
+
+    def measured(_: Path) -> Layers:
+        return measure_layers(path, lora, folder, reference, options, progress=progress)
+
+    return ensure_kept(options.cache_folder, key, Layers, measured, fresh=options.fresh, progress=progress)
