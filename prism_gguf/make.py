@@ -31,7 +31,7 @@ MADE_OF = "prism_gguf.made_of"
 
 @dataclass(frozen=True)
 class Made:
-    """A file as planned, whether it was written, and its comparison."""
+    """A file as planned, whether it was written, and its comparison; ``found``: it was there, made of the very same."""
 
     out: Path
     plan: Plan
@@ -39,6 +39,7 @@ class Made:
     predicted_kld: float | None = None
     predicted_kld_se: float | None = None
     comparison: Comparison | None = None
+    found: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -111,11 +112,12 @@ def quantize(
             return Made(out, found, made=False)
         fingerprint = model_fingerprint(str(base), options.cache_folder, stage(progress, "hashing"))
         found = replace(found, metadata={**found.metadata, MADE_OF: made_of(fingerprint, what, imatrix)})
-        if not is_here or recorded_made_of(out) != found.metadata[MADE_OF]:
+        is_here = is_here and recorded_made_of(out) == found.metadata[MADE_OF]
+        if not is_here:
             make(found, out, overwrite=overwrite, threads=threads, worker=worker, progress=progress)
     predicted = (what.predicted_kld, what.predicted_kld_se) if isinstance(what, Recipe) else (None, None)
     comparison = None if verify is None else compare(verify, [out], texts, options, steps=steps)
-    return Made(out, found, True, *predicted, comparison)
+    return Made(out, found, True, *predicted, comparison, found=is_here)
 
 
 def made_of(fingerprint: str, what: Recipe | Mix, imatrix: Path | None) -> str:

@@ -412,6 +412,11 @@ class Comparison:
         )
 
     @property
+    def measured_before(self) -> list[CandidateResult]:
+        """Those whose numbers are from an earlier run's cache."""
+        return [c for c in self.candidates if c.measured is not None and c.measured < self.created]
+
+    @property
     def failed(self) -> list[CandidateResult]:
         return [c for c in self.candidates if c.error is not None and not c.over_budget]
 

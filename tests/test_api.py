@@ -134,5 +134,6 @@ def test_what_scripts_get_wrong(ladder: dict[str, Path], tmp_path: Path) -> None
     with pytest.raises(InvalidBudgetError, match="budget 'Q4_K_M'"):
         advise(MODEL, base, "Q4_K_M")
     quantize(base, out, "Q8_0")
+    assert quantize(base, out, "Q8_0").found
     with pytest.raises(InvalidOutputError, match="overwrite=True"):
-        quantize(base, out, "Q8_0")
+        quantize(base, out, "Q6_K")

@@ -82,6 +82,7 @@ def quantize(
     from prism_gguf.report.plan import print_plan
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.report.terminal import console
+    from prism_gguf.report.words import printable
 
     output = Output.taken_from(options)
     if output.report_files and verify is None:
@@ -103,6 +104,8 @@ def quantize(
             planned=lambda plan: None if output.quiet else print_plan(plan, out, console()),
             steps=steps,
         )
+    if result.found and not output.quiet:
+        click.echo(f"{printable(str(out))}: is there already, made of the very same")
     if output.json_file is not None:
         write_whole(output.json_file, json.dumps(result.to_dict(), indent=2) + "\n")
     if result.comparison is not None:

@@ -178,6 +178,10 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
         assert candidate.error is not None
         out.print(f"not made: {escape(candidate.error.message)}")
     _print_notes(done, out)
+    if (kept := len(comparison.measured_before)) and not comparison.merged_from:
+        out.print(
+            f"{kept} of {len(comparison.candidates)} files were measured before; --fresh measures again", style="dim"
+        )
     if comparison.choice is not None:
         chosen = comparison.choice.path
         name = "none of these files" if chosen is None else printable(Path(chosen).name)
