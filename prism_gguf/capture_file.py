@@ -194,7 +194,10 @@ def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("schema") != SCHEMA:
-            raise InvalidCaptureError(f"{folder}: not a capture of this version ({SCHEMA}); capture again")
+            raise InvalidCaptureError(
+                f"{folder}: a capture of prism-gguf {manifest.get('tool_version')} ({manifest.get('schema')}), and this "
+                f"version reads {SCHEMA}; update prism-gguf, or capture again into another folder"
+            )
         identity = ModelIdentity(**manifest["identity"])
         recorded = manifest["windows"]
         windows = TokenWindows(np.load(folder / _TOKENS), tuple(recorded["domains"]), Score(recorded["score"]))
