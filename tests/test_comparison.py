@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from gguf_edit import edited
 
@@ -207,3 +210,26 @@ def test_pure_quantization_of_a_head_with_another_type(ladder: dict[str, Path], 
     candidate = compare(MODEL, [out], TEXTS[:1], FEW).candidates[0]
     finite_and_bounded(candidate)
     assert candidate.head is not None and candidate.head.type == "Q4_K"
+
+
+@pytest.mark.parametrize("how", ["SIGABRT", "SIGSEGV", "SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
+def test_a_candidate_whose_process_dies_or_hangs_is_a_row_and_the_others_finish(
+    ladder: dict[str, Path], how: str
+) -> None:
+    options = CompareOptions(windows=2, n_ctx=128, attribution=False, stall_limit=30, fresh=True)
+    me = psutil.Process()
+    open_before = me.num_fds()
+    children_before = set(me.children(recursive=True))
+
+    def disturb(name: str, done: int, total: int, stage: str = "") -> None:
+        if name == "testbed-Q4_K_M" and stage == "running" and done == 1:
+            *_, deepest = (p for p in me.children(recursive=True) if p not in children_before)
+            deepest.send_signal(getattr(signal, how))
+
+    files = [ladder[name] for name in ("Q8_0", "Q4_K_M", "Q2_K")]
+    found = compare(MODEL, files, held_out_texts(), options, steps=disturb)
+    first, failed, last = found.candidates
+    assert first.error is None and last.error is None and failed.error is not None
+    expected = r"no progress for 30 s \(running 1/2\)" if how == "SIGSTOP" else rf"llama.cpp ended the process \({how}"
+    assert re.match(expected, failed.error.message) and failed.error.log
+    assert set(me.children(recursive=True)) == children_before and me.num_fds() == open_before
