@@ -219,7 +219,7 @@ def main(
         capture, base, result = folder / "capture", folder / "base.kld", folder / "result.json"
         make = [*tool, "capture", checkpoint, "--windows", windows, "--out", capture, "--cache", folder, "--quiet"]
         once = {"capture of the reference": make, "the same again": make}
-        compare = [*tool, "compare", capture, gguf, "--threads", threads, "--quiet", "--json", result]
+        compare = [*tool, "compare", capture, gguf, "--threads", threads, "--quiet", "--fresh", "--json", result]
         bare_decode = [sys.executable, "-c", BARE, gguf, capture / "tokens.npy", threads]
         repeated = {
             "(a) bare decode with logits": bare_decode,

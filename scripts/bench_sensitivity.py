@@ -139,7 +139,7 @@ def main() -> None:
     print(f"directional / diagonal: {found.directional_ratio:.3f}")
     everything = {t.name: "F16" for t in found.tensors}
     compare_options = CompareOptions(
-        windows=arguments.windows, n_ctx=arguments.n_ctx, attribution=False, cache=work / "cache"
+        windows=arguments.windows, n_ctx=arguments.n_ctx, attribution=False, cache=work / "cache", fresh=True
     )
     for kind in arguments.type:
         fitting = [t for t in found.tensors if kind in t.costs]
