@@ -17,20 +17,19 @@ from typing import IO, Any
 from prism_gguf.errors import known
 
 _CALLER_GONE = 3  # our exit code
+# macOS has frameworks, such as Metal, that do not survive a fork; there, and on Windows, the caller starts us anew.
+_FORKS = sys.platform == "linux"
 
 
 def serve(preload: Sequence[str]) -> None:
-    """Import ``preload``, then work until stdin ends: in forks of this process where the system has them, one at a time.
-
-    On macOS frameworks such as Metal do not survive a fork; there, and on Windows, the caller starts us anew.
-    """
+    """Import ``preload``, then work until stdin ends: in forks of this process, one at a time, where that is safe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle; it ends us
     # Whatever prints to stdout here must not end up in the stream of answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     for name in preload:
         importlib.import_module(name)
-    if sys.platform != "linux":
+    if not _FORKS:
         _work(answers, forked=False)
         return
     while True:

@@ -82,6 +82,20 @@ def test_each_renewed_child_is_a_process_of_its_own() -> None:
     assert not [p for p in me.children(recursive=True) if p.pid in (first[0], second[0])]
 
 
+def test_without_forks_each_renewed_child_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import prism_gguf.child; prism_gguf.child._FORKS = False")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    with NativeWorker() as worker:
+        first = worker.run(_process_and_modules)
+        assert worker.run(_process_and_modules) == first
+        assert psutil.Process(first[0]).ppid() == os.getpid()
+        worker.renew()
+        assert worker.run(_process_and_modules) != first and not psutil.pid_exists(first[0])
+        with pytest.raises(RuntimeFailureError, match="SIGABRT"):
+            worker.run(_abort)
+        assert worker.run(_add, 1, 1) == 2
+
+
 def test_what_the_system_refuses_is_one_line() -> None:
     with NativeWorker() as worker:
         with pytest.raises(StorageError, match=r"^/nowhere/x: No such file or directory"):
