@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; _MODULES below is what 
     from prism_gguf.budget import Budget
     from prism_gguf.chat import read_chat
     from prism_gguf.comparison import CompareOptions, compare
-    from prism_gguf.errors import PrismGgufError
+    from prism_gguf.errors import LimitError, PrismGgufError
+    from prism_gguf.limits import Estimate
     from prism_gguf.lora import LoraAdapter
     from prism_gguf.make import Made, quantize
     from prism_gguf.mix import Mix
@@ -34,6 +35,8 @@ __all__ = [
     "CaptureOptions",
     "CompareOptions",
     "Comparison",
+    "Estimate",
+    "LimitError",
     "LoraAdapter",
     "Made",
     "Mix",
@@ -63,7 +66,8 @@ _MODULES = {
     "budget": ("Budget",),
     "chat": ("read_chat",),
     "comparison": ("CompareOptions", "compare"),
-    "errors": ("PrismGgufError",),
+    "errors": ("LimitError", "PrismGgufError"),
+    "limits": ("Estimate",),
     "lora": ("LoraAdapter",),
     "make": ("Made", "quantize"),
     "mix": ("Mix",),

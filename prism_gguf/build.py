@@ -27,6 +27,7 @@ class Workshop:
         threads: for the quantizer; 0 takes all.
         cache: where the base's fingerprint is remembered; None takes the user's cache folder.
         steps: told of the work, file by file.
+        force: go on where the disk is too full.
     """
 
     base: Path
@@ -35,6 +36,7 @@ class Workshop:
     threads: int = 0
     cache: Path | None = None
     steps: Steps = no_steps
+    force: bool = False
 
     def path(self, name: str) -> Path:
         """Where the file of this name goes: the base's name with another ending."""
@@ -69,7 +71,8 @@ class Workshop:
 
         Raises:
             InvalidModelError: a file that was not made here is in the way.
-            InvalidOutputError: the disk is full, or the folder cannot be written to.
+            InvalidOutputError: the folder cannot be written to.
+            LimitError: the disk is too full.
             RuntimeFailureError: llama.cpp refused or failed.
         """
         out, progress = self.path(name), partial(self.steps, self.path(name).stem)
@@ -83,5 +86,5 @@ class Workshop:
                     raise InvalidModelError(
                         f"{out}: is in the way, and was not made here; move it or name another folder"
                     )
-            make(planned, out, overwrite=True, threads=self.threads, worker=worker, progress=progress)
+            make(planned, out, overwrite=True, force=self.force, threads=self.threads, worker=worker, progress=progress)
         return True

@@ -92,6 +92,23 @@ def _hub_commit(model: str) -> str:
     return f"{model}@{Path(str(config)).parent.name}"
 
 
+def is_hashed(file: Path, cache: Path) -> bool:
+    """Whether a file was hashed before, and has not changed since."""
+    return _remembered(file, cache) is not None
+
+
+def _remembered(file: Path, cache: Path) -> str | None:
+    try:
+        known = json.loads(_memo(file, cache).read_text())
+        return str(known["sha256"]) if known["state"] == _state(file) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _memo(file: Path, cache: Path) -> Path:
+    return cache / "fingerprints" / f"{_name_of(file)}.json"
+
+
 def _state(file: Path) -> list[int]:
     """What changes with a file's content, by all that its folder says of it."""
     stat = file.stat()
@@ -99,21 +116,16 @@ def _state(file: Path) -> list[int]:
 
 
 def _file_digest(file: Path, cache: Path, progress: Progress) -> str:
-    stat, state = file.stat(), _state(file)
-    memo = cache / "fingerprints" / f"{_name_of(file)}.json"
-    try:
-        known = json.loads(memo.read_text())
-        if known["state"] == state:
-            return str(known["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if (known := _remembered(file, cache)) is not None:
+        return known
+    state, memo = _state(file), _memo(file, cache)
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
-            progress(stream.tell(), stat.st_size)
+            progress(stream.tell(), state[0])
     # A file may change twice within a tick of its clock; and one from the future does not tell its next change.
-    if stat.st_mtime_ns < time.time_ns() - _TICK and _state(file) == state:
+    if state[1] < time.time_ns() - _TICK and _state(file) == state:
         with contextlib.suppress(OSError):  # a read-only cache, or a full one
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_whole(memo, json.dumps({"state": state, "sha256": digest.hexdigest()}))

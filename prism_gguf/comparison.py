@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,12 +19,15 @@ from prism_gguf.details import Failure
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidAdapterError, InvalidModelError, InvalidTextError, PrismGgufError
 from prism_gguf.isolation import MEASURING, NativeWorker, Progress, no_progress, stage
-from prism_gguf.layers import ReferenceLayers, ensure_layers
+from prism_gguf.layers import ensure_layers
+from prism_gguf.limits import NOTHING, Estimate, Estimated, admit, not_told
+from prism_gguf.limits.headers import model_header
+from prism_gguf.limits.steps import estimate_comparison, is_new
 from prism_gguf.lora import AdapterFile, LoraAdapter, adapters, in_words
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.ranking import rank
 from prism_gguf.reading import Source
-from prism_gguf.reference import ReadOptions, RunOptions, Steps, ensure_capture, no_steps, open_variant
+from prism_gguf.reference import ReadOptions, RunOptions, Steps, capture_place, ensure_capture, no_steps, open_variant
 from prism_gguf.results import CandidateResult, Comparison, NoiseFloor, TextInfo
 from prism_gguf.rows import Rows
 
@@ -74,6 +77,7 @@ def compare(
     options: CompareOptions | None = None,
     *,
     steps: Steps = no_steps,
+    estimated: Estimated = not_told,
 ) -> Comparison:
     """Compare candidates with a reference: a checkpoint directory, a hub id, an F16/BF16 GGUF, or a capture of one.
 
@@ -83,14 +87,15 @@ def compare(
         candidates: GGUF files; or checkpoints (directories, hub ids), such as fine-tunes of the reference.
         texts: evaluation text and chats; None takes the packaged text, or what a given capture has read.
         steps: called with (what is being done, windows done, windows in all) as work proceeds.
+        estimated: called with what all of it will take, before it begins.
 
     Raises:
+        LimitError: memory or disk will clearly not do.
         PrismGgufError: the reference, the text, a limit, or every one of the candidates cannot be used.
     """
     options = options or CompareOptions()
-    return compare_candidates(
-        reference, with_control([Candidate(str(path)) for path in candidates], options), texts, options, steps=steps
-    )
+    listed = with_control([Candidate(str(path)) for path in candidates], options)
+    return compare_candidates(reference, listed, texts, options, steps=steps, estimated=estimated)
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,14 @@ def compare_candidates(
     options: CompareOptions,
     *,
     steps: Steps,
+    estimated: Estimated = not_told,
+    making: Estimate = NOTHING,
 ) -> Comparison:
-    """``compare``, for candidates some of which are made just in time; the control is among those that are there."""
+    """``compare``, for candidates some of which are made just in time; the control is among those that are there.
+
+    Args:
+        making: what making those takes.
+    """
     from prism_gguf.gates import Gate
 
     created, gates = _now(), [Gate.parse(text) for text in options.fail_on]
@@ -144,22 +155,21 @@ def compare_candidates(
         if all(isinstance(headers.get(c.path), CandidateResult) for c in candidates):
             raise InvalidModelError("; ".join(_message(header) for header in headers.values()))
         control = _control(headers, options)
+        once = {c.path: c for c in candidates if not isinstance(headers.get(c.path), CandidateResult)}
+        job = (str(reference), given, _unmeasured(worker, reference, given, once, texts, options, steps))
+        progress = partial(steps, "reference")
+        needed = worker.run(estimate_comparison, *job, options.reading(texts), options, progress=progress)
+        admit(making + needed, force=options.force, estimated=estimated)
         folder, identity, text = open_reference(worker, reference, given, texts, options, steps)
         layers = None
         if options.layers:
             model = None if given is not None else str(reference)
-            progress = partial(steps, "reference")
             layers = worker.run(ensure_layers, model, folder, options, progress=stage(progress, "layers"))
-        rows: dict[str, CandidateResult] = {}
-        once = sorted({c.path: c for c in candidates}.items(), key=lambda item: item[0] != control)
-        for number, (path, candidate) in enumerate(once):
+        rows = {path: row for path, row in headers.items() if isinstance(row, CandidateResult)}
+        for number, path in enumerate(sorted(once, key=lambda path: path != control)):
             steps("", number, len(once), "files")
-            header = headers.get(path)
-            if isinstance(header, CandidateResult):
-                rows[path] = header
-            else:
-                worker.renew()
-                rows[path] = _measured(worker, candidate, folder, layers, options, steps)
+            worker.renew()
+            rows[path] = _measured(Rows(folder, layers, options, worker), once[path], steps)
         steps("", len(once), len(once), "files")
     floor, results = _judged(rows, control, gates, text.n_windows, options)
     measured = [results[c.path] for c in candidates]
@@ -177,20 +187,42 @@ def compare_candidates(
     )
 
 
-def _measured(
+def _unmeasured(
     worker: NativeWorker,
-    candidate: Candidate,
-    folder: Path,
-    layers: ReferenceLayers | None,
+    reference: str | Path,
+    given: Path | None,
+    candidates: Mapping[str, Candidate],
+    texts: Sequence[Source] | None,
     options: CompareOptions,
     steps: Steps,
-) -> CandidateResult:
+) -> list[str]:
+    """The candidates that no earlier run has measured, as far as that is known before the reference is opened."""
+    folder, progress = given, partial(steps, "reference")
+    if folder is None and (header := model_header(str(reference))) is not None and not is_new(header, options):
+        reading, capture_options = options.reading(texts), options.capture_options()
+        folder = capture_place(str(reference), reading, capture_options, progress).folder
+    if folder is None or not is_capture(folder):
+        return list(candidates)
+    rows = Rows(folder, None, options, worker)
+
+    def is_known(path: str) -> bool:
+        shown, candidate = partial(steps, _name(path)), candidates[path]
+        if candidate.content is None and candidate.made is not None:
+            return False
+        try:
+            return rows.is_known(candidate.content or rows.content(path, shown), shown)
+        except PrismGgufError:  # its row will say so
+            return False
+
+    return [path for path in candidates if not is_known(path)]
+
+
+def _measured(rows: Rows, candidate: Candidate, steps: Steps) -> CandidateResult:
     """One candidate's row."""
     path, content, progress = candidate.path, candidate.content, partial(steps, _name(candidate.path))
-    rows = Rows(folder, layers, options, worker)
     try:
         is_needed = candidate.wanted or content is None or not rows.is_known(content, progress)
-        with nullcontext() if candidate.made is None or not is_needed else candidate.made(worker):
+        with nullcontext() if candidate.made is None or not is_needed else candidate.made(rows.worker):
             return rows.row(path, content or rows.content(path, progress), progress)
     except PrismGgufError as error:
         return failed_row(path, error)

@@ -8,6 +8,7 @@ from pathlib import Path
 from prism_gguf.build import Workshop
 from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.isolation import NativeWorker, Progress, no_progress
+from prism_gguf.limits import Estimated, not_told
 from prism_gguf.profiles import load_profile
 from prism_gguf.reading import Source
 from prism_gguf.reference import Steps
@@ -38,10 +39,17 @@ def build_ladder(
     return [workshop.base, *(workshop.path(entry.name) for entry in entries)]
 
 
-def run_demo(folder: Path, texts: list[Source] | None, options: CompareOptions, *, steps: Steps) -> Comparison:
+def run_demo(
+    folder: Path,
+    texts: list[Source] | None,
+    options: CompareOptions,
+    *,
+    steps: Steps,
+    estimated: Estimated = not_told,
+) -> Comparison:
     """Build the ladder in ``folder`` and compare it with the testbed checkpoint, on text that it was not trained on."""
     threads, cache = options.threads or 0, options.cache_folder
     paths = build_ladder(folder, steps=steps, threads=threads, cache=cache, verbose=options.verbose)
-    found = compare(MODEL, paths, texts or held_out_texts(), options, steps=steps)
+    found = compare(MODEL, paths, texts or held_out_texts(), options, steps=steps, estimated=estimated)
     # Where the package lies says nothing to a reader.
     return replace(found, reference=replace(found.reference, path="testbed"))

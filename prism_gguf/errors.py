@@ -97,6 +97,10 @@ class InvalidResultError(PrismGgufError):
     """A stored result cannot be read, or results cannot be put together."""
 
 
+class LimitError(PrismGgufError):
+    """More memory or disk than there is; the message has the figures."""
+
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's own words, in a RuntimeError
 

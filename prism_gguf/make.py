@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from prism_gguf.cache import is_capture, key_of, model_fingerprint
-from prism_gguf.comparison import CompareOptions, compare
+from prism_gguf.comparison import CompareOptions, compare, given_capture
 from prism_gguf.errors import InvalidModelError, InvalidOutputError
 from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import GgufFile, split_parts
 from prism_gguf.imatrix import imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
+from prism_gguf.limits import NOTHING, Estimate, Estimated, admit, not_told
+from prism_gguf.limits.steps import estimate_comparison, estimate_making
 from prism_gguf.mix import Mix
 from prism_gguf.plan import Plan, plan
 from prism_gguf.reading import Source
@@ -68,6 +69,7 @@ def quantize(
     options: CompareOptions | None = None,
     planned: Callable[[Plan], None] = lambda _: None,
     steps: Steps = no_steps,
+    estimated: Estimated = not_told,
 ) -> Made:
     """Plan, make and compare one file.
 
@@ -84,8 +86,10 @@ def quantize(
         options: how models run, and how ``out`` is compared.
         planned: called with the plan before work begins.
         steps: called with (what is being done, steps done, steps in all) as work proceeds.
+        estimated: called with what making and comparing will take, after the plan.
 
     Raises:
+        LimitError: memory or disk will clearly not do.
         PrismGgufError: as in ``plan.plan`` and ``make``; the reference cannot be used.
     """
     base, out, options = Path(base), Path(out), options or CompareOptions()
@@ -110,11 +114,19 @@ def quantize(
         planned(found)
         if dry_run:
             return Made(out, found, made=False)
+        needed = NOTHING if is_here else estimate_making([found], out.parent, options)
+        if verify is not None:  # of the base, which the file is shaped like
+            given, reading, shown = given_capture(verify, texts), options.reading(texts), partial(steps, "reference")
+            arguments = (str(verify), given, [str(base)], reading, options)
+            needed += worker.run(estimate_comparison, *arguments, progress=shown)
+        admit(needed, force=options.force, estimated=estimated)
         fingerprint = model_fingerprint(str(base), options.cache_folder, stage(progress, "hashing"))
         found = replace(found, metadata={**found.metadata, MADE_OF: made_of(fingerprint, what, imatrix)})
         is_here = is_here and recorded_made_of(out) == found.metadata[MADE_OF]
         if not is_here:
-            make(found, out, overwrite=overwrite, threads=threads, worker=worker, progress=progress)
+            make(
+                found, out, overwrite=overwrite, force=options.force, threads=threads, worker=worker, progress=progress
+            )
     predicted = (what.predicted_kld, what.predicted_kld_se) if isinstance(what, Recipe) else (None, None)
     comparison = None if verify is None else compare(verify, [out], texts, options, steps=steps)
     return Made(out, found, True, *predicted, comparison, found=is_here)
@@ -153,6 +165,7 @@ def make(
     out: Path,
     *,
     overwrite: bool = False,
+    force: bool = False,
     threads: int = 0,
     worker: NativeWorker,
     progress: Progress = no_progress,
@@ -161,9 +174,11 @@ def make(
 
     Raises:
         InvalidOutputError: as in ``check_output``.
+        LimitError: the disk is too full, and ``force`` does not go on.
         RuntimeFailureError: llama.cpp refused or failed.
     """
-    check_output(out, plan.base, overwrite=overwrite, n_bytes=plan.file_bytes)
+    check_output(out, plan.base, overwrite=overwrite)
+    admit(Estimate(disk={out.parent: plan.file_bytes}), force=force)
     with written_whole(out) as unfinished:  # here, so that nothing is left where the worker dies
         worker.run(_write, plan, unfinished, threads, progress=progress)
 
@@ -186,11 +201,11 @@ def _write(plan: Plan, out: Path, threads: int, *, progress: Progress) -> None:
     )
 
 
-def check_output(out: Path, base: Path, *, overwrite: bool = False, n_bytes: int = 0) -> None:
-    """Whether a file of ``n_bytes`` may be written to ``out``.
+def check_output(out: Path, base: Path, *, overwrite: bool = False) -> None:
+    """Whether a file may be written to ``out``.
 
     Raises:
-        InvalidOutputError: it exists, is the base, has no folder, or the disk is too full.
+        InvalidOutputError: it exists, is the base, or has no folder.
     """
     if out.suffix != ".gguf":
         raise InvalidOutputError(f"{out}: the file to make ends in .gguf")
@@ -200,6 +215,3 @@ def check_output(out: Path, base: Path, *, overwrite: bool = False, n_bytes: int
         raise InvalidOutputError(f"{out}: is the base itself; name another file")
     if out.is_dir() or (out.exists() and not overwrite):
         raise InvalidOutputError(f"{out}: exists already; --force (overwrite=True) replaces a file")
-    free = shutil.disk_usage(out.parent).free
-    if n_bytes > free:
-        raise InvalidOutputError(f"{out}: needs {n_bytes:,} bytes, and {free:,} are free there")

@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prism_gguf.cache import default_cache, is_capture, is_checkpoint, key_of, locked, model_fingerprint, recorded_key
 from prism_gguf.errors import InvalidCaptureError
 from prism_gguf.isolation import STALL_LIMIT, NativeWorker, Progress, no_progress, stage
+from prism_gguf.limits import Estimated, admit, not_told
+from prism_gguf.limits.steps import estimate_capture, estimate_export
 from prism_gguf.reading import Reading, Source, TokenSource
 from prism_gguf.text import Score, default_texts
 
@@ -41,6 +43,7 @@ class RunOptions:
         trust_remote_code: let transformers run code that comes with a checkpoint.
         verbose: let llama.cpp log to stderr.
         stall_limit: seconds without progress after which a model counts as hung; 0 waits forever.
+        force: go on where memory or disk will clearly not do.
     """
 
     cache: str | Path | None = None
@@ -51,6 +54,7 @@ class RunOptions:
     trust_remote_code: bool = False
     verbose: bool = False
     stall_limit: float = STALL_LIMIT
+    force: bool = False
 
     def worker(self, *, preload: Sequence[str] = ()) -> NativeWorker:
         """A child process for models."""
@@ -115,6 +119,7 @@ def capture(
     options: CaptureOptions | None = None,
     *,
     steps: Steps = no_steps,
+    estimated: Estimated = not_told,
 ) -> Path:
     """Run a reference once and keep its hidden states, unless that was done before; the folder, which ``compare`` takes.
 
@@ -124,34 +129,52 @@ def capture(
         reference: a checkpoint directory, a hub id, or a GGUF (best F16 or BF16).
         texts: texts and chats, or ready-made token windows; None takes the packaged text.
         steps: called with (what is being done, windows done, windows in all) as work proceeds.
+        estimated: called with what it will take, before it begins.
 
     Raises:
+        LimitError: memory or disk will clearly not do.
         PrismGgufError: the reference or what it shall read cannot be used, or ``out`` holds something else.
     """
     options = options or CaptureOptions()
     reading = options.reading(texts)
     steps("reference", 0, 0, "starting")
+    progress = partial(steps, "reference")
     with options.worker() as worker:
-        return worker.run(ensure_capture, str(reference), reading, options, progress=partial(steps, "reference"))
+        needed = worker.run(estimate_capture, str(reference), reading, options, progress=progress)
+        admit(needed, force=options.force, estimated=estimated)
+        return worker.run(ensure_capture, str(reference), reading, options, progress=progress)
 
 
-def export_base(folder: Path, file: Path, *, steps: Steps = no_steps) -> None:
-    """Write a capture as llama-perplexity's base-logits file (see ``kld_base``)."""
+def export_base(
+    folder: Path, file: Path, *, force: bool = False, steps: Steps = no_steps, estimated: Estimated = not_told
+) -> None:
+    """Write a capture as llama-perplexity's base-logits file (see ``kld_base``).
+
+    Raises:
+        LimitError: the disk will clearly not do, and ``force`` does not go on.
+    """
     from prism_gguf.kld_base import export_kld_base
 
     steps("export", 0, 0, "starting")
+    if is_capture(folder):
+        admit(estimate_export(folder, file), force=force, estimated=estimated)
     with NativeWorker() as worker:
         worker.run(export_kld_base, str(folder), str(file), progress=partial(steps, "export"))
 
 
-def ensure_capture(
-    reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
-) -> Path:
-    """The folder of a whole capture of what ``reading`` says, made where there is none. Runs in the worker."""
-    from prism_gguf.capture_file import SCHEMA, adopt_head, write_capture
+class CapturePlace(NamedTuple):
+    """A model's fingerprint, what its capture depends on, and where that lies."""
 
-    cache, out = options.cache_folder, None if options.out is None else Path(options.out)
-    fingerprint = model_fingerprint(reference, cache, stage(progress, "hashing"))
+    fingerprint: str
+    key: str
+    folder: Path
+
+
+def capture_place(reference: str, reading: Reading, options: CaptureOptions, progress: Progress) -> CapturePlace:
+    """Where the capture of what ``reading`` says is, or will be."""
+    from prism_gguf.capture_file import SCHEMA
+
+    fingerprint = model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
     key = key_of(
         [
             SCHEMA,
@@ -161,7 +184,18 @@ def ensure_capture(
             *(["self-contained"] if options.self_contained else []),
         ]
     )
-    folder = out or cache / "captures" / key
+    folder = options.cache_folder / "captures" / key if options.out is None else Path(options.out)
+    return CapturePlace(fingerprint, key, folder)
+
+
+def ensure_capture(
+    reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
+) -> Path:
+    """The folder of a whole capture of what ``reading`` says, made where there is none. Runs in the worker."""
+    from prism_gguf.capture_file import adopt_head, write_capture
+
+    cache, out = options.cache_folder, None if options.out is None else Path(options.out)
+    fingerprint, key, folder = capture_place(reference, reading, options, progress)
     with locked(folder, cache, progress):
         if recorded_key(folder) not in (None, key) or (out and _is_foreign(out)):
             raise InvalidCaptureError(

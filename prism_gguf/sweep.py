@@ -14,6 +14,8 @@ from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates,
 from prism_gguf.errors import InvalidModelError, InvalidProfileError, OverBudgetError, PrismGgufError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import NativeWorker
+from prism_gguf.limits import Estimated, not_told
+from prism_gguf.limits.steps import estimate_making
 from prism_gguf.make import MADE_OF
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.plan import Plan
@@ -35,6 +37,7 @@ def sweep(
     keep: bool = True,
     allow_requantize: bool = False,
     steps: Steps = no_steps,
+    estimated: Estimated = not_told,
 ) -> Comparison:
     """Make a profile's files from ``base`` and compare each with ``reference`` as soon as it is made.
 
@@ -49,8 +52,10 @@ def sweep(
         folder: where the files go; None takes the base's folder.
         keep: keep them; otherwise each file that was made is deleted once it is measured.
         allow_requantize: the base may be quantized already.
+        estimated: called with what all of it will take, once the files are planned.
 
     Raises:
+        LimitError: memory or disk will clearly not do, for all files that are kept, or for the largest.
         PrismGgufError: as in ``compare``; or none of the entries can be made.
     """
     source = GgufFile(base)
@@ -62,7 +67,9 @@ def sweep(
     if texts is None and not is_capture(Path(reference)):
         texts = profile.texts()
     folder = Path(base).parent if folder is None else folder
-    workshop = Workshop(Path(base), folder, allow_requantize, options.threads or 0, options.cache_folder, steps)
+    workshop = Workshop(
+        Path(base), folder, allow_requantize, options.threads or 0, options.cache_folder, steps, options.force
+    )
     entries = {str(workshop.path(entry.name)): entry for entry in profile.entries}
     if any(Path(path).resolve() == source.path.resolve() for path in entries):
         raise InvalidProfileError(
@@ -89,7 +96,10 @@ def sweep(
     for path, plan in plans.items():
         content = None if isinstance(plan, PrismGgufError) else str(plan.metadata[MADE_OF])
         candidates.append(Candidate(path, partial(made, path), content, wanted=keep))
-    comparison = compare_candidates(reference, with_control(candidates, options), texts, options, steps=steps)
+    missing = [plan for path, plan in plans.items() if isinstance(plan, Plan) and not Path(path).exists()]
+    making = estimate_making(missing, folder, options, keep=keep)
+    listed = with_control(candidates, options)
+    comparison = compare_candidates(reference, listed, texts, options, steps=steps, estimated=estimated, making=making)
     return replace(comparison, choice=_choice(comparison, entries, profile, options))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from transformers.utils.hub import cached_file
 from prism_gguf.adapters import LayerStates, ModelIdentity, StoredModel, WindowStates
 from prism_gguf.cache import is_capture, is_hub_id
 from prism_gguf.chat import Conversation
+from prism_gguf.checkpoint_files import tensor_headers, weight_files
 from prism_gguf.errors import InvalidModelError, RuntimeFailureError
 from prism_gguf.output_head import LogitTransform, OutputHead
 from prism_gguf.text import Vocabulary
@@ -115,7 +115,7 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         what = "not on the hub, or not to be had from here" if is_hub_id(path) else "no checkpoint"
         raise InvalidModelError(f"{path}: {what}: {_first_line(error)}") from error
-    if folder.is_dir() and not _weight_files(folder):
+    if folder.is_dir() and not weight_files(folder):
         raise InvalidModelError(f"{path}: has no safetensors; save it with them (save_pretrained)")
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     if trained is not None and n_ctx > trained:
@@ -125,22 +125,6 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
 def _first_line(error: Exception) -> str:
     """transformers says what it missed in many lines; the first tells."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors that transformers reads of a checkpoint's folder; publishers may have put others beside them.
-
-    Raises:
-        InvalidModelError: the index of several parts is damaged.
-    """
-    if (whole := folder / "model.safetensors").is_file():
-        return [whole]
-    if (index := folder / "model.safetensors.index.json").is_file():
-        try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidModelError(f"{index}: damaged ({type(error).__name__}: {error}); download it again") from error
-    return sorted(folder.glob("*.safetensors"))
 
 
 class HuggingFaceModel:
@@ -290,14 +274,10 @@ class HuggingFaceModel:
         return str(self._tokenizer.apply_chat_template(conversation, tokenize=False))
 
     def stored(self) -> StoredModel:
-        files = _weight_files(self._folder)
+        files = weight_files(self._folder)
         if not files:
             raise InvalidModelError(f"{self._path}: no safetensors in {self._folder}")
-        headers: dict[str, dict[str, Any]] = {}
-        for file in files:
-            with file.open("rb") as stream:
-                headers |= json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        headers.pop("__metadata__", None)
+        headers = tensor_headers(files)
         n_bytes = sum(end - begin for begin, end in (h["data_offsets"] for h in headers.values()))
         return StoredModel(
             file_bytes=sum(file.stat().st_size for file in files),

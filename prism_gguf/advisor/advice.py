@@ -19,6 +19,8 @@ from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates
 from prism_gguf.errors import RuntimeFailureError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import NativeWorker
+from prism_gguf.limits import Estimated, not_told
+from prism_gguf.limits.steps import estimate_making
 from prism_gguf.make import make
 from prism_gguf.plan import Plan
 from prism_gguf.reading import Source
@@ -129,6 +131,7 @@ def advise(
     n_checks: int = 6,
     measure: bool = True,
     steps: Steps = no_steps,
+    estimated: Estimated = not_told,
 ) -> Advice:
     """The recipe with the least KLD within a budget.
 
@@ -149,15 +152,17 @@ def advise(
         n_checks: choices to measure one by one.
         measure: False makes and measures no file.
         steps: called with (what is being done, steps done, steps in all) as work proceeds.
+        estimated: called with what a step will take before each: the sensitivities, then the files.
 
     Raises:
+        LimitError: memory or disk will clearly not do.
         InfeasibleBudgetError: the message names the smallest feasible budget.
         PrismGgufError: the base, the reference or the imatrix cannot be used.
     """
     options, imatrix = options or CompareOptions(), None if imatrix is None else Path(imatrix)
     limit = Budget.parse(budget) if isinstance(budget, str) else budget
     GgufFile(base)  # an unreadable one is found before the sensitivities take their minutes
-    found = _sensitivity(reference, sensitivity, imatrix, types, options, steps)
+    found = _sensitivity(reference, sensitivity, imatrix, types, options, steps, estimated)
     with options.worker() as worker:
         progress = partial(steps, "recipe")
         problem = Problem(Path(base), limit, found, imatrix, worker, progress)
@@ -168,7 +173,7 @@ def advise(
         leading = _leading(problem, best, n_checks)
         files = {ADVISED: best.plan, **({} if problem.default is None else {DEFAULT: problem.default})}
         files |= {name: problem.with_finest(best, name, worker) for name in leading}
-    compared = partial(_compared, reference, texts, replace(options, attribution=False, fail_on=()), steps)
+    compared = partial(_compared, reference, texts, replace(options, attribution=False, fail_on=()), steps, estimated)
     rows = compared(files)
     checks = _checks(problem, best, rows, leading)
     chosen = ADVISED
@@ -202,15 +207,15 @@ def _sensitivity(
     types: Sequence[str],
     options: RunOptions,
     steps: Steps,
+    estimated: Estimated,
 ) -> Sensitivity:
     if isinstance(given, Sensitivity):
         return given
     if given is not None:
         return read_sensitivity(given)
     running = {f.name: getattr(options, f.name) for f in fields(RunOptions)}
-    return measure_sensitivity(
-        reference, None, SensitivityOptions(types=tuple(types), imatrix=imatrix, **running), steps=steps
-    )
+    chosen = SensitivityOptions(types=tuple(types), imatrix=imatrix, **running)
+    return measure_sensitivity(reference, None, chosen, steps=steps, estimated=estimated)
 
 
 def _advice(problem: Problem, best: Solution) -> Advice:
@@ -227,6 +232,7 @@ def _compared(
     texts: Sequence[Source] | None,
     options: CompareOptions,
     steps: Steps,
+    estimated: Estimated,
     files: Mapping[str, Plan],
 ) -> dict[str, CandidateResult]:
     """Make each file, compare it with the reference, delete it; rows by name.
@@ -240,7 +246,8 @@ def _compared(
 
         @contextmanager
         def made(planned: Plan, path: Path, worker: NativeWorker) -> Iterator[None]:
-            make(planned, path, threads=options.threads or 0, worker=worker, progress=partial(steps, path.stem))
+            progress, threads = partial(steps, path.stem), options.threads or 0
+            make(planned, path, force=options.force, threads=threads, worker=worker, progress=progress)
             try:
                 yield
             finally:
@@ -250,7 +257,10 @@ def _compared(
         candidates = [
             Candidate(str(paths[name]), partial(made, planned, paths[name])) for name, planned in files.items()
         ]
-        comparison = compare_candidates(reference, candidates, texts, options, steps=steps)
+        making = estimate_making(files.values(), cache, options, keep=False)
+        comparison = compare_candidates(
+            reference, candidates, texts, options, steps=steps, estimated=estimated, making=making
+        )
     rows = dict(zip(files, comparison.candidates, strict=True))
     for name in {ADVISED, REFINED} & rows.keys():
         if (error := rows[name].error) is not None:

@@ -16,6 +16,8 @@ from prism_gguf.comparison import attempt, given_capture, open_reference, read_h
 from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidGateError, InvalidModelError, InvalidProfileError, PrismGgufError
 from prism_gguf.isolation import MEASURING, NativeWorker, Progress, no_progress
+from prism_gguf.limits import Estimated, admit, not_told
+from prism_gguf.limits.steps import estimate_heads
 from prism_gguf.reading import Source
 from prism_gguf.reference import ReadOptions, Steps, no_steps
 from prism_gguf.results import CandidateResult
@@ -97,6 +99,7 @@ def sweep_heads(
     options: HeadOptions | None = None,
     *,
     steps: Steps = no_steps,
+    estimated: Estimated = not_told,
 ) -> HeadReport:
     """Score every head type with each candidate's body: one run a candidate, and for tied heads further ones.
 
@@ -114,6 +117,9 @@ def sweep_heads(
         n_ctx = 0 if given else options.n_ctx
         found = {p: attempt(worker, p, read_header, n_ctx, progress=partial(steps, Path(p).stem)) for p in paths}
         _some_are_good(found)
+        arguments = (str(reference), given, paths, options.reading(texts), options)
+        needed = worker.run(estimate_heads, *arguments, progress=partial(steps, "reference"))
+        admit(needed, force=options.force, estimated=estimated)
         folder, identity, text = open_reference(worker, reference, given, texts, options, steps)
         for number, path in enumerate(paths):
             steps("", number, len(paths), "files")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,10 @@ from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, Invali
 from prism_gguf.files import write_whole, written_whole
 from prism_gguf.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix
 from prism_gguf.isolation import Progress, no_progress, part, stage
+from prism_gguf.limits import Estimate, Estimated, admit, not_told
+from prism_gguf.limits.costs import windows_at_once
+from prism_gguf.limits.machine import allocated, memory
+from prism_gguf.limits.steps import estimate_sensitivity
 from prism_gguf.mix import ggml_type
 from prism_gguf.reading import Reading, Source
 from prism_gguf.reference import RunOptions, Steps, no_steps
@@ -36,8 +40,6 @@ if TYPE_CHECKING:
 SCHEMA = "prism-gguf/sensitivity/1"
 # What mixes are made of, from 8.5 to 2.6 bits per weight; types of smaller blocks serve rows that 256 does not divide.
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K")
-# Tokens that go through the network together at most: autograd keeps their activations.
-_TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def sensitivity(
     options: SensitivityOptions | None = None,
     *,
     steps: Steps = no_steps,
+    estimated: Estimated = not_told,
 ) -> Sensitivity:
     """Sensitivities of a checkpoint's tensors, unless they were measured before.
 
@@ -175,41 +178,64 @@ def sensitivity(
         reference: a checkpoint directory or hub id.
         texts: texts and chats; None takes the second halves of the packaged ones, which `compare` does not reach.
         steps: called with (what is being done, tensors and windows done, those in all) as work proceeds.
+        estimated: called with what it will take, before it begins.
 
     Raises:
+        LimitError: memory or disk will clearly not do.
         PrismGgufError: the reference, its text or the imatrix cannot be used.
     """
     options = options or SensitivityOptions()
     reading = Reading(calibration_texts() if texts is None else texts, options.n_ctx, options.windows, Score.ALL)
     steps("sensitivity", 0, 0, "starting")
+    progress = partial(steps, "sensitivity")
     with options.worker() as worker:
-        return worker.run(ensure_sensitivity, str(reference), reading, options, progress=partial(steps, "sensitivity"))
+        needed = worker.run(estimate_sensitivity, str(reference), reading, options, progress=progress)
+        admit(needed, force=options.force, estimated=estimated)
+        return worker.run(ensure_sensitivity, str(reference), reading, options, progress=progress)
+
+
+class Place(NamedTuple):
+    """A checkpoint's fingerprint, its sensitivities' file, and the folder of what is measured on the way."""
+
+    fingerprint: str
+    result: Path
+    folder: Path
+
+
+def place(reference: str, reading: Reading, options: SensitivityOptions, progress: Progress) -> Place:
+    """Where the sensitivities are, or will be.
+
+    Raises:
+        PrismGgufError: the reference is no checkpoint, or the imatrix cannot be read.
+    """
+    if reference.endswith(".gguf"):
+        raise InvalidModelError(
+            f"{reference}: gradients need the Hugging Face checkpoint; name its folder or hub id, not a GGUF"
+        )
+    imatrix = None if options.imatrix is None else read_imatrix(Path(options.imatrix))
+    fingerprint = model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
+    key = key_of([SCHEMA, fingerprint, reading.digest, *options.types, imatrix_digest(imatrix)])
+    folder = options.cache_folder / "sensitivities"
+    return Place(fingerprint, folder / f"{key}.json", folder / key)
 
 
 def ensure_sensitivity(
     reference: str, reading: Reading, options: SensitivityOptions, *, progress: Progress = no_progress
 ) -> Sensitivity:
     """See ``sensitivity``. Runs in the worker."""
-    if reference.endswith(".gguf"):
-        raise InvalidModelError(
-            f"{reference}: gradients need the Hugging Face checkpoint; name its folder or hub id, not a GGUF"
-        )
-    cache = options.cache_folder
+    fingerprint, result, folder = place(reference, reading, options, progress)
     imatrix = None if options.imatrix is None else read_imatrix(Path(options.imatrix))
     digest = imatrix_digest(imatrix)
     recorded = None if digest is None else {"file": str(options.imatrix), "digest": digest}
-    fingerprint = model_fingerprint(reference, cache, stage(progress, "hashing"))
-    key = key_of([SCHEMA, fingerprint, reading.digest, *options.types, digest])
-    folder = cache / "sensitivities"
-    result = folder / f"{key}.json"
+    cache = options.cache_folder
     with locked(result, cache, progress):
         if result.exists():
             return read_sensitivity(result)
         options.limit_threads()
-        found = _measure(reference, fingerprint, reading, options, imatrix, folder / key, progress)
+        found = _measure(reference, fingerprint, reading, options, imatrix, folder, progress)
         found = Sensitivity(**{**vars(found), "imatrix": recorded})
         write_whole(result, json.dumps(found.to_dict()))
-        shutil.rmtree(folder / key)
+        shutil.rmtree(folder)
     return found
 
 
@@ -237,7 +263,8 @@ def _measure(
                 f"{reference}: no tensor can be scored: {next(iter(left_out.values()), 'none found')}"
             )
         errors = WeightErrors(folder, options.types, imatrix, threads=options.runtime().n_threads)
-        _check_room(folder, errors.n_bytes(tensors))
+        packed = max(0, errors.n_bytes(tensors) - allocated(folder))
+        admit(Estimate(temporary={folder: packed}), force=options.force)
         errors.prepare(tensors, stage(progress, "quantizing"))
         parts = _gradients(model, tensors, errors, windows.tokens, folder, stage(progress, "gradients"))
         sums = [np.concatenate(part) for part in zip(*parts, strict=True)]
@@ -260,19 +287,8 @@ def _measure(
     )
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.iterdir())
-    if needed > free:
-        raise InvalidModelError(
-            f"{folder}: needs {needed / 2**30:.1f} GiB for the quantized tensors, {free / 2**30:.1f} GiB are free; "
-            "name a --cache elsewhere, or fewer types with --type"
-        )
-
-
 def _windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int, folder: Path) -> int:
     """As many as half of the free memory has room for; as many as an earlier run took, which may have had more of it."""
-    import psutil
-
     for first in folder.glob("windows-0-*.npz"):
         return int(first.stem.rpartition("-")[2])
     if any(t.rows.shape[0] > 1 for t in tensors):
@@ -280,8 +296,7 @@ def _windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int, folder:
     # Each product keeps its input and output in float32, and what lies between products about as much again.
     body = (t.rows.shape for t in tensors if t.name not in ("token_embd.weight", "output.weight"))
     bytes_per_token = 2 * 4 * sum(rows + width for _, rows, width in body)
-    room = psutil.virtual_memory().available // 2
-    return max(1, min(_TOKENS_PER_BATCH, int(room // max(1, bytes_per_token))) // n_ctx)
+    return windows_at_once(bytes_per_token, n_ctx, memory())
 
 
 def _gradients(

@@ -12,6 +12,7 @@ import click
 from prism_gguf.cli.group import check_writable, main
 from prism_gguf.cli.options import (
     cache_option,
+    force_option,
     imatrix_option,
     json_option,
     quiet_option,
@@ -23,6 +24,7 @@ from prism_gguf.cli.options import (
     trust_option,
     verbose_option,
 )
+from prism_gguf.cli.output import told
 
 if TYPE_CHECKING:
     from prism_gguf.reading import Reading
@@ -104,6 +106,7 @@ def imatrix(
 @threads_option
 @cache_option
 @verbose_option
+@force_option
 @trust_option
 @quiet_option
 def sensitivity(
@@ -130,7 +133,7 @@ def sensitivity(
     check_writable(out, "--out")
     with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         chosen = SensitivityOptions(types=types or TYPES, **options)
-        found = measure(reference, sources(text, chat), chosen, steps=steps)
+        found = measure(reference, sources(text, chat), chosen, steps=steps, estimated=told(quiet))
     write_whole(out, json.dumps(found.to_dict()) + "\n")
     if not quiet:
         print_sensitivity(found, console())
@@ -230,6 +233,7 @@ def advise(
             n_checks=checks,
             measure=measure,
             steps=steps,
+            estimated=told(quiet),
         )
     write_recipe(out, advice.recipe)
     if json_file is not None:

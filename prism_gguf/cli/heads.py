@@ -21,6 +21,7 @@ from prism_gguf.cli.options import (
     text_options,
     trust_option,
 )
+from prism_gguf.cli.output import told
 
 
 @main.command()
@@ -80,7 +81,7 @@ def head(
     check_capture_options(reference)
     chosen = HeadOptions(score=Score(score), types=types or TYPES, run_all=run == "all", **options)
     with progress_bars(shown=not (quiet or options["verbose"])) as steps:
-        report = sweep_heads(reference, candidates, sources(text, chat), chosen, steps=steps)
+        report = sweep_heads(reference, candidates, sources(text, chat), chosen, steps=steps, estimated=told(quiet))
     if json_file is not None:
         write_whole(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
     if not quiet:

@@ -14,12 +14,12 @@ from prism_gguf.cli.measuring import compare_options
 from prism_gguf.cli.options import (
     imatrix_option,
     judging_options,
-    runtime_options,
+    running_options,
     sources,
     text_options,
     trust_option,
 )
-from prism_gguf.cli.output import Output, output_options
+from prism_gguf.cli.output import Output, output_options, told
 
 if TYPE_CHECKING:
     from prism_gguf.make import Made
@@ -48,13 +48,17 @@ if TYPE_CHECKING:
 @imatrix_option
 @click.option("--allow-requantize", is_flag=True, help="Take a BASE that is quantized already; its loss stays.")
 @click.option("--dry-run", is_flag=True, help="Say the exact size and stop.")
-@click.option("--force", is_flag=True, help="Replace OUT.gguf if it exists.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace OUT.gguf if it exists, and go on where memory or disk will clearly not do.",
+)
 @click.option(
     "--verify", metavar="REFERENCE", help="Compare OUT.gguf with this at once; the options of `compare` are for that."
 )
 @text_options
 @judging_options
-@runtime_options
+@running_options
 @trust_option
 @output_options
 def quantize(
@@ -100,9 +104,10 @@ def quantize(
             dry_run=dry_run,
             verify=verify,
             texts=sources(text, chat),
-            options=compare_options(**options),
+            options=compare_options(force=force, **options),
             planned=lambda plan: None if output.quiet else print_plan(plan, out, console()),
             steps=steps,
+            estimated=told(output.quiet),
         )
     if result.found and not output.quiet:
         click.echo(f"{printable(str(out))}: is there already, made of the very same")

@@ -14,6 +14,7 @@ from prism_gguf.cli.group import check_writable, main
 from prism_gguf.cli.options import (
     check_capture_options,
     evaluation_options,
+    force_option,
     judging_options,
     quiet_option,
     runtime_options,
@@ -21,7 +22,7 @@ from prism_gguf.cli.options import (
     text_options,
     trust_option,
 )
-from prism_gguf.cli.output import Output, output_options
+from prism_gguf.cli.output import Output, output_options, told
 
 if TYPE_CHECKING:
     from prism_gguf.comparison import CompareOptions
@@ -72,7 +73,14 @@ def compare(
     output = Output.taken_from(options)
     check_capture_options(reference)
     with progress_bars(shown=not (output.quiet or options["verbose"])) as steps:
-        comparison = run_compare(reference, candidates, sources(text, chat), compare_options(**options), steps=steps)
+        comparison = run_compare(
+            reference,
+            candidates,
+            sources(text, chat),
+            compare_options(**options),
+            steps=steps,
+            estimated=told(output.quiet),
+        )
     output.finish(comparison)
 
 
@@ -104,7 +112,13 @@ def demo(
     output = Output.taken_from(options)
     bars = progress_bars(shown=not (output.quiet or options["verbose"]))
     with scratch_folder() as temporary, bars as steps:
-        comparison = run_demo(keep or temporary, sources(text, chat), compare_options(**options), steps=steps)
+        comparison = run_demo(
+            keep or temporary,
+            sources(text, chat),
+            compare_options(**options),
+            steps=steps,
+            estimated=told(output.quiet),
+        )
     output.finish(comparison, footer=HOW_TO_READ)
 
 
@@ -154,15 +168,17 @@ def capture(
         if context.get_parameter_source("windows") is not ParameterSource.COMMANDLINE:
             options["windows"] = None
     with progress_bars(shown=not (quiet or options["verbose"])) as steps:
-        folder = run_capture(reference, texts, CaptureOptions(score=Score(score), **options), steps=steps)
+        chosen = CaptureOptions(score=Score(score), **options)
+        folder = run_capture(reference, texts, chosen, steps=steps, estimated=told(quiet))
     click.echo(folder)
 
 
 @main.command("export-kld-base")
 @click.argument("capture", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@force_option
 @quiet_option
-def export_kld_base(capture: Path, file: Path, quiet: bool) -> None:
+def export_kld_base(capture: Path, file: Path, force: bool, quiet: bool) -> None:
     """Write CAPTURE as a base-logits FILE for llama-perplexity.
 
     It is what `llama-perplexity --kl-divergence --kl-divergence-base FILE` reads.
@@ -172,7 +188,7 @@ def export_kld_base(capture: Path, file: Path, quiet: bool) -> None:
 
     check_writable(file, "FILE")
     with progress_bars(shown=not quiet) as steps:
-        export_base(capture, file, steps=steps)
+        export_base(capture, file, force=force, steps=steps, estimated=told(quiet))
 
 
 @main.command()

@@ -100,7 +100,9 @@ imatrix_option = click.option(
     help="Importance matrix to quantize with: imatrix.gguf, or llama-imatrix's legacy .dat. Default: none.",
 )
 
-runtime_options = options(
+force_option = click.option("--force", is_flag=True, help="Go on where memory or disk will clearly not do.")
+
+running_options = options(
     threads_option,
     click.option(
         "--n-gpu-layers", type=int, metavar="N", help="Layers that llama.cpp offloads. Default: llama.cpp's own."
@@ -115,6 +117,7 @@ runtime_options = options(
     verbose_option,
     stall_option,
 )
+runtime_options = options(running_options, force_option)
 
 limit_options = options(
     click.option(

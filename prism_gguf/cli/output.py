@@ -15,7 +15,22 @@ from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain
 from prism_gguf.cli.options import json_option, options, quiet_option
 
 if TYPE_CHECKING:
+    from prism_gguf.limits import Estimate, Estimated
     from prism_gguf.results import Comparison
+
+
+# Shorter steps are over before one has read what they take.
+_WORTH_TELLING = 10.0
+
+
+def told(quiet: bool) -> Estimated:
+    """What shows an estimate before its step begins: one line on stderr."""
+
+    def tell(estimate: Estimate) -> None:
+        if not quiet and (estimate.seconds >= _WORTH_TELLING or estimate.warnings):
+            click.echo(f"estimated: {estimate}", err=True)
+
+    return tell
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from prism_gguf.cli.options import (
     sources,
     trust_option,
 )
-from prism_gguf.cli.output import Output, output_options
+from prism_gguf.cli.output import Output, output_options, told
 
 
 @main.command()
@@ -123,5 +123,6 @@ def sweep(
             keep=not delete,
             allow_requantize=allow_requantize,
             steps=steps,
+            estimated=told(output.quiet),
         )
     output.finish(comparison)

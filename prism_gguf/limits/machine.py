@@ -1,0 +1,127 @@
+"""What this machine has: memory, also inside a container, free disk, and how fast it is."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+_MEASURED = 0.05  # seconds
+_UNLIMITED = 2**60  # what version 1 says where there is no limit
+
+
+def memory() -> int:
+    """Bytes that are available now: memory and swap, or what the container may still have of them."""
+    available = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min([available, *(max(0, limit - used) for limit, used in _container_limits())])
+
+
+def mapping_limit() -> int | None:
+    """Bytes of the largest private mapping of a file that this system grants; None where it never says no (proc(5))."""
+    with contextlib.suppress(OSError, ValueError):
+        if int(_OVERCOMMIT.read_text()) != 1:
+            return psutil.virtual_memory().total + psutil.swap_memory().total
+    return None
+
+
+def _container_limits() -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use that cannot be dropped) of the control groups that this process is in, of both versions."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, limit, used = (
+            (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else (_CGROUPS, "memory.max", "memory.current")
+        )
+        # Inside a container its own group may be mounted as the root.
+        own = root / path.lstrip("/")
+        for folder in (own, *(p for p in own.parents if p == root or root in p.parents)):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no number
+                allowed = int((folder / limit).read_text())
+                if allowed < _UNLIMITED:
+                    yield allowed, int((folder / used).read_text()) - _droppable(folder / "memory.stat")
+
+
+def _droppable(stat: Path) -> int:
+    """Bytes of cached files, which count as used."""
+    for line in stat.read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that can still be written there."""
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
+def allocated(path: Path) -> int:
+    """Bytes that a file, or a folder's files, really take on the disk: sparse ones less than their size."""
+    files = [path] if path.is_file() else [f for f in path.glob("*") if f.is_file()]
+    return sum(getattr(s := f.stat(), "st_blocks", -(-s.st_size // 512)) * 512 for f in files)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast it is with so many threads, as busy as it is now.
+
+    Attributes:
+        products: float32 operations of matrix products per second.
+        elements: exponentials per second: a measure of all that is done element by element.
+        share: of the time that a busy thread runs; others have the rest.
+    """
+
+    products: float
+    elements: float
+    share: float = 1.0
+
+
+@lru_cache
+def speed(threads: int) -> Speed:
+    """Measured now, in a tenth of a second. numpy, not torch, which some steps never load.
+
+    Products as small as these take one thread whatever the library, and end before another process takes over: the least
+    time is the core's own speed. How much of the time others take is measured apart.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    matrix = generator.standard_normal((64, 64), dtype=np.float32)
+    values, out = generator.standard_normal(2**13, dtype=np.float32), np.empty(2**13, dtype=np.float32)
+    started, worked = time.perf_counter(), time.thread_time()
+    product, exponentials = _least(lambda: np.matmul(matrix, matrix)), _least(lambda: np.exp(values, out))
+    share = min(1.0, (time.thread_time() - worked) / (time.perf_counter() - started))
+    rate = threads * max(share, 0.01)
+    return Speed(rate * 2 * 64**3 / product, rate * 2**13 / exponentials, share)
+
+
+def _least(step: Callable[[], object]) -> float:
+    """Seconds of a step in the best case: the first loads code, and others may share the machine."""
+    times: list[float] = []
+    until = time.perf_counter() + _MEASURED
+    while len(times) < 2 or time.perf_counter() < until:
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return min(times)
