@@ -23,6 +23,7 @@ from prism_gguf.environment import environment
 from prism_gguf.errors import InvalidCaptureError
 from prism_gguf.files import write_whole, written_whole
 from prism_gguf.isolation import Progress, no_progress, stage
+from prism_gguf.kinship import WeightSample, read_sample, sample_of
 from prism_gguf.metrics.diameter import diameter
 from prism_gguf.output_head import LogitTransform, OutputHead
 from prism_gguf.reading import Reading
@@ -32,6 +33,7 @@ from prism_gguf.text import EvaluationText, Score, TokenWindows
 SCHEMA = "prism-gguf/capture/1"
 _TOKENS = "tokens.npy"
 _HEAD = "head.safetensors"
+_WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Capture:
         n_tokens: real tokens of its vocabulary.
         bos: id that begins each window, or None.
         pieces: the text of each token id in the windows, as the reference's vocabulary has it.
+        weights: a little of its weights, to know a candidate by; None in captures that were made without.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class Capture:
     n_tokens: int
     bos: int | None
     pieces: dict[int, str]
+    weights: WeightSample | None
 
 
 def write_capture(
@@ -118,6 +122,7 @@ def _run(
         head, source = model.output_head(), None if self_contained else model.head_source()
         if source is None:
             _save_head(folder / _HEAD, head)
+        sample_of(model).save(folder / _WEIGHTS)
         vocabulary = model.vocabulary
         return {
             "schema": SCHEMA,
@@ -214,6 +219,7 @@ def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
             n_tokens=manifest["n_tokens"],
             bos=manifest["bos"],
             pieces={int(token): piece for token, piece in manifest["pieces"].items()},
+            weights=read_sample(folder / _WEIGHTS),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InvalidCaptureError(f"{folder}: damaged capture ({error}); delete it and capture again") from error

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # scipy, torch and llama.cpp are loaded where they are used
     from prism_gguf.adapters import Model
     from prism_gguf.capture_file import Capture
     from prism_gguf.gates import Gate
+    from prism_gguf.measure import Pair
 
 NO_CONTROL = "none"  # in place of a control's path
 
@@ -50,9 +51,11 @@ class CompareOptions(ReadOptions):
         layers: follow the residual stream after each block, on a few of the windows (see ``layers``).
         baselines: the literature's similarity scores too, as context.
         lora: adapters that llama.cpp applies to every candidate: ``FILE``, ``FILE:SCALE``, or a ``LoraAdapter``.
+        variant: GGUFs of other weights than the reference's (a fine-tune, a merged adapter) are measured too, rather than
+            refused.
         control: an unquantized GGUF that sets the noise floor, or ``none``. None takes the first among the candidates,
-            but no file where adapters are applied or a checkpoint is among them: then a file may differ from the
-            reference on purpose.
+            but no file where adapters or a variant are asked for or a checkpoint is among them: then a file may differ
+            from the reference on purpose.
         fail_on: limits such as ``kld_mean>0.05``.
         confidence: compare confidence bounds with the limits, at this one-sided level.
         fresh: measure again what was measured before with the same code, packages and processor.
@@ -64,6 +67,7 @@ class CompareOptions(ReadOptions):
     layers: bool = False
     baselines: bool = False
     lora: tuple[LoraAdapter | str | Path, ...] = ()
+    variant: bool = False
     control: str | Path | None = None
     fail_on: tuple[str, ...] = ()
     confidence: float | None = None
@@ -258,7 +262,7 @@ def _control(headers: dict[str, Any], options: CompareOptions) -> str | None:
             found = "a checkpoint" if is_checkpoint(named) else headers[named]
             raise InvalidModelError(f"{named}: a control is F32, F16 or BF16; this is {found}")
         return named
-    if options.lora or any(map(is_checkpoint, headers)):
+    if options.lora or options.variant or any(map(is_checkpoint, headers)):
         return None
     return next((path for path, header in headers.items() if header in UNQUANTIZED), None)
 
@@ -379,13 +383,12 @@ def measure_candidate(
     options.limit_threads()
     capture, lora = read_capture(folder, progress), adapters(options.lora)
     progress(0, 0, "loading")
-    with open_candidate(path, capture, options, lora) as (model, shared, notes):
+    with open_candidate(path, capture, options, lora, variant=options.variant) as (model, pair):
         row = measure(
             capture,
             model,
             place,
-            shared_rows=shared,
-            notes=[*notes, *_remarks(path, lora, options)],
+            pair=replace(pair, notes=[*pair.notes, *_remarks(path, lora, options)]),
             attribution=options.attribution,
             attribution_tokens=options.attribution_tokens,
             split_kernels=options.split_kernels,
@@ -410,20 +413,20 @@ def _remarks(path: str, lora: Sequence[LoraAdapter], options: CompareOptions) ->
 
 @contextmanager
 def open_candidate(
-    path: str, capture: Capture, options: RunOptions, lora: Sequence[LoraAdapter] = ()
-) -> Iterator[tuple[Model, int, list[str]]]:
+    path: str, capture: Capture, options: RunOptions, lora: Sequence[LoraAdapter] = (), *, variant: bool = False
+) -> Iterator[tuple[Model, Pair]]:
     """A candidate in its runtime, known to be comparable, and what ``check_pair`` found. For the worker.
 
     Raises:
-        IncompatibleModelsError: it is no variant of the reference, or reads the text otherwise.
+        IncompatibleModelsError: it is not of the reference's weights and no ``variant``, or reads the text otherwise.
     """
     from prism_gguf.measure import check_pair
     from prism_gguf.text import check_same_pieces, check_same_reading
 
     with open_variant(path, capture.windows.n_ctx, options, lora) as model:
-        shared, notes = check_pair(capture, model)
+        pair = check_pair(capture, model, variant=variant)
         if capture.texts:
             check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
         else:
             check_same_pieces(capture.pieces, model.vocabulary, path)
-        yield model, shared, notes
+        yield model, pair

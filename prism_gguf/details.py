@@ -1,8 +1,47 @@
-"""Where a candidate differs from its reference: on which tokens, and after which layer."""
+"""What is said of a candidate beside its numbers: what it is made of, and where it differs from its reference."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """The tensor that serves as output head, and its type."""
+
+    tensor: str
+    type: str
+    tied: bool
+
+
+@dataclass(frozen=True)
+class FallbackInfo:
+    """A tensor that could not take the type its file's ftype stands for."""
+
+    tensor: str
+    type: str
+    wanted: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class OtherWeights:
+    """What shows that a GGUF was made of other weights than its reference.
+
+    Attributes:
+        kind: ``architecture`` where blocks or shapes are others, so that no weights were compared; ``fine-tune``; or
+            ``merged-adapter`` where norms and biases are the reference's.
+        vectors_changed, vectors: norms and biases that differ, of those that both have.
+        matrices_changed, matrices: matrices that differ by more than rounding, of those sampled.
+        relative: median ‖difference‖ / ‖reference‖ of the matrices that differ; None where none does.
+    """
+
+    kind: str
+    vectors_changed: int = 0
+    vectors: int = 0
+    matrices_changed: int = 0
+    matrices: int = 0
+    relative: float | None = None
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,8 @@ class GgufFile:
         trained = self.metadata(f"{self.architecture}.context_length")
         if trained is not None and n_ctx > int(trained):
             raise InvalidModelError(
-                f"{self.path}: was trained for a context of {trained} tokens; use --n-ctx {trained} or less"
+                f"{self.path}: was trained for a context of {trained} tokens, and windows of {n_ctx} were asked for; use "
+                f"--n-ctx {trained} or less"
             )
 
     @cached_property
@@ -294,6 +295,10 @@ class GgufFile:
     def stored_tensors(self) -> list[ReaderTensor]:
         """All tensors with their bytes, memory-mapped, in the file's order."""
         return list(self._tensors.values())
+
+    def stored_tensor(self, name: str) -> ReaderTensor:
+        """One tensor with its bytes."""
+        return self._tensors[name]
 
     def _info(self, name: str) -> TensorInfo:
         tensor = self._tensors[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,12 @@ from prism_gguf.adapters.llama_cpp import LlamaCppModel
 from prism_gguf.attribute import attribute
 from prism_gguf.capture_file import Capture
 from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
-from prism_gguf.details import Baselines
+from prism_gguf.details import Baselines, FallbackInfo, HeadInfo, OtherWeights
 from prism_gguf.divergent_tokens import divergent_tokens
 from prism_gguf.errors import IncompatibleModelsError
 from prism_gguf.gguf_file import counted
 from prism_gguf.isolation import Progress, no_progress, stage
+from prism_gguf.kinship import compare_weights, other_architecture
 from prism_gguf.metrics.bound import K_PRED, Bound, HeadMoments, head_divergence, head_moments
 from prism_gguf.metrics.divergence import clustered_mean
 from prism_gguf.metrics.geometry import (
@@ -34,44 +35,90 @@ from prism_gguf.metrics.similarity import SimilarityAccumulator, SpreadAccumulat
 from prism_gguf.metrics.statistics import divergence_statistics
 from prism_gguf.output_head import OutputHead, paired_chunks
 from prism_gguf.parts import split_parts
-from prism_gguf.results import CandidateResult, Divergence, FallbackInfo, Geometry, HeadInfo, Risk
+from prism_gguf.results import CandidateResult, Divergence, Geometry, Risk
 
 # Nats. The bound is zero for identical models, where the measured gap still has the rounding of float32 products.
 _SLACK = 1e-5
 
 
-def check_pair(capture: Capture, model: Model) -> tuple[int, list[str]]:
-    """Whether a candidate can be compared at all: the vocabulary rows both have, and what to tell the user.
+@dataclass(frozen=True)
+class Pair:
+    """A candidate that can be compared with a reference.
+
+    Attributes:
+        shared_rows: vocabulary rows that both have.
+        notes: what to tell the user.
+        other_weights: where the candidate's are not the reference's, and that was allowed.
+    """
+
+    shared_rows: int
+    notes: list[str]
+    other_weights: OtherWeights | None = None
+
+
+def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair:
+    """Whether a candidate can be compared with a reference at all.
+
+    Args:
+        variant: its weights may be others on purpose.
 
     Raises:
-        IncompatibleModelsError: other hidden width, another vocabulary, or another transform of the logits.
+        IncompatibleModelsError: another architecture, hidden width, vocabulary or transform of the logits, or other
+            weights that nobody asked for.
     """
     reference, candidate = capture.identity, model.identity
     is_checkpoint = candidate.kind == "huggingface"
-    other = "it is no variant of this reference" if is_checkpoint else "it is not a quantization of this reference"
+    other = "it is no variant of this reference" if is_checkpoint else "it is no quantization of this reference"
+    found, said = _other_architecture(capture, model)
+    if found is not None and not variant:
+        raise IncompatibleModelsError(f"{candidate.path}: {said}")
     if candidate.hidden_size != reference.hidden_size:
         raise IncompatibleModelsError(
-            f"{candidate.path}: hidden width {candidate.hidden_size}, the reference has {reference.hidden_size}; {other}"
+            f"{candidate.path}: hidden width {candidate.hidden_size}, the reference has {reference.hidden_size}; probably "
+            f"another size of its family, and {other}"
         )
     transform = model.output_head().transform
     if not capture.head.transform.agrees(transform):
         raise IncompatibleModelsError(
             f"{candidate.path}: logits are made with {transform}, in the reference with {capture.head.transform}; "
-            + (other if is_checkpoint else "the conversion lost or changed it")
+            + (
+                f"probably another model, and {other}"
+                if is_checkpoint
+                else "the conversion probably lost or changed it"
+            )
         )
     shared = min(candidate.vocab_size, reference.vocab_size)
     tokens = model.vocabulary.n_tokens
     if max(tokens, capture.n_tokens) > shared:
         raise IncompatibleModelsError(
             f"{candidate.path}: vocabulary of {tokens} tokens in {candidate.vocab_size} rows, the reference has "
-            f"{capture.n_tokens} in {reference.vocab_size}; {other}"
+            f"{capture.n_tokens} in {reference.vocab_size}; probably made of another model, or of a fine-tune that added "
+            f"tokens, and {other}"
         )
-    if candidate.vocab_size == reference.vocab_size:
-        return shared, []
-    return shared, [
-        f"padded vocabulary: {candidate.vocab_size} rows against the reference's {reference.vocab_size}; "
-        f"compared over the {shared} that both have"
-    ]
+    if found is None:
+        found, said = _other_weights(capture, model)
+    if found is not None and not variant:
+        raise IncompatibleModelsError(f"{candidate.path}: {said}; `compare --variant` measures it all the same")
+    notes = [] if said is None else [said]
+    if candidate.vocab_size != reference.vocab_size:
+        notes.append(
+            f"padded vocabulary: {candidate.vocab_size} rows against the reference's {reference.vocab_size}; "
+            f"compared over the {shared} that both have"
+        )
+    return Pair(shared, notes, found)
+
+
+def _other_architecture(capture: Capture, model: Model) -> tuple[OtherWeights | None, str | None]:
+    if capture.weights is None or not isinstance(model, LlamaCppModel):
+        return None, None
+    said = other_architecture(capture.weights, model.gguf)
+    return None if said is None else OtherWeights("architecture"), said
+
+
+def _other_weights(capture: Capture, model: Model) -> tuple[OtherWeights | None, str | None]:
+    if capture.weights is None or not isinstance(model, LlamaCppModel) or model.lora:  # adapted on purpose
+        return None, None
+    return compare_weights(capture.weights, model.gguf)
 
 
 def measure(
@@ -79,8 +126,7 @@ def measure(
     model: Model,
     folder: Path,
     *,
-    shared_rows: int,
-    notes: list[str],
+    pair: Pair,
     attribution: bool = True,
     attribution_tokens: int | None = None,
     split_kernels: bool = False,
@@ -91,7 +137,7 @@ def measure(
 
     Args:
         folder: for temporary files.
-        shared_rows, notes: what ``check_pair`` found.
+        pair: what ``check_pair`` found.
         attribution: split the divergence between its causes.
         attribution_tokens: of a random sample of so many tokens; None takes as many as n · V allows.
         split_kernels: run a GGUF's weights as F16 too, and so tell the body's weights from its kernels.
@@ -101,7 +147,7 @@ def measure(
         RuntimeFailureError: the model did not run or gave undefined states.
         UndefinedMetricError: a quantity has no value.
     """
-    head, candidate_head = capture.head, model.output_head()
+    head, candidate_head, shared_rows = capture.head, model.output_head(), pair.shared_rows
     decoded = decode_windows(capture, model, folder, shared_rows, progress)
     features = _feature_moments(capture, decoded.hidden, progress)
     heads = _head_moments(head, candidate_head, shared_rows, progress)
@@ -136,7 +182,8 @@ def measure(
             capture, decoded.hidden, tokens.kld, served or candidate_head, shared_rows, model.text
         ),
         baselines=_baselines(capture, decoded.hidden, candidate_head, shared_rows, progress) if baselines else None,
-        notes=notes,
+        notes=pair.notes,
+        other_weights=pair.other_weights,
     )
 
 

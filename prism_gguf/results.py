@@ -7,7 +7,16 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf.adapters import ModelIdentity
-from prism_gguf.details import Baselines, DivergentToken, Failure, LayerCost, Layers
+from prism_gguf.details import (
+    Baselines,
+    DivergentToken,
+    Failure,
+    FallbackInfo,
+    HeadInfo,
+    LayerCost,
+    Layers,
+    OtherWeights,
+)
 from prism_gguf.errors import OverBudgetError
 from prism_gguf.lora import LoraAdapter
 
@@ -263,25 +272,6 @@ class TextInfo:
 
 
 @dataclass(frozen=True)
-class HeadInfo:
-    """The tensor that serves as output head, and its type."""
-
-    tensor: str
-    type: str
-    tied: bool
-
-
-@dataclass(frozen=True)
-class FallbackInfo:
-    """A tensor that could not take the type its file's ftype stands for."""
-
-    tensor: str
-    type: str
-    wanted: tuple[str, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
 class Ranking:
     """Candidates in order, best first, by path; those without numbers are left out.
 
@@ -322,6 +312,7 @@ class CandidateResult:
         layers, baselines: None unless they were asked for.
         seconds: what measuring took, without making the file; ``measured``: when that was, perhaps in an earlier run.
         lora: the adapters that llama.cpp applied.
+        other_weights: where they are not the reference's, and that was allowed.
     """
 
     path: str
@@ -349,6 +340,12 @@ class CandidateResult:
     measured: str | None = None
     error: Failure | None = None
     lora: list[LoraAdapter] = field(default_factory=list)
+    other_weights: OtherWeights | None = None
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether its weights may be others than the reference's on purpose."""
+        return self.is_checkpoint or bool(self.lora) or self.other_weights is not None
 
     @property
     def is_checkpoint(self) -> bool:

@@ -71,7 +71,13 @@ class Rows:
         options = self.options
         lora = [(self._fingerprint(str(one.path), progress), one.scale) for one in adapters(options.lora)]
         how = (options.runtime(), options.trust_remote_code, lora)
-        asked = (options.attribution, options.attribution_tokens, options.split_kernels, options.baselines)
+        asked = (
+            options.attribution,
+            options.attribution_tokens,
+            options.split_kernels,
+            options.baselines,
+            options.variant,
+        )
         capture = recorded_key(self.folder)
         drift = () if self.layers is None else (self.layers.folder.name, self.layers.numbers)
         return kept_key("row", content, capture, how, asked), kept_key("layers", content, capture, how, drift)

@@ -14,6 +14,9 @@ from prism_gguf.errors import IncompatibleModelsError, InvalidTextError
 
 # A first guess of how much of a long text the windows will need.
 _CHARACTERS_PER_TOKEN = 8
+_OTHER_TOKENIZER = (
+    "probably made of another model, of a fine-tune with another tokenizer, or converted with another pre-tokenizer"
+)
 
 
 @dataclass(frozen=True)
@@ -269,8 +272,7 @@ def check_same_pieces(pieces: Mapping[int, str], candidate: Vocabulary, name: st
         found = candidate.piece(token)
         if found.strip() != piece.strip() and "\ufffd" not in found + piece:
             raise IncompatibleModelsError(
-                f"{name}: token {token} is {found!r}, in the reference {piece!r}; "
-                "is it a conversion or a fine-tune of this very checkpoint?"
+                f"{name}: token {token} is {found!r}, in the reference {piece!r}; {_OTHER_TOKENIZER}"
             )
 
 
@@ -304,7 +306,7 @@ def check_same_reading(
             f"{name}: its tokenizer reads text '{text.domain}' differently from token {at} on: "
             f"{_context(pieces.__getitem__, expected, at)} in the reference, "
             f"{_context(candidate.piece, found, at)} in the candidate; "
-            "is it a conversion or a fine-tune of this very checkpoint?"
+            f"{_OTHER_TOKENIZER}"
         )
 
 

@@ -45,10 +45,11 @@ def judge(
 def differs_on_purpose(candidate: CandidateResult, floor: NoiseFloor | None) -> bool:
     """Whether more than quantization lies between a candidate and its reference: other weights, which no type mends.
 
-    So it is with another checkpoint or its unquantized GGUF, and with an adapter, unless a control with that adapter shows
-    that the reference has it too.
+    So it is with another checkpoint or its GGUFs, and with an adapter, unless a control with that adapter shows that the
+    reference has it too.
     """
-    return candidate.is_checkpoint or candidate.ftype in UNQUANTIZED or bool(candidate.lora and floor is None)
+    by_itself = candidate.is_checkpoint or candidate.ftype in UNQUANTIZED or candidate.other_weights is not None
+    return by_itself or bool(candidate.lora and floor is None)
 
 
 def is_lossless(kld: float, floor: NoiseFloor | None) -> bool:

@@ -24,7 +24,6 @@ from scipy.stats import spearmanr
 from prism_gguf.adapters.huggingface import HuggingFaceModel
 from prism_gguf.advisor.calibrate import imatrix
 from prism_gguf.advisor.sensitivity import SensitivityOptions, sensitivity
-from prism_gguf.advisor.tensor_names import quantizable_tensors
 from prism_gguf.advisor.weight_errors import WeightErrors
 from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates
 from prism_gguf.imatrix import read_imatrix
@@ -33,6 +32,7 @@ from prism_gguf.mix import Mix
 from prism_gguf.quantizer import quantize_gguf
 from prism_gguf.reading import Reading
 from prism_gguf.reference import RunOptions, no_steps
+from prism_gguf.tensor_names import quantizable_tensors
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.text import EvaluationText, Score, calibration_texts, default_texts, second_half
 

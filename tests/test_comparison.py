@@ -13,11 +13,12 @@ import pytest
 from gguf_edit import edited
 
 from prism_gguf.comparison import CompareOptions, compare
+from prism_gguf.details import HeadInfo
 from prism_gguf.errors import InvalidModelError, InvalidTextError
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import Mix
 from prism_gguf.quantizer import quantize_gguf
-from prism_gguf.results import CandidateResult, Comparison, HeadInfo
+from prism_gguf.results import CandidateResult, Comparison
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.text import EvaluationText
 

@@ -18,17 +18,18 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
+from prism_gguf.adapters.float32 import Float32Compute
+from prism_gguf.adapters.huggingface import HuggingFaceModel
 from prism_gguf.advisor.fisher import FisherProducts
 from prism_gguf.advisor.gradients import backward, fisher_gradient
 from prism_gguf.advisor.sensitivity import SensitivityOptions, ensure_sensitivity, read_sensitivity
-from prism_gguf.advisor.tensor_names import quantizable_tensors
 from prism_gguf.advisor.weight_errors import WeightErrors
 from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
 from prism_gguf.mix import Mix
 from prism_gguf.output_head import LogitTransform, OutputHead
 from prism_gguf.quantizer import planned_types
 from prism_gguf.reading import Reading
+from prism_gguf.tensor_names import quantizable_tensors
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.text import Score
 

@@ -48,7 +48,7 @@ def kld(row: CandidateResult) -> float:
 def measured(reference: Path, candidate: Path, *lora: LoraAdapter | str | Path) -> CandidateResult:
     """As the worker measures it, in this process."""
     folder = ensure_capture(str(reference), Reading(TEXTS, FEW.n_ctx, FEW.windows), CaptureOptions())
-    return measure_candidate(str(candidate), folder, replace(FEW, lora=lora))
+    return measure_candidate(str(candidate), folder, replace(FEW, lora=lora, variant=True))
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def beside(ladder: dict[str, Path], tuned: Path, tmp_path_factory: pytest.TempPa
         shutil.copytree(tuned, folder / name)
         (folder / name / "tokenizer.json").write_text(json.dumps(changed))
     files = [tuned, folder / "tuned-F16.gguf", ladder["Q4_K_M"], *(folder / n for n in ("narrow", "more", "other"))]
-    return compare(MODEL, files, TEXTS, replace(FEW, layers=True, split_kernels=True))
+    return compare(MODEL, files, TEXTS, replace(FEW, layers=True, split_kernels=True, variant=True))
 
 
 def test_a_fine_tune_is_as_far_as_its_gguf(beside: Comparison, tuned: Path) -> None:

@@ -21,6 +21,7 @@ class ModelIdentity:
     """What a model is, as far as a comparison needs to know and a result has to say.
 
     ``fingerprint`` is a hash of its content (``cache.model_fingerprint``); None where only the model itself was asked.
+    ``quantization`` is a quantized GGUF's ftype, or a quantized checkpoint's method, such as ``gptq``; else None.
     """
 
     path: str
@@ -31,6 +32,7 @@ class ModelIdentity:
     vocab_size: int
     tied: bool
     fingerprint: str | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.utils.hub import cached_file
 
 from prism_gguf.adapters import LayerStates, ModelIdentity, StoredModel, WindowStates
+from prism_gguf.adapters.float32 import Float32Compute
 from prism_gguf.cache import is_capture, is_hub_id
 from prism_gguf.chat import Conversation
 from prism_gguf.checkpoint_files import tensor_headers, weight_files
@@ -38,51 +39,6 @@ class _HeadReached(Exception):
     """Stops a forward pass in front of the output head, whose product nobody asked for."""
 
 
-class Float32Compute(TorchFunctionMode):
-    """Computes in float32 with weights kept as stored.
-
-    fp16 matrix products are slow (and imprecise) on CPUs, and a float32 copy of the weights would double their memory.
-    Element-wise operations promote by themselves; embeddings are widened, and products get widened operands.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.embedding:
-            return func(*args, **kwargs).float()
-        if func in _PRODUCTS:
-            args = tuple(_widen(a) for a in args)
-            kwargs = {k: _widen(v) for k, v in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-_PRODUCTS: set[Callable] = {
-    torch.nn.functional.linear,
-    torch.nn.functional.layer_norm,
-    torch.nn.functional.rms_norm,
-    torch.nn.functional.conv1d,
-    torch.nn.functional.scaled_dot_product_attention,
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.einsum,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.Tensor.mm,
-    torch.Tensor.bmm,
-    torch.conv1d,
-}
-
-
-def _widen(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
-    if isinstance(value, (list, tuple)):
-        return type(value)(_widen(v) for v in value)
-    return value
-
-
 def _logit_transform(config: Any) -> LogitTransform:
     """The transform that a checkpoint's config announces; the adapter then proves it on the loaded model."""
     config = config.get_text_config()
@@ -93,6 +49,17 @@ def _logit_transform(config: Any) -> LogitTransform:
         scale=float(scale or multiplier or 1.0) / float(divisor or 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
     )
+
+
+def _quantization(config: Any) -> str | None:
+    """The method that a checkpoint's weights were quantized by, such as gptq, awq, fp8; None where they were not."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown method")
 
 
 def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) -> None:
@@ -119,7 +86,10 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
         raise InvalidModelError(f"{path}: has no safetensors; save it with them (save_pretrained)")
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     if trained is not None and n_ctx > trained:
-        raise InvalidModelError(f"{path}: was trained for a context of {trained} tokens; use --n-ctx {trained} or less")
+        raise InvalidModelError(
+            f"{path}: was trained for a context of {trained} tokens, and windows of {n_ctx} were asked for; use --n-ctx "
+            f"{trained} or less"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -137,9 +107,11 @@ class HuggingFaceModel:
 
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
         self._path = str(path)
+        self._quantization: str | None = None
         try:
             with _quiet_transformers():
                 config = AutoConfig.from_pretrained(self._path, trust_remote_code=trust_remote_code)
+                self._quantization = _quantization(config)
                 self._tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=trust_remote_code)
                 model = AutoModelForCausalLM.from_pretrained(
                     self._path,
@@ -149,7 +121,14 @@ class HuggingFaceModel:
                     # The grouped kernels narrow activations to the weights' dtype.
                     experts_implementation="eager",
                 )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        except Exception as error:
+            if self._quantization is not None:  # each method has a library of its own, with errors of its own
+                raise InvalidModelError(
+                    f"{self._path}: is quantized ({self._quantization}), which transformers cannot run here "
+                    f"({_first_line(error)}); name the checkpoint that it was made of, or an F16 or BF16 GGUF"
+                ) from error
+            if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)):
+                raise
             raise InvalidModelError(
                 f"{self._path}: transformers cannot load it as a causal LM: {_first_line(error)}"
             ) from error
@@ -243,6 +222,7 @@ class HuggingFaceModel:
             hidden_size=weight.shape[1],
             vocab_size=weight.shape[0],
             tied=weight is self.embedding_weight,
+            quantization=self._quantization,
         )
 
     @property
@@ -268,8 +248,12 @@ class HuggingFaceModel:
         """The text of token ids; parts of a character come out as U+FFFD, whatever ``errors`` says."""
         return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
+    @property
+    def has_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
     def render_chat(self, conversation: Conversation) -> str:
-        if not self._tokenizer.chat_template:
+        if not self.has_template:
             raise InvalidModelError(f"{self._path}: the tokenizer has no chat template; use --text")
         return str(self._tokenizer.apply_chat_template(conversation, tokenize=False))
 

@@ -19,6 +19,7 @@ from prism_gguf.chat import Conversation
 from prism_gguf.errors import InvalidAdapterError, InvalidModelError, RuntimeFailureError
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.lora import AdapterFile, LoraAdapter
+from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.output_head import LogitTransform, OutputHead
 from prism_gguf.text import Vocabulary
 
@@ -219,6 +220,7 @@ class LlamaCppModel:
     @property
     def identity(self) -> ModelIdentity:
         gguf = self.gguf
+        quantized = next((kind for kind in gguf.types if kind not in UNQUANTIZED), None)
         return ModelIdentity(
             path=str(gguf.path),
             kind="gguf",
@@ -227,6 +229,7 @@ class LlamaCppModel:
             hidden_size=gguf.hidden_size,
             vocab_size=gguf.vocab_size,
             tied=gguf.tied,
+            quantization=None if quantized is None else gguf.ftype if gguf.ftype not in UNQUANTIZED else quantized,
         )
 
     @property

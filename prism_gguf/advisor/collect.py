@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
+from prism_gguf.adapters.float32 import Float32Compute
+from prism_gguf.adapters.huggingface import HuggingFaceModel
 from prism_gguf.advisor.gradients import linear_arguments, products_by_weight
-from prism_gguf.advisor.tensor_names import QuantizableTensor, quantizable_tensors
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.imatrix import write_imatrix
 from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.reading import Reading
 from prism_gguf.reference import RunOptions
+from prism_gguf.tensor_names import QuantizableTensor, quantizable_tensors
 
 
 class _Observed(Float32Compute):

@@ -19,6 +19,7 @@ from prism_gguf.advisor.head_results import Body, HeadRow, HeadScore, HeadSweep
 from prism_gguf.capture_file import Capture, read_capture
 from prism_gguf.comparison import open_candidate
 from prism_gguf.decode import BLOCK, decode_windows, stored_states
+from prism_gguf.details import HeadInfo
 from prism_gguf.gates import Gate
 from prism_gguf.gguf_file import GgufFile, fallback_type
 from prism_gguf.isolation import Progress, no_progress
@@ -26,7 +27,7 @@ from prism_gguf.metrics.divergence import DivergenceStream, Room, TokenDivergenc
 from prism_gguf.metrics.statistics import divergence_statistics
 from prism_gguf.output_head import ROWS_PER_CHUNK, OutputHead
 from prism_gguf.quantizer import replace_tensor
-from prism_gguf.results import CandidateResult, Divergence, HeadInfo, Logits
+from prism_gguf.results import CandidateResult, Divergence, Logits
 
 if TYPE_CHECKING:
     from prism_gguf.advisor.head_sweep import HeadOptions
@@ -70,12 +71,12 @@ def decode_body(path: str, folder: Path, out: Path, options: HeadOptions, *, pro
     capture = read_capture(folder, progress)
     out.mkdir()
     progress(0, 0, "loading")
-    with open_candidate(path, capture, options) as (model, shared, notes):
+    with open_candidate(path, capture, options) as (model, pair):
         assert isinstance(model, LlamaCppModel)
-        decoded = decode_windows(capture, model, out, shared, progress)
+        decoded = decode_windows(capture, model, out, pair.shared_rows, progress)
         kernel = _is_cpu_kernel(decoded.logits, model.gguf.head_type)
     np.savez(out / _SERVED, **{f.name: getattr(decoded.tokens, f.name) for f in fields(TokenDivergence)})
-    return Body(path, out, shared, decoded.logits, kernel, notes)
+    return Body(path, out, pair.shared_rows, decoded.logits, kernel, pair.notes)
 
 
 def _is_cpu_kernel(logits: Logits, kind: GGMLQuantizationType) -> bool:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from prism_gguf.adapters import ggml
-from prism_gguf.advisor.tensor_names import QuantizableTensor
 from prism_gguf.advisor.weight_errors import WeightErrors
 from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.mix import ggml_type
+from prism_gguf.tensor_names import QuantizableTensor
 
 # Weights of one tensor in all types that exist in float32 at a time.
 _CHUNK = 8 * 2**20

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from prism_gguf.adapters.huggingface import Float32Compute, HuggingFaceModel
-from prism_gguf.advisor.tensor_names import QuantizableTensor
+from prism_gguf.adapters.float32 import Float32Compute
+from prism_gguf.adapters.huggingface import HuggingFaceModel
 from prism_gguf.output_head import OutputHead
+from prism_gguf.tensor_names import QuantizableTensor
 
 Sink = Callable[[QuantizableTensor, int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(tensor, matrix, first sequence, x (k, n, columns), δ (k, n, rows), δ W (k, n, columns)) of one product, float32."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf.adapters import ModelIdentity
-from prism_gguf.details import Failure
-from prism_gguf.results import Divergence, GateResult, HeadInfo, Logits, TextInfo
+from prism_gguf.details import Failure, HeadInfo
+from prism_gguf.results import Divergence, GateResult, Logits, TextInfo
 
 if TYPE_CHECKING:
     import pandas

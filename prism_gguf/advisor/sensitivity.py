@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import pandas
 
     from prism_gguf.adapters.huggingface import HuggingFaceModel
-    from prism_gguf.advisor.tensor_names import QuantizableTensor
     from prism_gguf.advisor.weight_errors import WeightErrors
+    from prism_gguf.tensor_names import QuantizableTensor
 
 SCHEMA = "prism-gguf/sensitivity/1"
 # What mixes are made of, from 8.5 to 2.6 bits per weight; types of smaller blocks serve rows that 256 does not divide.
@@ -249,8 +249,8 @@ def _measure(
     progress: Progress,
 ) -> Sensitivity:
     from prism_gguf.adapters.huggingface import HuggingFaceModel
-    from prism_gguf.advisor.tensor_names import quantizable_tensors
     from prism_gguf.advisor.weight_errors import WeightErrors
+    from prism_gguf.tensor_names import quantizable_tensors
 
     progress(0, 0, "loading")
     with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:

@@ -12,11 +12,11 @@ import torch
 from gguf import GGML_QUANT_SIZES
 
 from prism_gguf.adapters import ggml
-from prism_gguf.advisor.tensor_names import QuantizableTensor
 from prism_gguf.files import written_whole
 from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.isolation import Progress
 from prism_gguf.mix import ggml_type
+from prism_gguf.tensor_names import QuantizableTensor
 
 
 class WeightErrors:

@@ -47,6 +47,12 @@ def compare_options(score: str, fail_on: tuple[str, ...], **options: Any) -> Com
     help="LoRA adapter that llama.cpp applies to every candidate, at SCALE times its own strength; repeatable. No "
     "candidate is then the control by itself.",
 )
+@click.option(
+    "--variant",
+    is_flag=True,
+    help="Candidates may have other weights on purpose (a fine-tune, a merged adapter); measure them all the same. No "
+    "candidate is then the control by itself.",
+)
 @judging_options
 @runtime_options
 @trust_option

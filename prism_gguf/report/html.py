@@ -15,7 +15,15 @@ from matplotlib.figure import Figure
 from prism_gguf.report.baselines import CONTEXT, HEADINGS, baseline_rows
 from prism_gguf.report.figures import Drawing, svg
 from prism_gguf.report.names import command_line, file_names
-from prism_gguf.report.words import best_for_size, number, printable, title, verdict_in_words, with_adapters
+from prism_gguf.report.words import (
+    best_for_size,
+    number,
+    printable,
+    quantized_reference,
+    title,
+    verdict_in_words,
+    with_adapters,
+)
 from prism_gguf.results import CandidateResult, Comparison
 
 _HARDWARE = ("cpu", "cpus", "machine", "system")
@@ -148,6 +156,7 @@ def _environment(comparison: Comparison) -> Environment:
         "verdict": lambda row: verdict_in_words(row, comparison),
         "adapters": with_adapters,
     }
+    environment.filters["quantized"] = quantized_reference
     return environment
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from prism_gguf.files import write_whole, written_whole
 from prism_gguf.report.figures import Drawing, png
 from prism_gguf.report.names import command_line
-from prism_gguf.report.words import number, printable, purpose, title
+from prism_gguf.report.words import number, printable, purpose, quantized_reference, title
 from prism_gguf.results import Comparison
 
 
@@ -40,6 +40,7 @@ def card(comparison: Comparison, figure: str | None) -> str:
         "command": lambda words: printable(command_line(words), keep="\n").replace("```", "'''"),
         "file": lambda path: _code(Path(path).name),
         "number": number,
+        "quantized": quantized_reference,
         "purpose": lambda row: _text(purpose(row, comparison)),
         "size": _size,
         "text": lambda value: _text(str(value)),

@@ -23,6 +23,7 @@ from prism_gguf.report.words import (
     label,
     number,
     printable,
+    quantized_reference,
     short,
     verdict_in_words,
     with_adapters,
@@ -215,8 +216,8 @@ def print_header(reference: ModelIdentity, text: TextInfo, out: Console, *, perp
         ("", f"{text.n_windows} windows of {text.n_ctx} tokens, {text.n_scored} scored{known}"),
     ]
     _pairs(rows, out)
-    if reference.kind == "gguf" and reference.dtype not in ("F32", "F16", "BF16"):
-        out.print(f"note: the reference is itself quantized ({reference.dtype}): its own loss is not counted")
+    if (note := quantized_reference(reference)) is not None:
+        out.print(f"note: {escape(note)}")
 
 
 def _print_adapters(done: list[CandidateResult], out: Console) -> None:

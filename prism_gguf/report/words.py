@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from prism_gguf.adapters import ModelIdentity
 from prism_gguf.lora import in_words
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.results import CandidateResult, Comparison, Divergence, NoiseFloor
@@ -81,8 +82,21 @@ def _difference(candidate: CandidateResult, comparison: Comparison) -> str:
 
 def title(comparison: Comparison) -> str:
     """What a report is about."""
-    variants = any(c.is_checkpoint or c.lora for c in comparison.candidates)
+    variants = any(c.is_variant for c in comparison.candidates)
     return "how far its variants are" if variants else "what quantization lost"
+
+
+def quantized_reference(reference: ModelIdentity) -> str | None:
+    """What it means that the reference is quantized itself, in a sentence; None where it is not."""
+    kind = reference.quantization
+    if kind is None and reference.kind == "gguf" and reference.dtype not in UNQUANTIZED:  # results of earlier versions
+        kind = reference.dtype
+    if kind is None:
+        return None
+    return (
+        f"the reference is itself quantized ({printable(kind)}): differences are between two quantized models, and what "
+        "the reference has lost is not counted. For that, name the F16 or BF16 file or the checkpoint that it was made of"
+    )
 
 
 def with_adapters(candidate: CandidateResult) -> str:
@@ -117,8 +131,9 @@ def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
         return f"no reason to take it: {_beaten_by(candidate, better)}"
     if broken := _broken_limits(candidate):
         return f"fails {broken}"
-    if candidate.is_checkpoint or candidate.lora:
-        return f"{'another checkpoint' if candidate.is_checkpoint else 'adapted'}: {_difference(candidate, comparison)}"
+    if candidate.is_variant:
+        kind = "another checkpoint" if candidate.is_checkpoint else "adapted" if candidate.lora else "other weights"
+        return f"{kind}: {_difference(candidate, comparison)}"
     kld, loss = divergence.kld_mean, loss_in_words(divergence.kld_mean, comparison.noise_floor)
     if loss == LOSSLESS:
         return "reference quality" if candidate.ftype in UNQUANTIZED else "as good as unquantized"

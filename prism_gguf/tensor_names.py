@@ -30,6 +30,18 @@ _NEVER_QUANTIZED = re.compile(
 )
 
 
+# Vectors that a converter copies, or adds a constant to (Gemma's norms); those of q and k may have another order.
+_COPIED = re.compile(
+    r"(?<!attn_q)(?<!attn_k)_norm(_\d)?\.(weight|bias)|(attn_v|attn_output|ffn_gate|ffn_up|ffn_down)\.bias"
+)
+_TRANSFORMED = re.compile(r"ssm|time_mix|shortconv|altup|laurel")
+
+
+def is_copied_vector(name: str, n_dims: int) -> bool:
+    """Whether a GGUF tensor is a norm or bias that is the checkpoint's own, up to a constant."""
+    return n_dims == 1 and _COPIED.search(name) is not None and _TRANSFORMED.search(name) is None
+
+
 @dataclass(frozen=True)
 class QuantizableTensor:
     """One matrix, or one stack of experts' matrices, of the checkpoint.
@@ -89,6 +101,18 @@ def quantizable_tensors(model: Any) -> tuple[list[QuantizableTensor], dict[str, 
         else:
             left_out[parameter] = f"{found[0][0]}: not used as the matrix of a linear layer"
     return tensors, left_out
+
+
+def copied_vectors(model: Any) -> dict[str, torch.Tensor]:
+    """The norms and biases of a transformers model by the GGUF's names, as far as gguf-py's map has them."""
+    architecture = gguf_architecture(model.config)
+    if architecture is None:
+        return {}
+    names = get_tensor_name_map(architecture, model.config.get_text_config().num_hidden_layers)
+    named = (
+        (names.get_name(name, try_suffixes=(".weight", ".bias")), value) for name, value in model.named_parameters()
+    )
+    return {name: value.detach() for name, value in named if name is not None and is_copied_vector(name, value.ndim)}
 
 
 def _name(names: Any, parameter: str) -> str | None:

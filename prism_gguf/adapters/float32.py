@@ -1,0 +1,54 @@
+"""Products in float32 of weights that are kept as stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Float32Compute(TorchFunctionMode):
+    """Computes in float32 with weights kept as stored.
+
+    fp16 matrix products are slow (and imprecise) on CPUs, and a float32 copy of the weights would double their memory.
+    Element-wise operations promote by themselves; embeddings are widened, and products get widened operands.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.embedding:
+            return func(*args, **kwargs).float()
+        if func in _PRODUCTS:
+            args = tuple(_widen(a) for a in args)
+            kwargs = {k: _widen(v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_PRODUCTS: set[Callable] = {
+    torch.nn.functional.linear,
+    torch.nn.functional.layer_norm,
+    torch.nn.functional.rms_norm,
+    torch.nn.functional.conv1d,
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.Tensor.mm,
+    torch.Tensor.bmm,
+    torch.conv1d,
+}
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_widen(v) for v in value)
+    return value
