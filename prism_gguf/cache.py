@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.files import write_whole
-from prism_gguf.gguf_file import split_parts
+from prism_gguf.gguf_reader import split_parts
 from prism_gguf.isolation import Progress, no_progress, part
 
 MANIFEST = "manifest.json"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prism_gguf.errors import InvalidTextError
+from prism_gguf.errors import InvalidModelError, InvalidTextError
+from prism_gguf.inert import one_line
 from prism_gguf.text import EvaluationText, read_utf8
 
 Conversation = list[dict[str, Any]]
@@ -27,14 +28,24 @@ class ChatSource:
 
         Raises:
             InvalidTextError: the template refuses a conversation.
+            InvalidModelError: it is no template, or reaches for what Jinja's sandbox keeps from it.
         """
+        from jinja2 import TemplateSyntaxError
+        from jinja2.sandbox import SecurityError
+
         rendered = []
         for number, conversation in enumerate(self.conversations, 1):
             try:
                 rendered.append(template(conversation))
+            except (SecurityError, TemplateSyntaxError) as error:
+                raise InvalidModelError(
+                    f"chat '{self.domain}': the model's chat template is none that can be run ({type(error).__name__}): "
+                    f"{one_line(str(error), 300)}"
+                ) from error
             except Exception as error:  # templates raise what they like: Jinja's errors, TypeError, KeyError …
                 raise InvalidTextError(
-                    f"chat '{self.domain}': the model's chat template refuses conversation {number}: {error}"
+                    f"chat '{self.domain}': the model's chat template refuses conversation {number}: "
+                    f"{one_line(str(error), 300)}"
                 ) from error
         return EvaluationText(self.domain, "".join(rendered), special=True)
 

@@ -20,7 +20,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if (index := folder / "model.safetensors.index.json").is_file():
         try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"names {outside[0]:.60}, outside the folder")
+            return [folder / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidModelError(f"{index}: damaged ({type(error).__name__}: {error}); download it again") from error
     return sorted(folder.glob("*.safetensors"))

@@ -24,6 +24,11 @@ _FORKS = sys.platform == "linux"
 def serve(preload: Sequence[str]) -> None:
     """Import ``preload``, then work until stdin ends: in forks of this process, one at a time, where that is safe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle; it ends us
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # or ggml's aborts start a debugger, where there is one, for seconds
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no core file in the user's folder
     # Whatever prints to stdout here must not end up in the stream of answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -322,11 +322,13 @@ def read_header(
     path: str, n_ctx: int, lora: Sequence[LoraAdapter] = (), *, progress: Progress = no_progress
 ) -> str | None:
     """Open a GGUF as data, and see whether the adapters fit it; its ftype. Runs in the worker."""
+    from prism_gguf.gguf_checks import check_runnable
     from prism_gguf.gguf_file import GgufFile
 
     progress(0, 0, "reading the header")
     gguf = GgufFile(path)
     gguf.check_context(n_ctx)
+    check_runnable(gguf)
     for adapter in lora:
         AdapterFile(adapter.path).check_fits(gguf)
     return gguf.ftype

@@ -5,9 +5,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
+from prism_gguf.inert import one_line
+
 
 class PrismGgufError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose: one line, fit to print, whatever files put into it."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class InvalidModelError(PrismGgufError):

@@ -9,15 +9,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, ReaderField
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from prism_gguf.errors import InvalidModelError
+from prism_gguf.gguf_reader import entry_bytes, open_reader, split_parts, value_of
+from prism_gguf.inert import one_line
+from prism_gguf.mix import UNQUANTIZED
 
 # Architectures that llama.cpp runs but that predict no next token.
 _NOT_CAUSAL = {
@@ -134,92 +137,6 @@ class Imatrix:
     chunks: int | None
 
 
-MetadataEntry = tuple[str, Any, GGUFValueType, GGUFValueType | None]
-
-
-def metadata_entries(reader: GGUFReader) -> Iterator[MetadataEntry]:
-    """(key, value, type, item type of an array) of all metadata but the architecture, which a writer is made with."""
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            yield key, field.contents(), field.types[0], sub_type
-
-
-def split_parts(path: Path) -> list[Path]:
-    """All files of a split GGUF in order (``NAME-00001-of-00003.gguf`` …), or ``[path]`` for a whole one.
-
-    Raises:
-        InvalidModelError: ``path`` is not the first part, or a part is missing.
-    """
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if match is None:
-        return [path]
-    prefix, number, count = match[1], int(match[2]), int(match[3])
-    if number != 1:
-        raise InvalidModelError(f"{path}: part {number} of a split GGUF; name the first part ({prefix}-00001-of-…)")
-    parts = [path.with_name(f"{prefix}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-    missing = [p.name for p in parts if not p.is_file()]
-    if missing:
-        raise InvalidModelError(f"{path}: split GGUF with missing parts: {', '.join(missing)}")
-    return parts
-
-
-class _FastReader(GGUFReader):
-    """gguf-py's reader, with arrays read in one pass.
-
-    The original makes several numpy views for each token, merge and score of a vocabulary: seconds for 50,000 tokens.
-    """
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
-        if raw_type != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        item_type, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-        kind = GGUFValueType(int(item_type[0]))
-        if kind in self.gguf_scalar_to_np:
-            values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], int(count[0]))
-            if len(values) != count[0]:
-                raise ValueError("an array runs past the end of the file")
-            return 12 + values.nbytes, [item_type, count, values], [2], [GGUFValueType.ARRAY, kind]
-        if kind != GGUFValueType.STRING:
-            return super()._get_field_parts(orig_offs, raw_type)
-        order: Literal["little", "big"] = "little" if self.endianess == GGUFEndian.LITTLE else "big"
-        data, at = memoryview(self.data), orig_offs + 12
-        parts: list[Any] = [item_type, count]
-        for _ in range(int(count[0])):
-            length = int.from_bytes(data[at : at + 8], order)
-            parts.append(data[at + 8 : at + 8 + length])
-            at += 8 + length
-            if at > len(data):
-                raise ValueError("an array of strings runs past the end of the file")
-        return at - orig_offs, parts, list(range(2, len(parts))), [GGUFValueType.ARRAY, GGUFValueType.STRING]
-
-
-def open_reader(path: Path) -> GGUFReader:
-    """gguf-py's reader of one file, memory-mapped.
-
-    Raises:
-        InvalidModelError: not a GGUF, truncated or damaged.
-    """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InvalidModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
-    try:
-        return _FastReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, RuntimeError) as error:
-        # gguf-py maps the file and reads past its end when it was cut short; numpy then says so in its own words.
-        raise InvalidModelError(
-            f"{path}: cannot be read as GGUF, probably truncated or damaged: download or make it again "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
-def _entry_bytes(field: ReaderField) -> int:
-    """Bytes of a metadata entry: key, type, for an array its items' type and number, and values; lengths go with texts."""
-    is_array, is_text = field.types[0] == GGUFValueType.ARRAY, field.types[-1] == GGUFValueType.STRING
-    values = sum(field.parts[i].nbytes for i in field.data) + (8 * len(field.data) if is_text else 0)
-    return 8 + len(field.name.encode()) + 4 + (12 if is_array else 0) + values
-
-
 class GgufFile:
     """A causal language model's GGUF (or all parts of a split one), memory-mapped.
 
@@ -237,17 +154,19 @@ class GgufFile:
         self.readers = [open_reader(part) for part in self.parts]
         self._tensors = {t.name: t for reader in self.readers for t in reader.tensors}
         self._check_causal()
+        self._check_head()
 
     def _check_causal(self) -> None:
-        kind = self.metadata("general.type")
+        kind = self.text("general.type")
         if kind not in (None, "model"):
             way_out = " and this with --lora" if kind == "adapter" else ""
             raise InvalidModelError(
-                f"{self.path}: holds a {kind}, not a language model; name the model's own GGUF{way_out}"
+                f"{self.path}: holds a {one_line(kind, 40)}, not a language model; name the model's own GGUF{way_out}"
             )
-        if not self.architecture:
-            raise InvalidModelError(f"{self.path}: has no general.architecture, so llama.cpp cannot run it")
-        causal = self.metadata(f"{self.architecture}.attention.causal")
+        if not re.fullmatch(r"[\w.-]{1,64}", self.architecture, re.ASCII):
+            said = f"the general.architecture '{one_line(self.architecture, 40)}'" if self.architecture else "none"
+            raise InvalidModelError(f"{self.path}: has no general.architecture that llama.cpp could run, but {said}")
+        causal = self._scalar(f"{self.architecture}.attention.causal")
         if self.architecture in _NOT_CAUSAL or causal is False:
             raise InvalidModelError(
                 f"{self.path}: architecture '{self.architecture}' is no causal language model "
@@ -256,14 +175,46 @@ class GgufFile:
         if "token_embd.weight" not in self._tensors:
             raise InvalidModelError(f"{self.path}: has no token_embd.weight, so it is no complete language model")
 
+    def _check_head(self) -> None:
+        head, bias = self._tensors[self.head_tensor.name], self._tensors.get("output.bias")
+        if len(head.shape) != 2:
+            raise InvalidModelError(f"{self.path}: {head.name} has {len(head.shape)} dimensions, where a matrix has 2")
+        if bias is not None and (bias.tensor_type.name not in UNQUANTIZED or bias.n_elements != self.vocab_size):
+            raise InvalidModelError(
+                f"{self.path}: output.bias is {bias.tensor_type.name} of {bias.n_elements}, where {self.vocab_size} plain "
+                "numbers are due"
+            )
+
     def metadata(self, key: str) -> Any:
         """A metadata value, or None where the file has no such key."""
+        return value_of(self.readers[0].get_field(key))
+
+    def _scalar(self, key: str) -> str | int | float | bool | None:
+        """A metadata value that is no array, which may be as large as the file; None for one."""
         field = self.readers[0].get_field(key)
-        return None if field is None else field.contents()
+        return None if field is None or field.types[0] == GGUFValueType.ARRAY else value_of(field)
+
+    def number(self, key: str) -> int | float | None:
+        """A metadata value that is a number; None where the file has no such key.
+
+        Raises:
+            InvalidModelError: it is a text, NaN or infinite.
+        """
+        value = self._scalar(key)
+        if value is None:
+            return None
+        if isinstance(value, str) or not math.isfinite(value):
+            raise InvalidModelError(f"{self.path}: {key} is {one_line(repr(value), 40)}, where a number is due")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """A metadata value that is a text, or None."""
+        value = self._scalar(key)
+        return value if isinstance(value, str) else None
 
     @cached_property
     def architecture(self) -> str:
-        return str(self.metadata("general.architecture") or "")
+        return self.text("general.architecture") or ""
 
     def check_context(self, n_ctx: int) -> None:
         """Refuse windows that are longer than what the model was trained for.
@@ -271,8 +222,8 @@ class GgufFile:
         Raises:
             InvalidModelError: with the longest that will do.
         """
-        trained = self.metadata(f"{self.architecture}.context_length")
-        if trained is not None and n_ctx > int(trained):
+        trained = self.number(f"{self.architecture}.context_length")
+        if trained is not None and n_ctx > trained:
             raise InvalidModelError(
                 f"{self.path}: was trained for a context of {trained} tokens, and windows of {n_ctx} were asked for; use "
                 f"--n-ctx {trained} or less"
@@ -352,7 +303,7 @@ class GgufFile:
     @cached_property
     def recorded_ftype(self) -> str | None:
         """The ftype that the file's metadata record, such as Q4_K_M."""
-        value = self.metadata("general.file_type")
+        value = self.number("general.file_type")
         return None if value is None else _FTYPE_NAMES.get(int(value), f"unknown ({value})")
 
     @cached_property
@@ -369,21 +320,26 @@ class GgufFile:
     def imatrix(self) -> Imatrix | None:
         if self.provenance.get("imatrix") is False:
             return None  # the record is of the file that this one was requantized from
-        keys = ("file", "dataset", "entries_count", "chunks_count")
-        values = [self.metadata(f"quantize.imatrix.{key}") for key in keys]
-        return None if all(v is None for v in values) else Imatrix(*values)
+        texts = [self.text(f"quantize.imatrix.{key}") for key in ("file", "dataset")]
+        counts = [self.number(f"quantize.imatrix.{key}") for key in ("entries_count", "chunks_count")]
+        if texts == counts == [None, None]:
+            return None
+        file, dataset = (None if text is None else one_line(text) for text in texts)
+        entries, chunks = (None if count is None else int(count) for count in counts)
+        return Imatrix(file, dataset, entries, chunks)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """What `prism-gguf quantize` recorded, without the keys' prefix; empty for files that others made."""
         keys = [key for key in self.readers[0].fields if key.startswith(PROVENANCE)]
-        return {key.removeprefix(PROVENANCE): self.metadata(key) for key in keys}
+        values = {key.removeprefix(PROVENANCE): self._scalar(key) for key in keys}
+        return {key: one_line(v) if isinstance(v, str) else v for key, v in values.items() if isinstance(v, (str, int))}
 
     @cached_property
     def metadata_bytes(self) -> dict[str, int]:
         """Bytes that each metadata entry takes, its key included."""
         fields = self.readers[0].fields
-        return {key: _entry_bytes(field) for key, field in fields.items() if not key.startswith("GGUF.")}
+        return {key: entry_bytes(field) for key, field in fields.items() if not key.startswith("GGUF.")}
 
     @cached_property
     def fallbacks(self) -> list[Fallback]:
@@ -393,14 +349,27 @@ class GgufFile:
     @cached_property
     def n_vocab_tokens(self) -> int | None:
         """Tokens in the vocabulary that are not mere padding of the embedding matrix, or None without a vocabulary."""
-        tokens = self.readers[0].get_field("tokenizer.ggml.tokens")
-        if tokens is None:
+        if self.readers[0].get_field("tokenizer.ggml.tokens") is None:
             return None
-        count = len(tokens.data)
+        tokens = self.tokens()
+        count = len(tokens)
         # Converters pad with "[PAD151936]" (convert_hf_to_gguf.py, get_vocab_base).
-        while count and re.fullmatch(rb"\[PAD-?\d+\]", bytes(tokens.parts[tokens.data[count - 1]])):
+        while count and re.fullmatch(rb"\[PAD-?\d+\]", tokens[count - 1]):
             count -= 1
         return count
+
+    def tokens(self) -> list[bytes]:
+        """The texts of the vocabulary's tokens as they are stored; none without a vocabulary.
+
+        Raises:
+            InvalidModelError: they are no texts.
+        """
+        field = self.readers[0].get_field("tokenizer.ggml.tokens")
+        if field is None:
+            return []
+        if field.types != [GGUFValueType.ARRAY, GGUFValueType.STRING]:
+            raise InvalidModelError(f"{self.path}: tokenizer.ggml.tokens is no list of texts")
+        return [bytes(field.parts[i]) for i in field.data]
 
     def to_dict(self) -> dict[str, Any]:
         """What `prism-gguf inspect --json` prints."""

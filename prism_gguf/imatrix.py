@@ -12,6 +12,7 @@ import numpy as np
 
 from prism_gguf.errors import InvalidImatrixError, InvalidModelError
 from prism_gguf.files import written_whole
+from prism_gguf.inert import one_line
 
 # llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 _DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -71,19 +72,21 @@ def _check_values(path: Path, name: str, values: np.ndarray) -> None:
 
 
 def _read_gguf(path: Path) -> ImportanceMatrix:
-    from prism_gguf.gguf_file import open_reader
+    from prism_gguf.gguf_reader import open_reader, value_of
 
     try:
         reader = open_reader(path)
     except InvalidModelError as error:
         raise InvalidImatrixError(str(error)) from error
-    fields = {key: field.contents() for key in (*_KEYS, "general.type") if (field := reader.get_field(key))}
+    fields = {key: value_of(field) for key in (*_KEYS, "general.type") if (field := reader.get_field(key))}
     tensors = {t.name: t for t in reader.tensors}
     names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
     if fields.get("general.type", "imatrix") != "imatrix" or not names:
         raise InvalidImatrixError(f"{path}: a GGUF, but no importance matrix; make one with llama-imatrix")
     if missing := [key for key in _KEYS if key not in fields]:
         raise InvalidImatrixError(f"{path}: has no {missing[0]}, without which llama-quantize refuses it")
+    if not isinstance(fields[_DATASETS], list) or not isinstance(fields[_CHUNK_COUNT], int):
+        raise InvalidImatrixError(f"{path}: {_DATASETS} or {_CHUNK_COUNT} is of another type; make the matrix again")
     weights = {}
     for name in names:
         sums, counts = tensors[name + _SUMS], tensors.get(name + _COUNTS)
@@ -92,7 +95,8 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         if counts.n_elements < 1 or sums.n_elements % counts.n_elements:
             raise InvalidImatrixError(f"{path}: {name} has {sums.n_elements} sums for {counts.n_elements} counts")
         weights[name] = _means(path, name, np.asarray(sums.data), np.asarray(counts.data))
-    return ImportanceMatrix(weights, str(path), tuple(map(str, fields[_DATASETS])), int(fields[_CHUNK_COUNT]))
+    datasets = tuple(one_line(str(name)) for name in fields[_DATASETS])
+    return ImportanceMatrix(weights, str(path), datasets, fields[_CHUNK_COUNT])
 
 
 _KEYS = (_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE)
@@ -103,7 +107,8 @@ def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.nd
     _check_values(path, f"{name}{_COUNTS}", counts)
     tokens = np.floor(counts.reshape(-1, 1).astype(np.float64) + 0.5).astype(np.float32)
     sums = sums.reshape(len(tokens), -1).astype(np.float32)
-    return np.where(tokens > 0, sums / np.maximum(tokens, 1), np.float32(1)).reshape(-1)
+    with np.errstate(all="ignore"):  # what is not finite is found afterwards
+        return np.where(tokens > 0, sums / np.maximum(tokens, 1), np.float32(1)).reshape(-1)
 
 
 class _Bytes:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from prism_gguf.errors import RuntimeFailureError
+from prism_gguf.inert import one_line
 from prism_gguf.scratch import scratch_folder
 
 T = TypeVar("T")
@@ -25,6 +26,8 @@ STALL_LIMIT = 900.0
 MEASURING = ("prism_gguf.measure",)
 """What to ``preload`` for measuring: torch, llama.cpp and our own metrics."""
 _KEPT_LINES = 20  # of llama.cpp's log, with an error
+# An assertion says where it failed before a backtrace says how it got there; C++ says what was thrown.
+_TELLING = ("ggml_assert", "what():", "error")
 
 
 class Progress(Protocol):
@@ -85,6 +88,7 @@ class NativeWorker:
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._last_step = ""
+        self._log_before = 0  # bytes of the log that earlier functions left
         self._open = ExitStack()
         self._scratch = self._open.enter_context(scratch_folder())
         # llama.cpp's last words before an abort go to the file descriptor: a file keeps them.
@@ -100,6 +104,8 @@ class NativeWorker:
         """
         self.start()
         self._last_step = "starting"
+        # By its size: the child writes where this file object stands, which must not move.
+        self._log_before = 0 if self._log is None else os.fstat(self._log.fileno()).st_size
         self._send((function, args))
         while True:
             try:
@@ -159,8 +165,7 @@ class NativeWorker:
             what += f" ({_in_words(self._process.wait(timeout=10))})"
         self._end_process()
         lines = self._log_lines()
-        # An assertion says where it failed before a backtrace says how it got there.
-        telling = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()] or lines
+        telling = [line for line in lines if any(s in line.lower() for s in _TELLING)] or lines
         message = f"{what}; it last said: {telling[-1] if telling else 'nothing'}"
         if kill:
             message += "; --stall-limit gives it more time"
@@ -169,9 +174,9 @@ class NativeWorker:
     def _log_lines(self) -> list[str]:
         if self._log is None:
             return []
-        self._log.seek(0)
+        self._log.seek(self._log_before)  # what was said of an earlier file is not the reason
         lines = (line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines())
-        return [line for line in lines if line.strip(".")]
+        return [one_line(line, 300) for line in lines if line.strip(".")]
 
     def _end_process(self) -> None:
         if self._process is None:

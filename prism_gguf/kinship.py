@@ -258,7 +258,7 @@ def _change(reference: np.ndarray, candidate: np.ndarray, kind: GGMLQuantization
     """Rows (n, columns) float32 as the reference has them and as a candidate's type ``kind`` gives them back."""
     difference, norm = candidate - reference, np.linalg.norm(reference)
     relative = float(np.linalg.norm(difference) / max(norm, 1e-30))
-    if relative == 0.0 or relative > _UNRELATED:
+    if not 0.0 < relative <= _UNRELATED:  # nor NaN, which the run itself will name
         return _Change(False, relative)
     if _alignment(difference) > _ALIGNED:
         return _Change(True, relative)

@@ -10,14 +10,16 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gguf import ReaderTensor
+from gguf import GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 
 from prism_gguf.errors import InvalidAdapterError, InvalidModelError
-from prism_gguf.gguf_file import GgufFile, open_reader
+from prism_gguf.gguf_file import GgufFile
+from prism_gguf.gguf_reader import open_reader, value_of
+from prism_gguf.inert import one_line
+from prism_gguf.mix import UNQUANTIZED
 
 _EMBEDDING = "token_embd.weight"
 
@@ -101,21 +103,25 @@ class AdapterFile:
             raise InvalidAdapterError(
                 f"{error}; --lora takes what llama.cpp's convert_lora_to_gguf.py makes"
             ) from error
-        kind = (self._metadata("general.type"), self._metadata("adapter.type"))
+        kind = (self._text("general.type"), self._text("adapter.type"))
         if kind != ("adapter", "lora"):
-            said = "model" if kind[0] in (None, "model") else "/".join(filter(None, map(str, kind)))
+            said = "model" if kind[0] in (None, "model") else "/".join(one_line(word, 40) for word in kind if word)
             raise InvalidAdapterError(f"{self.path}: holds a {said}, not a LoRA adapter (general.type, adapter.type)")
-        if self._metadata("adapter.alora.invocation_tokens") is not None:
+        if self._reader.get_field("adapter.alora.invocation_tokens") is not None:
             raise InvalidAdapterError(
                 f"{self.path}: an activated LoRA acts only after its invocation tokens; it is not supported"
             )
+        alpha = value_of(self._reader.get_field("adapter.lora.alpha"))
+        if not isinstance(alpha, (int, float, type(None))) or not math.isfinite(alpha or 0):
+            raise InvalidAdapterError(f"{self.path}: adapter.lora.alpha is no number; convert it again")
+        self._alpha = float(alpha or 0)
         tensors = {t.name: t for t in self._reader.tensors}
         self._pairs = dict(self._paired(tensors))
         self.ignored = sorted(name for name in tensors if name.endswith("_norm.weight"))
 
-    def _metadata(self, key: str) -> Any:
+    def _text(self, key: str) -> str | None:
         field = self._reader.get_field(key)
-        return None if field is None else field.contents()
+        return value_of(field) if field is not None and field.types == [GGUFValueType.STRING] else None
 
     def _paired(self, tensors: dict[str, ReaderTensor]) -> Iterator[tuple[str, tuple[ReaderTensor, ReaderTensor]]]:
         halves = [name for name in tensors if not name.endswith("_norm.weight")]
@@ -123,6 +129,10 @@ class AdapterFile:
             a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
             if a is None or b is None:
                 raise InvalidAdapterError(f"{self.path}: {name} has not both of lora_a and lora_b; convert it again")
+            if other := [t for t in (a, b) if t.tensor_type.name not in UNQUANTIZED]:
+                raise InvalidAdapterError(
+                    f"{self.path}: {other[0].name} is of type {other[0].tensor_type.name}; convert it again, as F32 or F16"
+                )
             yield name, (a, b)
 
     def check_fits(self, model: GgufFile) -> None:
@@ -132,7 +142,7 @@ class AdapterFile:
             InvalidAdapterError: it is for another architecture, other tensors or shapes; or for a tied output head, whose
                 product llama.cpp's transposed embedding pair does not fit (it would abort).
         """
-        ours, theirs = str(self._metadata("general.architecture") or "unknown"), model.architecture
+        ours, theirs = one_line(self._text("general.architecture") or "unknown", 40), model.architecture
         if ours != theirs:
             raise InvalidAdapterError(f"{self.path}: adapts architecture '{ours}', {model.path} is '{theirs}'")
         shapes = {t.name: t.shape for t in model.tensors}
@@ -160,8 +170,7 @@ class AdapterFile:
         if name not in self._pairs:
             return None
         a, b = (dequantize(t.data, t.tensor_type).astype(np.float32) for t in self._pairs[name])
-        alpha = float(self._metadata("adapter.lora.alpha") or 0.0)
-        return b * np.float32(alpha / b.shape[-1] if alpha else 1.0), a
+        return b * np.float32(self._alpha / b.shape[-1] if self._alpha else 1.0), a
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:

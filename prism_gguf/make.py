@@ -13,7 +13,8 @@ from prism_gguf.cache import is_capture, key_of, model_fingerprint
 from prism_gguf.comparison import CompareOptions, compare, given_capture
 from prism_gguf.errors import InvalidModelError, InvalidOutputError
 from prism_gguf.files import written_whole
-from prism_gguf.gguf_file import GgufFile, split_parts
+from prism_gguf.gguf_file import GgufFile
+from prism_gguf.gguf_reader import split_parts
 from prism_gguf.imatrix import imatrix_digest, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.limits import NOTHING, Estimate, Estimated, admit, not_told
@@ -141,7 +142,7 @@ def made_of(fingerprint: str, what: Recipe | Mix, imatrix: Path | None) -> str:
 def recorded_made_of(path: Path) -> str | None:
     """What a file says it was made of; None for one that is none, or was not made here."""
     try:
-        return GgufFile(path).metadata(MADE_OF)
+        return GgufFile(path).text(MADE_OF)
     except InvalidModelError:
         return None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from prism_gguf.capture_file import Capture
 from prism_gguf.decode import BLOCK, decode_windows, weights_only_states
 from prism_gguf.details import Baselines, FallbackInfo, HeadInfo, OtherWeights
 from prism_gguf.divergent_tokens import divergent_tokens
-from prism_gguf.errors import IncompatibleModelsError
+from prism_gguf.errors import IncompatibleModelsError, UndefinedMetricError
 from prism_gguf.gguf_file import counted
 from prism_gguf.isolation import Progress, no_progress, stage
 from prism_gguf.kinship import compare_weights, other_architecture
@@ -168,7 +169,7 @@ def measure(
     kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
     geometries = [_geometry_row(name, bound, gap - kernel) for name, bound in _bounds(features, heads, capture.k_feat)]
     served = None if decoded.logits.source == "runtime" else model.served_head()
-    return replace(
+    row = replace(
         _files(model, candidate_head),
         geometry=geometries[0],
         geometry_alternatives=geometries[1:],
@@ -185,6 +186,20 @@ def measure(
         notes=pair.notes,
         other_weights=pair.other_weights,
     )
+    if overflowed := next(_overflowed(asdict(row)), None):
+        raise UndefinedMetricError(
+            f"{row.path}: {overflowed} is too large for a number; the weights are damaged, or their type overflows"
+        )
+    return row
+
+
+def _overflowed(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names of the numbers in a result that are infinite or NaN."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _overflowed(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield prefix + name
 
 
 def _files(model: Model, head: OutputHead) -> CandidateResult:

@@ -266,7 +266,7 @@ def provenance(
         entries["quantize.imatrix.dataset"] = imatrix.datasets[0] if imatrix.datasets else ""
         entries["quantize.imatrix.entries_count"] = len(imatrix.weights)
         entries["quantize.imatrix.chunks_count"] = imatrix.n_chunks
-    if gguf.metadata("general.alignment") not in (None, _ALIGNMENT):
+    if gguf.number("general.alignment") not in (None, _ALIGNMENT):
         entries["general.alignment"] = _ALIGNMENT  # or nobody could read the file that llama.cpp writes
     return {key: _cut(value) if isinstance(value, str) else value for key, value in entries.items()}
 

@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from prism_gguf.adapters.native_log import native_log
 from prism_gguf.errors import RuntimeFailureError
 from prism_gguf.files import written_whole
-from prism_gguf.gguf_file import GgufFile, metadata_entries
+from prism_gguf.gguf_file import GgufFile
+from prism_gguf.gguf_reader import metadata_entries
 from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.mix import Mix, ftype_value, ggml_type

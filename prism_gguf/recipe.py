@@ -20,6 +20,7 @@ import yaml
 
 from prism_gguf.errors import InvalidOutputError, InvalidProfileError, InvalidRecipeError
 from prism_gguf.files import write_whole
+from prism_gguf.inert import one_line, short
 from prism_gguf.mix import UNQUANTIZED, Mix, ftype_value
 from prism_gguf.patterns import expand, group, listed
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Recipe", "expand", "group", "read_recipe", "recipe_of", "write_recipe"]
 
 SCHEMA = "prism-gguf/recipe/1"
+_LONGEST_VALUE = 200  # characters of what a file says of itself
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,17 @@ def mix_digest(mix: Mix) -> str:
 def recipe_of(gguf: GgufFile) -> Recipe:
     """The recipe that a GGUF was made by, as its tensors show it: one that makes the same types from its base."""
     types = {t.name: t.type for t in gguf.tensors if _may_be_quantized(t)}
+    made = {key: one_line(str(value), _LONGEST_VALUE) for key, value in gguf.provenance.items()}
+    file_name = one_line(gguf.path.name, _LONGEST_VALUE)
     return Recipe(
         ftype=_ftype_of(gguf.recorded_ftype, types.values()),
         tensor_types=types,
-        name=str(gguf.provenance.get("recipe") or gguf.path.name.removesuffix(".gguf")),
-        description=f"read from {gguf.path.name}",
-        base=gguf.provenance.get("base"),
-        imatrix=None if gguf.imatrix is None or not gguf.imatrix.file else Path(gguf.imatrix.file).name,
+        name=made.get("recipe") or file_name.removesuffix(".gguf"),
+        description=f"read from {file_name}",
+        base=made.get("base"),
+        imatrix=None
+        if gguf.imatrix is None or not gguf.imatrix.file
+        else short(Path(gguf.imatrix.file).name, _LONGEST_VALUE),
         n_bytes=sum(t.n_bytes for t in gguf.tensors),
         file_bytes=gguf.file_bytes,
         bits_per_weight=gguf.bits_per_weight,

@@ -272,7 +272,7 @@ def check_same_pieces(pieces: Mapping[int, str], candidate: Vocabulary, name: st
         found = candidate.piece(token)
         if found.strip() != piece.strip() and "\ufffd" not in found + piece:
             raise IncompatibleModelsError(
-                f"{name}: token {token} is {found!r}, in the reference {piece!r}; {_OTHER_TOKENIZER}"
+                f"{name}: token {token} is {found!r:.80}, in the reference {piece!r:.80}; {_OTHER_TOKENIZER}"
             )
 
 
@@ -326,4 +326,4 @@ def _context(piece: Callable[[int], str], tokens: np.ndarray, at: int) -> str:
     if at >= len(tokens):
         return "the end of the text"
     before = "".join(piece(int(t)) for t in tokens[max(0, at - 3) : at])
-    return f"{before!r} then {piece(int(tokens[at]))!r} ({int(tokens[at])})"
+    return f"{before!r:.80} then {piece(int(tokens[at]))!r:.80} ({int(tokens[at])})"

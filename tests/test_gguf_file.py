@@ -8,7 +8,8 @@ import pytest
 from gguf_edit import edited
 
 from prism_gguf.errors import InvalidModelError
-from prism_gguf.gguf_file import GgufFile, metadata_entries
+from prism_gguf.gguf_file import GgufFile
+from prism_gguf.gguf_reader import metadata_entries
 from prism_gguf.testbed.gguf_export import finish
 
 

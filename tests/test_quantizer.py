@@ -18,6 +18,7 @@ from prism_gguf.errors import (
     RuntimeFailureError,
 )
 from prism_gguf.gguf_file import GgufFile, Imatrix
+from prism_gguf.gguf_reader import metadata_entries
 from prism_gguf.imatrix import read_imatrix, write_imatrix
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.make import check_output, make
@@ -25,7 +26,7 @@ from prism_gguf.mix import Mix
 from prism_gguf.plan import check_types, plan
 from prism_gguf.quantizer import planned_types, quantize_gguf
 from prism_gguf.recipe import Recipe, recipe_of
-from prism_gguf.testbed.gguf_export import finish, metadata_entries
+from prism_gguf.testbed.gguf_export import finish
 
 
 def test_head_and_embedding_types(ladder: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.hub import cached_file
@@ -24,6 +24,7 @@ from prism_gguf.cache import is_capture, is_hub_id
 from prism_gguf.chat import Conversation
 from prism_gguf.checkpoint_files import tensor_headers, weight_files
 from prism_gguf.errors import InvalidModelError, RuntimeFailureError
+from prism_gguf.inert import one_line
 from prism_gguf.output_head import LogitTransform, OutputHead
 from prism_gguf.text import Vocabulary
 
@@ -79,9 +80,9 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
     try:
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # transformers raises what it likes for a configuration that makes no sense
         what = "not on the hub, or not to be had from here" if is_hub_id(path) else "no checkpoint"
-        raise InvalidModelError(f"{path}: {what}: {_first_line(error)}") from error
+        raise InvalidModelError(f"{path}: {what}: {_reason(error)}") from error
     if folder.is_dir() and not weight_files(folder):
         raise InvalidModelError(f"{path}: has no safetensors; save it with them (save_pretrained)")
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -92,9 +93,11 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
         )
 
 
-def _first_line(error: Exception) -> str:
-    """transformers says what it missed in many lines; the first tells."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    """transformers says what it missed in many lines; the first tells. Code is run by a flag of ours, not by its own."""
+    if "trust_remote_code" in str(error):
+        return "it needs code that comes with it; read that, and if you trust it use --trust-remote-code"
+    return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 300)
 
 
 class HuggingFaceModel:
@@ -113,25 +116,25 @@ class HuggingFaceModel:
                 config = AutoConfig.from_pretrained(self._path, trust_remote_code=trust_remote_code)
                 self._quantization = _quantization(config)
                 self._tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=trust_remote_code)
-                model = AutoModelForCausalLM.from_pretrained(
+                model, loaded = AutoModelForCausalLM.from_pretrained(
                     self._path,
                     dtype="auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                     # The grouped kernels narrow activations to the weights' dtype.
                     experts_implementation="eager",
+                    output_loading_info=True,
                 )
-        except Exception as error:
+        except Exception as error:  # transformers raises what it likes for files that make no sense
             if self._quantization is not None:  # each method has a library of its own, with errors of its own
                 raise InvalidModelError(
                     f"{self._path}: is quantized ({self._quantization}), which transformers cannot run here "
-                    f"({_first_line(error)}); name the checkpoint that it was made of, or an F16 or BF16 GGUF"
+                    f"({_reason(error)}); name the checkpoint that it was made of, or an F16 or BF16 GGUF"
                 ) from error
-            if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)):
-                raise
-            raise InvalidModelError(
-                f"{self._path}: transformers cannot load it as a causal LM: {_first_line(error)}"
-            ) from error
+            reason = f"transformers cannot load it as a causal LM: {_reason(error)}"
+            raise InvalidModelError(f"{self._path}: {reason}") from error
+        if missing := sorted(loaded["missing_keys"]):  # transformers would make random numbers of them
+            raise InvalidModelError(f"{self._path}: {len(missing)} weights are in no safetensors, as {missing[0]:.80}")
         self._model = model.eval().requires_grad_(False)
         self._head = self._model.get_output_embeddings()
         if self._head is None or not hasattr(self._head, "weight"):

@@ -17,6 +17,7 @@ from prism_gguf.adapters import LayerStates, ModelIdentity, StoredModel, WindowS
 from prism_gguf.adapters.native_log import native_log
 from prism_gguf.chat import Conversation
 from prism_gguf.errors import InvalidAdapterError, InvalidModelError, RuntimeFailureError
+from prism_gguf.gguf_checks import check_runnable
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.lora import AdapterFile, LoraAdapter
 from prism_gguf.mix import UNQUANTIZED
@@ -57,8 +58,8 @@ class RuntimeOptions:
 
 def _logit_transform(gguf: GgufFile) -> LogitTransform:
     """The transform that llama.cpp's graph applies after the head (src/models/*.cpp)."""
-    scale = gguf.metadata(f"{gguf.architecture}.logit_scale")
-    softcap = gguf.metadata(f"{gguf.architecture}.final_logit_softcapping")
+    scale = gguf.number(f"{gguf.architecture}.logit_scale")
+    softcap = gguf.number(f"{gguf.architecture}.final_logit_softcapping")
     factor = float(scale) if scale else 1.0
     return LogitTransform(
         scale=1.0 / factor if gguf.architecture.startswith("granite") else factor,
@@ -125,6 +126,7 @@ class LlamaCppModel:
     ) -> None:
         self.gguf = GgufFile(path)
         self.gguf.check_context(n_ctx)
+        check_runnable(self.gguf)
         self.options = options or RuntimeOptions()
         self.lora = tuple(lora)
         for one in self.lora:
@@ -268,7 +270,7 @@ class LlamaCppModel:
         return buffer.raw[: max(n, 0)]
 
     def render_chat(self, conversation: Conversation) -> str:
-        template = self.gguf.metadata("tokenizer.chat_template")
+        template = self.gguf.text("tokenizer.chat_template")
         if not template:
             raise InvalidModelError(f"{self.gguf.path}: the file has no chat template; use --text")
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -276,7 +278,7 @@ class LlamaCppModel:
         special = {
             f"{name}_token": self.piece(int(token))
             for name in ("bos", "eos")
-            if (token := self.gguf.metadata(f"tokenizer.ggml.{name}_token_id")) is not None
+            if (token := self.gguf.number(f"tokenizer.ggml.{name}_token_id")) is not None
         }
         rendered, _ = render_jinja_template(conversations=[conversation], chat_template=str(template), **special)
         return str(rendered[0])
@@ -379,6 +381,11 @@ class LlamaCppModel:
         # The adapter proves itself once: these states, through this head and transform, are the runtime's logits.
         few = min(4, len(hidden))
         made = self.output_head().all_logits(hidden[:few]).numpy()
+        if not (np.isfinite(made).all() and np.isfinite(logits[:few]).all()):
+            raise RuntimeFailureError(
+                f"{self.gguf.path}: undefined (NaN or infinite) logits; the weights of {self.gguf.head_tensor.name} are "
+                "damaged, or their type overflows"
+            )
         error = float(np.linalg.norm(made - logits[:few]) / np.linalg.norm(logits[:few]))
         if not error < _MAX_HEAD_DISAGREEMENT:
             raise RuntimeFailureError(

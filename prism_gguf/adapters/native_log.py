@@ -11,6 +11,9 @@ from typing import Any
 
 import llama_cpp.llama_cpp as C
 
+from prism_gguf.inert import LONGEST, one_line, printable, short
+
+_LONGEST_REASON = 300  # characters: some have a file's own texts in them
 _LOG_LEVEL_DEBUG = 1  # ggml.h: a line for every node of every graph
 
 
@@ -35,6 +38,7 @@ class NativeLog:
         if self._recording is not None:
             self._recording.append(line)
             self._watch(line)
+        line = printable(short(line, LONGEST), keep="\n\t")  # it may be a terminal: --verbose
         sys.stderr.write(line)
         self._lines.extend(part.strip() for part in line.splitlines() if part.strip(".= "))
 
@@ -55,7 +59,8 @@ class NativeLog:
         errors = [line for line in self._lines if "error" in line.lower() or "fail" in line.lower()]
         # llama.cpp goes on to say "failed to load model" after the line that says why.
         telling = [line for line in errors if not line.endswith("failed to load model")] or errors
-        return (telling or list(self._lines) or ["llama.cpp gave no reason"])[0 if telling else -1]
+        reason = (telling or list(self._lines) or ["llama.cpp gave no reason"])[0 if telling else -1]
+        return one_line(reason, _LONGEST_REASON)
 
 
 _log: NativeLog | None = None

@@ -13,6 +13,7 @@ import click
 
 from prism_gguf import __version__
 from prism_gguf.errors import known
+from prism_gguf.inert import one_line
 
 EXIT_GATE, EXIT_BAD, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -46,9 +47,7 @@ def _interrupt(*_: object) -> None:
 
 
 def complain(message: str) -> None:
-    from prism_gguf.report.words import printable
-
-    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

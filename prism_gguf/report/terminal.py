@@ -17,14 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from prism_gguf.adapters import ModelIdentity
+from prism_gguf.inert import one_line, printable, short
 from prism_gguf.report.baselines import CONTEXT, HEADINGS, baseline_rows
 from prism_gguf.report.words import (
     best_for_size,
     label,
     number,
-    printable,
     quantized_reference,
-    short,
     verdict_in_words,
     with_adapters,
 )
@@ -38,6 +37,8 @@ _NAME = 16  # of a name that is cut, so much is left: columns rather go to a tab
 _MARK = "* "
 _COLUMNS = ("MiB", "bpw", "KLD", "same-top", "gap", "scale", "shape", "γ", "bound")
 _BLOCKS_SHOWN = 8
+_LONGEST_VALUE = 200  # characters of a metadata value
+_LONGEST = 10_000  # characters of one text: rich takes minutes for a megabyte
 HOW_TO_READ = (
     "KLD is what the candidate's next-token distribution lost, in nats per token (± its standard error\n"
     "by window); 'nats from' splits it between its causes, which add up to the total; scale + shape = δ²,\n"
@@ -49,7 +50,7 @@ class _Console(Console):
     """Prints strings that came from files' names and contents without what a terminal would obey."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text, keep="\n"), **options)
+        return super().render_str(printable(short(text, _LONGEST), keep="\n"), **options)
 
 
 def console() -> Console:
@@ -328,7 +329,7 @@ def print_inspection(gguf: GgufFile, out: Console) -> None:
     head = gguf.head_tensor
     rows = {
         "file": f"{gguf.path} ({gguf.file_bytes / 2**20:.1f} MiB{_parts(gguf)})",
-        "name": str(gguf.metadata("general.name") or "–"),
+        "name": one_line(gguf.text("general.name") or "–", _LONGEST_VALUE),
         "architecture": gguf.architecture,
         "ftype": _ftype(gguf),
         "parameters": f"{gguf.n_parameters:,} at {gguf.bits_per_weight:.2f} bits per weight",
@@ -339,7 +340,7 @@ def print_inspection(gguf: GgufFile, out: Console) -> None:
     if gguf.provenance:
         rows["made by"] = _maker(gguf)
     for key, value in rows.items():
-        out.print(f"{key:<13}{escape(value)}", soft_wrap=True)
+        out.print(f"{key:<13}{escape(one_line(value))}", soft_wrap=True)
     out.print()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("type", "tensors", "parameters", "MiB"):
@@ -365,16 +366,17 @@ def _imatrix(gguf: GgufFile) -> str:
     imatrix = gguf.imatrix
     if imatrix is None:
         return "none recorded"
-    return f"{imatrix.file} from {imatrix.dataset}, {imatrix.entries} entries, {imatrix.chunks} chunks"
+    file, dataset = (short(str(name), _LONGEST_VALUE) for name in (imatrix.file, imatrix.dataset))
+    return f"{file} from {dataset}, {imatrix.entries} entries, {imatrix.chunks} chunks"
 
 
 def _maker(gguf: GgufFile) -> str:
     """What `prism-gguf quantize` recorded."""
-    made = gguf.provenance
-    again = ", which was quantized already" if made.get("requantized") else ""
+    made = {key: short(str(value), _LONGEST_VALUE) for key, value in gguf.provenance.items()}
+    again = ", which was quantized already" if gguf.provenance.get("requantized") else ""
     return (
         f"prism-gguf {made.get('version')} from {made.get('base')} ({made.get('base_types')}){again}, "
-        f"recipe {made.get('recipe')}, SHA-256 {str(made.get('recipe_sha256'))[:12]}…"
+        f"recipe {made.get('recipe')}, SHA-256 {(made.get('recipe_sha256') or 'unknown')[:12]}…"
     )
 
 

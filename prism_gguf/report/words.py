@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prism_gguf.adapters import ModelIdentity
+from prism_gguf.inert import printable, short
 from prism_gguf.lora import in_words
 from prism_gguf.mix import UNQUANTIZED
 from prism_gguf.results import CandidateResult, Comparison, Divergence, NoiseFloor
@@ -39,22 +39,11 @@ _AXES = {
     "body_kernel": "body's kernels",
 }
 _STANDS_OUT = 1.5  # times the mean: a domain worth naming
-_INERT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, invisible and direction marks, halves of characters, line ends
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Text from a file's name or content that cannot move a cursor, change colours or turn the line around."""
-    return "".join("�" if unicodedata.category(c) in _INERT and c not in keep else c for c in text)
 
 
 def label(path: str, limit: int = 24) -> str:
     """A file's name as tables show it: without folder and ending, fit to print."""
     return short(printable(Path(path).name.removesuffix(".gguf") or path), limit)
-
-
-def short(name: str, limit: int = 24) -> str:
-    """At most ``limit`` characters, with the middle left out."""
-    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit - limit // 2) :]}"
 
 
 def number(value: float | None) -> str:

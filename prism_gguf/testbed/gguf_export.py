@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from prism_gguf.errors import InvalidModelError
-from prism_gguf.gguf_file import metadata_entries
+from prism_gguf.gguf_reader import metadata_entries
 
 
 def _permute(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
