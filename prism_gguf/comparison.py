@@ -204,7 +204,7 @@ def _unmeasured(
     folder, progress = given, partial(steps, "reference")
     if folder is None and (header := model_header(str(reference))) is not None and not is_new(header, options):
         reading, capture_options = options.reading(texts), options.capture_options()
-        folder = capture_place(str(reference), reading, capture_options, progress).folder
+        folder = worker.run(capture_place, str(reference), reading, capture_options, progress=progress).folder
     if folder is None or not is_capture(folder):
         return list(candidates)
     rows = Rows(folder, None, options, worker)

@@ -70,7 +70,8 @@ class Rows:
         """The keys of a row, and of its drift by block: all that each depends on."""
         options = self.options
         lora = [(self._fingerprint(str(one.path), progress), one.scale) for one in adapters(options.lora)]
-        how = (options.runtime(), options.trust_remote_code, lora)
+        runtime = (options.threads, options.n_gpu_layers, options.cache_type_k, options.cache_type_v)
+        how = (*runtime, options.trust_remote_code, lora)
         asked = (
             options.attribution,
             options.attribution_tokens,

@@ -33,6 +33,7 @@ def main() -> None:
     process = psutil.Process()
     with tempfile.TemporaryDirectory(prefix="prism-gguf-soak-") as temporary:
         folder = Path(temporary)
+        tempfile.tempdir = temporary  # other runs on this machine have temporary folders too
         ladder = {path.stem: path for path in build_ladder(folder / "files", steps=no_steps, cache=folder / "cache")}
         broken = folder / "broken.gguf"
         broken.write_bytes(ladder["testbed-Q8_0"].read_bytes()[:5000])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +236,14 @@ def test_a_candidate_whose_process_dies_or_hangs_is_a_row_and_the_others_finish(
     expected = r"no progress for 30 s \(running 1/2\)" if how == "SIGSTOP" else rf"llama.cpp ended the process \({how}"
     assert re.match(expected, failed.error.message) and failed.error.log
     assert set(me.children(recursive=True)) == children_before and me.num_fds() == open_before
+
+
+def test_the_caller_loads_neither_torch_nor_llama_cpp(ladder: dict[str, Path]) -> None:
+    """What they cost in time and memory, only the children pay; and nothing of theirs can take the caller down."""
+    code = (
+        "import sys; from prism_gguf import compare; from prism_gguf.comparison import CompareOptions\n"
+        "from prism_gguf.testbed import held_out_texts\n"
+        "compare(*sys.argv[1:2], sys.argv[2:], held_out_texts(), CompareOptions(windows=4))\n"
+        "assert not {'torch', 'llama_cpp', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(MODEL), str(ladder["Q8_0"])], check=True)
