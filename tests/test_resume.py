@@ -112,7 +112,8 @@ def test_killed_at_any_moment_the_same_command_goes_on(
             process.send_signal(how)
             said = process.communicate(timeout=20)[1]
             interrupted += 1
-            if how is signal.SIGINT and process.returncode != 0:
+            # Finished by then; or Python was just starting or ending, when signals do what the system has them do.
+            if how is signal.SIGINT and process.returncode not in (0, -signal.SIGINT):
                 assert process.returncode == 130 and len(said.splitlines()) == 1, said
                 assert "interrupted; the same command goes on from what is finished" in said
         assert psutil.wait_procs(children, timeout=10)[1] == []
