@@ -36,9 +36,10 @@ _EXPLAINED = 0.1
 _BF16_STEP = 2.0**-9  # of a value: what its rounding costs at most, and a type must cost to be told from it
 _UNRELATED = 0.7  # of the rows' norm: another order or orientation, not another training
 _LEAST = 2  # matrices
+# Types that weights may have had before, and of how many rows it is tried: the last ones are slow.
 _EARLIER_TYPES = (
-    ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"),
-    ("IQ3_S", "IQ3_XXS", "IQ2_S"),  # whose tables take seconds to make
+    (("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"), _ROWS),
+    (("IQ3_S", "IQ3_XXS", "IQ2_S"), 4),
 )
 
 
@@ -298,10 +299,9 @@ def _rounding(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 def _earlier(reference: np.ndarray, candidate: np.ndarray) -> str | None:
     """The type whose own error explains the difference best, if any does: either side's weights went through it."""
-    for names in _EARLIER_TYPES:
-        alike = {
-            name: max(_likeness(name, reference, candidate), _likeness(name, candidate, reference)) for name in names
-        }
+    for names, n in _EARLIER_TYPES:
+        pair = reference[:n], candidate[:n]
+        alike = {name: max(_likeness(name, *pair), _likeness(name, *pair[::-1])) for name in names}
         best = max(alike, key=alike.__getitem__)
         if alike[best] > _EXPLAINED:
             return best
