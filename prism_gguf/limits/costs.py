@@ -178,15 +178,15 @@ class Costs:
         """Tensors made of a type and so many weights each."""
         units = sum(n * _QUANTIZING.get(kind, _QUANTIZING_I) for kind, n in tensors)
         largest = max((n for _, n in tensors), default=0)
-        # A tensor in float32, and as it was and will be stored.
-        return Estimate(self._elements(units), _LLAMA_PROCESS + 8 * largest)
+        # A tensor in float32; torch is not loaded.
+        return Estimate(self._elements(units) + self._alone(_START / 2), _LLAMA_PROCESS // 2 + 4 * largest)
 
     def sensitivity(self, model: ModelHeader, work: Work, folder: Path, types: Sequence[str], packed: int) -> Estimate:
         """Gradients of all tensors, and their errors in all types; ``packed`` bytes of those."""
         weights, n_types = model.body + model.head, len(types)
         quantizing = self.quantizing([(kind, weights) for kind in types]).seconds
         # Each product keeps its input and output in float32, and what lies between products about as much again.
-        per_token = 2 * 4 * sum(rows + width for rows, width in model.matrices)
+        per_token = 2 * 4 * sum(rows + width for rows, width in model.matrices if rows != model.vocab)
         together = min(work.n_windows, windows_at_once(per_token, work.n_ctx, self.available))
         passes = -(-work.n_windows // together)
         # Forward, back to the inputs, to the weights; then each gradient with each type's errors, twice.
