@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # Shorter steps are over before one has read what they take.
-_WORTH_TELLING = 10.0
+_WORTH_TELLING = 20.0
 
 
 def told(quiet: bool) -> Estimated:

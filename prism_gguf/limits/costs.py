@@ -23,6 +23,8 @@ _START, _LOADING, _READING = 3.5, 6.0, 5e-6
 _IN_TORCH, _IN_LLAMA = 0.6, 0.45
 # Exponentials that take as long as all that is done to one logit.
 _PER_LOGIT, _PER_ATTRIBUTED = 20, 60
+# Of the most that autograd may keep of a token, what it was seen to keep.
+_KEPT = 0.6
 # d³ operations of alignments and bounds.
 _SINGULAR_VALUES = 1000
 # Of the V² distances between rows: between none and a twentieth is measured (see metrics.diameter).
@@ -194,7 +196,9 @@ class Costs:
         unpacking = passes * weights * n_types * 8
         seconds = quantizing + self._products(products) + self._elements(unpacking) + self._alone(_LOADING)
         # The head's gradient is made for one window after the other.
-        memory = self._torch_memory(model, work) + work.n_ctx * (per_token * together + 4 * 4 * model.vocab)
+        memory = self._torch_memory(model, work) + round(
+            work.n_ctx * (_KEPT * per_token * together + 4 * 4 * model.vocab)
+        )
         return Estimate(
             seconds, memory, model.stored_bytes - model.fused_bytes, model.largest_file, temporary={folder: packed}
         )

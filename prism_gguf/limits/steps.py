@@ -47,7 +47,7 @@ def estimate_capture(
     if model is not None and is_new(model, options):
         admit(whole(Path(options.out or options.cache_folder)), force=options.force)
     folder = capture_place(reference, reading, options, progress).folder
-    if model is None or is_capture(folder):
+    if model is None or is_capture(folder) or not _work(reading).n_windows:  # what is too short is said by who reads it
         return Estimate()
     return _resumed(whole(folder), folder, whole(folder).disk[folder])
 
@@ -208,7 +208,7 @@ def _work(reading: Reading) -> Work:
         n_windows, n_ctx = reading.sources.tokens.shape
     else:
         n_ctx = reading.n_ctx
-        n_windows = sum(max(1, int(_bytes(s) / _BYTES_PER_TOKEN) // n_ctx) for s in reading.sources)
+        n_windows = sum(int(_bytes(s) / _BYTES_PER_TOKEN) // n_ctx for s in reading.sources)
     most = n_windows if reading.max_windows is None else reading.max_windows
     return _sized(min(n_windows, most), n_ctx, reading.score)
 
