@@ -64,7 +64,8 @@ def test_a_capture_holds_what_the_model_computed(tmp_path: Path) -> None:
         True,
         True,
     ]
-    assert bytes_of(folder) <= 6 * 255 * (2 * 256 + 64)
+    sample = (folder / "weights.safetensors").stat().st_size
+    assert bytes_of(folder) - sample <= 6 * 255 * (2 * 256 + 64) and sample < 2**20
 
 
 def test_it_is_made_once_for_the_same_content_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
