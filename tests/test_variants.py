@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -48,7 +49,8 @@ def kld(row: CandidateResult) -> float:
 def measured(reference: Path, candidate: Path, *lora: LoraAdapter | str | Path) -> CandidateResult:
     """As the worker measures it, in this process."""
     folder = ensure_capture(str(reference), Reading(TEXTS, FEW.n_ctx, FEW.windows), CaptureOptions())
-    return measure_candidate(str(candidate), folder, replace(FEW, lora=lora, variant=True))
+    with tempfile.TemporaryDirectory() as place:
+        return measure_candidate(str(candidate), folder, replace(FEW, lora=lora, variant=True), Path(place))
 
 
 @pytest.fixture(scope="module")
