@@ -28,6 +28,12 @@ from prism_gguf.testbed import MODEL, held_out_texts
 
 COMMAND = [sys.executable, "-m", "prism_gguf.cli"]
 TEXT = ["--windows", "4", "--n-ctx", "256"]
+TWO_FILES = """
+description: two files
+entries:
+  - {name: Q4_K_M, ftype: Q4_K_M}
+  - {name: Q2_K, ftype: Q2_K}
+"""
 
 
 def start(args: list[str], cache: Path, temporary: Path, **more: Any) -> subprocess.Popen[str]:
@@ -64,12 +70,14 @@ def commands(ladder: dict[str, Path], out: Path) -> dict[str, list[str]]:
     model, f16, read = str(MODEL), str(ladder["F16"]), [*texts, *TEXT]
     result = ["--json", str(out / "result.json"), "--quiet"]
     candidates = [str(ladder[name]) for name in ("Q8_0", "Q3_K_M")]
+    profile = out.parent / "two.yaml"
+    profile.write_text(TWO_FILES)
     return {
         "capture": ["capture", model, *read, "--out", str(out / "capture"), "--quiet"],
         "compare": ["compare", model, *candidates, *read, "--layers", "--split-kernels", *result],
         "sensitivity": ["sensitivity", model, *texts, *TEXT, "--type", "Q4_K", "--out", str(out / "s.json"), "--quiet"],
         "quantize": ["quantize", f16, str(out / "q.gguf"), "--type", "IQ3_S", "--verify", model, *read, *result],
-        "sweep": ["sweep", f16, "--reference", model, "--profile", "demo", "--out", str(out), *read, *result],
+        "sweep": ["sweep", f16, "--reference", model, "--profile", str(profile), "--out", str(out), *read, *result],
     }
 
 
@@ -102,7 +110,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(
     out.mkdir()
     draw = random.Random(f"{name} {how}")
     interrupted = 0
-    for _ in range(4):
+    for _ in range(3):
         process = start(args, cache, temporary)
         children: list[psutil.Process] = []
         try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_resume import finish, start, without_times
+from test_resume import TWO_FILES, finish, start, without_times
 
 from prism_gguf.cache import model_fingerprint
 from prism_gguf.cli import main
@@ -24,14 +24,7 @@ from prism_gguf.reference import CaptureOptions, capture
 from prism_gguf.testbed import MODEL, held_out_texts
 
 FEW: dict[str, Any] = {"windows": 2, "n_ctx": 128, "attribution": False}
-SWEEP = """
-description: two files
-windows: 2
-n_ctx: 128
-entries:
-  - {name: Q4_K_M, ftype: Q4_K_M}
-  - {name: Q2_K, ftype: Q2_K}
-"""
+SWEEP = f"{TWO_FILES}windows: 2\nn_ctx: 128\n"
 
 
 @pytest.mark.parametrize("ending", [[], ["--delete"]])
