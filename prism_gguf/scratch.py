@@ -22,7 +22,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     A lock beside it tells a folder in use from one that was left behind: the system lets it go when its process ends.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
-    remove_left_behind(parent)
+    _remove_left_behind(parent)
     lock = _new_lock(parent)
     folder = Path(lock.lock_file).with_suffix("")
     try:
@@ -32,7 +32,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         _remove(folder, lock)
 
 
-def remove_left_behind(parent: Path) -> None:
+def _remove_left_behind(parent: Path) -> None:
     """Remove the scratch folders of processes that are gone."""
     with contextlib.suppress(OSError):  # another user's, or another process was faster
         for path in list(parent.glob(f"{_PREFIX}*{_LOCK}")):

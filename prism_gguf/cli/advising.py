@@ -19,6 +19,7 @@ from prism_gguf.cli.options import (
     runtime_options,
     source_options,
     sources,
+    stall_option,
     text_options,
     threads_option,
     trust_option,
@@ -66,6 +67,7 @@ _types_option = click.option(
 @calibration_options("the activations", windows=100, n_ctx=512)
 @threads_option
 @verbose_option
+@stall_option
 @trust_option
 @quiet_option
 def imatrix(
@@ -106,6 +108,7 @@ def imatrix(
 @threads_option
 @cache_option
 @verbose_option
+@stall_option
 @force_option
 @trust_option
 @quiet_option

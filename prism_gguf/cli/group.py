@@ -19,7 +19,7 @@ EXIT_GATE, EXIT_BAD, EXIT_INTERRUPTED = 1, 2, 130
 
 
 # What goes on from what is finished when the same command is run again.
-_GOES_ON = ("advise", "capture", "compare", "demo", "imatrix", "quantize", "sensitivity", "sweep")
+_GOES_ON = ("advise", "capture", "compare", "demo", "quantize", "sensitivity", "sweep")
 
 
 class Group(click.Group):
