@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 STALL_LIMIT = 900.0
 """Seconds without progress after which a child counts as hung. Loading tens of GB from a slow disk takes minutes."""
-MEASURING = ("prism_gguf.measure",)
-"""What to ``preload`` for measuring: torch, llama.cpp and our own metrics."""
+MEASURING = ("prism_gguf.measure", "prism_gguf.rows", "prism_gguf.comparison", "numpy.random", "numpy.ma")
+"""What to ``preload`` for measuring: torch, llama.cpp, our own metrics, and what these load when they are first used."""
 _KEPT_LINES = 20  # of llama.cpp's log, with an error
 # An assertion says where it failed before a backtrace says how it got there; C++ says what was thrown.
 _TELLING = ("ggml_assert", "what():", "error")
