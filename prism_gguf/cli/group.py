@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ class Group(click.Group):
     """Turns errors that the library raises on purpose, and what the system refuses, into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGTERM, _interrupt)
         try:
-            return super().invoke(ctx)
+            with _terminated_is_interrupted():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             way_on = "the same command goes on from what is finished" if ctx.invoked_subcommand in _GOES_ON else ""
             complain(f"interrupted; {way_on or 'nothing half-written is left'}")
@@ -42,8 +42,22 @@ class Group(click.Group):
             sys.exit(EXIT_BAD)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """What systemd, batch queues and ``kill`` send ends the block as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def complain(message: str) -> None:
