@@ -88,6 +88,8 @@ class Output:
         for candidate in comparison.failed:
             assert candidate.error is not None
             complain(candidate.error.message)
+            for line in candidate.error.log if self.details else ():
+                click.echo(f"  {line}", err=True)
 
     def _write_report(self, comparison: Comparison) -> None:
         from prism_gguf.files import write_whole
@@ -124,6 +126,10 @@ output_options: Callable[[Any], Any] = options(
         type=_FILE,
         help="Write a section for a model card to FILE, and its figure beside it as PNG.",
     ),
-    click.option("--details", is_flag=True, help="Print every statistic, and the parts by position and confidence."),
+    click.option(
+        "--details",
+        is_flag=True,
+        help="Print every statistic, the parts by position and confidence, and llama.cpp's last lines where it died.",
+    ),
     quiet_option,
 )
