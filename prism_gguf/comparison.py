@@ -17,7 +17,13 @@ from prism_gguf.adapters import ModelIdentity
 from prism_gguf.cache import is_capture, is_checkpoint
 from prism_gguf.details import Failure
 from prism_gguf.environment import environment
-from prism_gguf.errors import InvalidAdapterError, InvalidModelError, InvalidTextError, PrismGgufError
+from prism_gguf.errors import (
+    InvalidAdapterError,
+    InvalidModelError,
+    InvalidTextError,
+    PrismGgufError,
+    RuntimeFailureError,
+)
 from prism_gguf.isolation import MEASURING, NativeWorker, Progress, no_progress, stage
 from prism_gguf.layers import ensure_layers
 from prism_gguf.limits import NOTHING, Estimate, Estimated, admit, not_told
@@ -238,7 +244,8 @@ def _name(path: str) -> str:
 
 def failed_row(path: str, error: PrismGgufError) -> CandidateResult:
     """A row that says why there are no numbers."""
-    return CandidateResult(path, error=Failure(type(error).__name__, str(error), getattr(error, "log", [])))
+    log = error.log if isinstance(error, RuntimeFailureError) else []
+    return CandidateResult(path, error=Failure(type(error).__name__, str(error), log))
 
 
 def given_capture(reference: str | Path, texts: Sequence[Source] | None) -> Path | None:
@@ -297,7 +304,7 @@ def attempt(
 ) -> Any:
     """What ``function`` makes of a candidate, or a row that says why it failed."""
     try:
-        return worker.run(function, path, *args, progress=progress)
+        return worker.run(function, path, *args, progress=progress, of=path)
     except PrismGgufError as error:
         return failed_row(path, error)
 
@@ -348,7 +355,7 @@ def open_reference(
     if given is not None:
         return given, *worker.run(describe_capture, str(given), False, progress=progress)
     reading, run_options = options.reading(texts), options.capture_options()
-    folder = worker.run(ensure_capture, str(reference), reading, run_options, progress=progress)
+    folder = worker.run(ensure_capture, str(reference), reading, run_options, progress=progress, of=reference)
     identity, text = worker.run(describe_capture, str(folder), texts is None, progress=progress)
     # A cached capture may have been made from the same content under another name.
     return folder, replace(identity, path=str(reference)), text

@@ -87,15 +87,20 @@ class NativeWorker:
         self._stall_limit, self._preload = stall_limit, list(preload)
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[tuple[str, Any]] = queue.Queue()
-        self._last_step = ""
+        self._last_step = self._of = ""
         self._log_before = 0  # bytes of the log that earlier functions left
         self._open = ExitStack()
         self._scratch = self._open.enter_context(scratch_folder())
         # llama.cpp's last words before an abort go to the file descriptor: a file keeps them.
         self._log = None if verbose else self._open.enter_context((self._scratch / "log").open("w+b"))
 
-    def run(self, function: Callable[..., T], *args: Any, progress: Progress = no_progress) -> T:
+    def run(
+        self, function: Callable[..., T], *args: Any, progress: Progress = no_progress, of: str | Path | None = None
+    ) -> T:
         """Run ``function`` in the child.
+
+        Args:
+            of: the file that is worked on, to be named where the child dies.
 
         Raises:
             PrismGgufError: what the function raised.
@@ -103,7 +108,7 @@ class NativeWorker:
                 line, ``log`` the lines before it.
         """
         self.start()
-        self._last_step = "starting"
+        self._last_step, self._of = "starting", "" if of is None else f"{of}: "
         # By its size: the child writes where this file object stands, which must not move.
         self._log_before = 0 if self._log is None else os.fstat(self._log.fileno()).st_size
         self._send((function, args))
@@ -166,7 +171,7 @@ class NativeWorker:
         self._end_process()
         lines = self._log_lines()
         telling = [line for line in lines if any(s in line.lower() for s in _TELLING)] or lines
-        message = f"{what}; it last said: {telling[-1] if telling else 'nothing'}"
+        message = f"{self._of}{what}; it last said: {telling[-1] if telling else 'nothing'}"
         if kill:
             message += "; --stall-limit gives it more time"
         return RuntimeFailureError(message, log=lines[-_KEPT_LINES:])

@@ -181,7 +181,7 @@ def make(
     check_output(out, plan.base, overwrite=overwrite)
     admit(Estimate(disk={out.parent: plan.file_bytes}), force=force)
     with written_whole(out) as unfinished:  # here, so that nothing is left where the worker dies
-        worker.run(_write, plan, unfinished, threads, progress=progress)
+        worker.run(_write, plan, unfinished, threads, progress=progress, of=plan.base)
 
 
 def _write(plan: Plan, out: Path, threads: int, *, progress: Progress) -> None:

@@ -134,7 +134,7 @@ def plan(
     check_types(wanted, gguf)
     if matrix is not None:
         check_imatrix(matrix, gguf)
-    types = worker.run(_dry_run, Path(base), mix, imatrix, progress=stage(progress, "planning"))
+    types = worker.run(_dry_run, Path(base), mix, imatrix, progress=stage(progress, "planning"), of=base)
     _check_planned(wanted, types, mix, gguf, complete)
     _check_weights(types, mix, gguf, matrix)
     tensors = tuple(replace(t, type=types[t.name], n_bytes=_tensor_bytes(t, types[t.name])) for t in gguf.tensors)

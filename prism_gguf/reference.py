@@ -142,7 +142,7 @@ def capture(
     with options.worker() as worker:
         needed = worker.run(estimate_capture, str(reference), reading, options, progress=progress)
         admit(needed, force=options.force, estimated=estimated)
-        return worker.run(ensure_capture, str(reference), reading, options, progress=progress)
+        return worker.run(ensure_capture, str(reference), reading, options, progress=progress, of=reference)
 
 
 def export_base(

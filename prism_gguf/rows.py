@@ -55,13 +55,13 @@ class Rows:
             PrismGgufError: it cannot be measured.
         """
         row_key, drift_key = self._keys(content, progress)
-        row = self.worker.run(ensure_row, row_key, path, self.folder, self.options, progress=progress)
+        row = self.worker.run(ensure_row, row_key, path, self.folder, self.options, progress=progress, of=path)
         row = replace(row, path=path)
         if self.layers is None:
             return row
         job = (drift_key, path, row.lora, self.folder, self.layers, self.options)
         try:
-            drift = self.worker.run(ensure_drift, *job, progress=stage(progress, "layers"))
+            drift = self.worker.run(ensure_drift, *job, progress=stage(progress, "layers"), of=path)
         except PrismGgufError as error:
             return replace(row, notes=[*row.notes, f"no drift by block: {error}"])
         return replace(row, layers=drift, seconds=round((row.seconds or 0.0) + drift.seconds, 3))

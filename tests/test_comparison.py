@@ -234,7 +234,7 @@ def test_a_candidate_whose_process_dies_or_hangs_is_a_row_and_the_others_finish(
     first, failed, last = found.candidates
     assert first.error is None and last.error is None and failed.error is not None
     expected = r"no progress for 30 s \(running 1/2\)" if how == "SIGSTOP" else rf"llama.cpp ended the process \({how}"
-    assert re.match(expected, failed.error.message) and failed.error.log
+    assert re.match(rf".*testbed-Q4_K_M.gguf: {expected}", failed.error.message) and failed.error.log
     assert set(me.children(recursive=True)) == children_before and me.num_fds() == open_before
 
 

@@ -191,7 +191,7 @@ def sensitivity(
     with options.worker() as worker:
         needed = worker.run(estimate_sensitivity, str(reference), reading, options, progress=progress)
         admit(needed, force=options.force, estimated=estimated)
-        return worker.run(ensure_sensitivity, str(reference), reading, options, progress=progress)
+        return worker.run(ensure_sensitivity, str(reference), reading, options, progress=progress, of=reference)
 
 
 class Place(NamedTuple):
