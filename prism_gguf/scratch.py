@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,12 +36,18 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 def _remove_left_behind(parent: Path) -> None:
     """Remove the scratch folders of processes that are gone."""
-    with contextlib.suppress(OSError):  # another user's, or another process was faster
-        for path in list(parent.glob(f"{_PREFIX}*{_LOCK}")):
-            lock = FileLock(path)
-            with contextlib.suppress(Timeout, OSError):
+    for path in parent.glob(f"{_PREFIX}*{_LOCK}"):
+        with contextlib.suppress(Timeout, OSError):  # in use, or another process was faster
+            if _is_ours(path):
+                lock = FileLock(path)
                 lock.acquire(timeout=0)
                 _remove(path.with_suffix(""), lock)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a plain one of this user: anybody may put links into the system's temporary folder."""
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_uid == getattr(os, "getuid", lambda: 0)()
 
 
 def _new_lock(parent: Path) -> FileLock:
