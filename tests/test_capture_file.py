@@ -104,6 +104,7 @@ def test_other_content_or_options_are_another_capture(tmp_path: Path) -> None:
     assert read_capture(made[1]).windows.n_scored == 2 * 511
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_loses_one_window_at_most(tmp_path: Path) -> None:
     out, windows = tmp_path / "c", 40
     code = "import sys; from prism_gguf.cli import main; main(sys.argv[1:])"

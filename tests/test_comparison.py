@@ -215,7 +215,9 @@ def test_pure_quantization_of_a_head_with_another_type(ladder: dict[str, Path], 
     assert candidate.head is not None and candidate.head.type == "Q4_K"
 
 
-@pytest.mark.parametrize("how", ["SIGABRT", "SIGSEGV", "SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["SIGABRT", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGSEGV", "SIGKILL", "SIGSTOP"))]
+)
 def test_a_candidate_whose_process_dies_or_hangs_is_a_row_and_the_others_finish(
     ladder: dict[str, Path], how: str
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_disk_is_as_estimated(tmp_path: Path, ladder: dict[str, Path]) -> None:
     told: list[Estimate] = []
     options = CaptureOptions(windows=4, n_ctx=128, out=tmp_path / "made")
@@ -76,9 +78,9 @@ def test_disk_is_as_estimated(tmp_path: Path, ladder: dict[str, Path]) -> None:
     plain, own, again, base = told
     states = sum(f.stat().st_size for f in folder.glob("*.npy"))
     assert plain.disk[folder] == pytest.approx(states, rel=0.02)
-    assert own.disk[tmp_path / "own"] == pytest.approx(
-        sum(f.stat().st_size for f in (tmp_path / "own").iterdir()), rel=0.02
-    )
+    # Beside the sample of weights, of less than 2 MB however large a capture is.
+    files = [f for f in (tmp_path / "own").iterdir() if f.name != "weights.safetensors"]
+    assert own.disk[tmp_path / "own"] == pytest.approx(sum(f.stat().st_size for f in files), rel=0.02)
     assert again == Estimate()  # it is there
     assert base.disk == {tmp_path: (tmp_path / "base.kld").stat().st_size}
 
@@ -110,13 +112,16 @@ def test_memory_is_near_what_a_process_takes(ladder: dict[str, Path]) -> None:
 
     def steps(name: str, done: int, total: int, stage: str = "", /) -> None:
         # Without what is mapped from files, as the estimate is.
-        taken.extend(p.memory_info().rss - p.memory_info().shared for p in psutil.Process().children())
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                taken.append(process.memory_info().rss - process.memory_info().shared)
 
-    options = CompareOptions(windows=2, n_ctx=256)
+    options = CompareOptions(windows=2, n_ctx=256, fresh=True)
     compare(MODEL, [ladder["Q4_K_M"]], held_out_texts(), options, steps=steps, estimated=told.append)
     assert 0.5 < told[0].memory_bytes / max(taken) < 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_found_before_anything_runs(small_disk: Path, ladder: dict[str, Path], tmp_path: Path) -> None:
     text = tmp_path / "long.txt"
     text.write_text(held_out_texts()[0].text * 20)

@@ -156,6 +156,7 @@ def test_what_is_finished_is_not_done_again(ladder: dict[str, Path], tmp_path: P
     assert without_times(again.to_dict()) == without_times(found.to_dict())
 
 
+@pytest.mark.slow
 def test_kept_rows_are_of_the_same_thing_only(ladder: dict[str, Path], tmp_path: Path) -> None:
     def ran(path: Path, **more: Any) -> bool:
         stages: list[str] = []
@@ -220,7 +221,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(ladder: dict[str, Path], tmp_
     args = ["compare", str(MODEL), str(ladder["Q2_K"]), "--windows", "8", "--n-ctx", "256", "--no-attribution"]
     with small_disk(tmp_path / "disk", "900k") as cache:
         result = tmp_path / "result.json"
-        process = start([*args, "--json", str(result), "--quiet"], cache, tmp_path / "tmp")
+        process = start([*args, "--json", str(result), "--quiet", "--force"], cache, tmp_path / "tmp")
         _, said = process.communicate(timeout=200)
         assert process.returncode == 2 and len(said.splitlines()) == 1, said
         assert "No space left on device; make room and run the same command again" in said

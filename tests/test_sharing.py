@@ -27,7 +27,7 @@ FEW: dict[str, Any] = {"windows": 2, "n_ctx": 128, "attribution": False}
 SWEEP = f"{TWO_FILES}windows: 2\nn_ctx: 128\n"
 
 
-@pytest.mark.parametrize("ending", [[], ["--delete"]])
+@pytest.mark.parametrize("ending", [[], pytest.param(["--delete"], marks=pytest.mark.slow)])
 def test_two_sweeps_at_once_share_the_work(ladder: dict[str, Path], tmp_path: Path, ending: list[str]) -> None:
     """Both wait for the reference's capture, for each file and for each row, and say the same in the end."""
     out, profile = tmp_path / "out", tmp_path / "two.yaml"
@@ -124,6 +124,7 @@ def test_a_capture_of_a_newer_version_is_refused(ladder: dict[str, Path], tmp_pa
         compare(folder, [ladder["Q8_0"]], options=CompareOptions(cache=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps(ladder: dict[str, Path], tmp_path: Path) -> None:
     """Durations, locks and the watchdog are of another clock than the one that a laptop sets when it wakes."""
     (tmp_path / "sitecustomize.py").write_text(
