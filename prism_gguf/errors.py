@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Sequence
 
 from prism_gguf.inert import one_line
@@ -116,6 +118,8 @@ def known(error: BaseException) -> PrismGgufError | None:
         return error
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in _NO_MEMORY)):
         return OutOfMemoryError("out of memory; close other programs, or use fewer --windows or a smaller --n-ctx")
+    if said := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries in Rust, such as safetensors
+        error = OSError(int(said[1]), os.strerror(int(said[1])))
     if not isinstance(error, OSError) or error.errno is None:
         return None
     where = f"{error.filename}: " if error.filename is not None else ""
