@@ -116,10 +116,8 @@ def quantize(
         if dry_run:
             return Made(out, found, made=False)
         needed = NOTHING if is_here else estimate_making([found], out.parent, options)
-        if verify is not None:  # of the base, which the file is shaped like
-            given, reading, shown = given_capture(verify, texts), options.reading(texts), partial(steps, "reference")
-            arguments = (str(verify), given, [str(base)], reading, options)
-            needed += worker.run(estimate_comparison, *arguments, progress=shown)
+        if verify is not None:
+            needed += _comparing(verify, base, texts, options, worker, partial(steps, "reference"))
         admit(needed, force=options.force, estimated=estimated)
         fingerprint = model_fingerprint(str(base), options.cache_folder, stage(progress, "hashing"))
         found = replace(found, metadata={**found.metadata, MADE_OF: made_of(fingerprint, what, imatrix)})
@@ -131,6 +129,19 @@ def quantize(
     predicted = (what.predicted_kld, what.predicted_kld_se) if isinstance(what, Recipe) else (None, None)
     comparison = None if verify is None else compare(verify, [out], texts, options, steps=steps)
     return Made(out, found, True, *predicted, comparison, found=is_here)
+
+
+def _comparing(
+    reference: str | Path,
+    base: Path,
+    texts: Sequence[Source] | None,
+    options: CompareOptions,
+    worker: NativeWorker,
+    progress: Progress,
+) -> Estimate:
+    """What comparing a file takes that is not made yet: as if it were its base, which it is shaped like."""
+    job = (str(reference), given_capture(reference, texts), [str(base)], options.reading(texts), options)
+    return worker.run(estimate_comparison, *job, progress=progress)
 
 
 def made_of(fingerprint: str, what: Recipe | Mix, imatrix: Path | None) -> str:

@@ -92,10 +92,11 @@ def sweep(
             if built and not keep:
                 Path(path).unlink(missing_ok=True)
 
-    candidates = [Candidate(str(base))]
-    for path, plan in plans.items():
-        content = None if isinstance(plan, PrismGgufError) else str(plan.metadata[MADE_OF])
-        candidates.append(Candidate(path, partial(made, path), content, wanted=keep))
+    def candidate(path: str, plan: Plan | PrismGgufError) -> Candidate:
+        content = str(plan.metadata[MADE_OF]) if isinstance(plan, Plan) else None
+        return Candidate(path, partial(made, path), content, wanted=keep)
+
+    candidates = [Candidate(str(base)), *(candidate(path, plan) for path, plan in plans.items())]
     missing = [plan for path, plan in plans.items() if isinstance(plan, Plan) and not Path(path).exists()]
     making = estimate_making(missing, folder, options, keep=keep)
     listed = with_control(candidates, options)
