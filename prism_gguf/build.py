@@ -10,9 +10,9 @@ from pathlib import Path
 from prism_gguf.cache import default_cache, locked, model_fingerprint
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.isolation import NativeWorker, stage
-from prism_gguf.make import MADE_OF, made_of, make, recorded_made_of
+from prism_gguf.make import made_of, make, recorded_made_of
 from prism_gguf.mix import UNQUANTIZED, Mix
-from prism_gguf.plan import Plan, plan
+from prism_gguf.plan import MADE_OF, Plan, plan
 from prism_gguf.reference import Steps, no_steps
 
 

@@ -20,15 +20,13 @@ from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.limits import NOTHING, Estimate, Estimated, admit, not_told
 from prism_gguf.limits.steps import estimate_comparison, estimate_making
 from prism_gguf.mix import Mix
-from prism_gguf.plan import Plan, plan
+from prism_gguf.plan import MADE_OF, Plan, plan
 from prism_gguf.reading import Source
 from prism_gguf.recipe import Recipe
 from prism_gguf.reference import Steps, no_steps
 from prism_gguf.results import Comparison
 
 SCHEMA = "prism-gguf/quantize/1"
-MADE_OF = "prism_gguf.made_of"
-"""Metadata key of a file that was made here: what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,6 @@ def quantize(
             name=name,
             imatrix=imatrix,
             requantize=requantize,
-            metadata={MADE_OF: made_of("", what, imatrix)},  # as long as the true one, so that the size is exact
             worker=worker,
             progress=progress,
         )

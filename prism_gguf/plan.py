@@ -38,6 +38,9 @@ _NEED_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _MAX_STRING = 127  # llama.h, llama_model_kv_override
 
+MADE_OF = "prism_gguf.made_of"
+"""Metadata key of a file that was made here: a digest of what it was made of, 32 hexadecimal digits."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -138,7 +141,8 @@ def plan(
     _check_planned(wanted, types, mix, gguf, complete)
     _check_weights(types, mix, gguf, matrix)
     tensors = tuple(replace(t, type=types[t.name], n_bytes=_tensor_bytes(t, types[t.name])) for t in gguf.tensors)
-    written = {**provenance(gguf, mix, name, matrix, bool(quantized)), **(metadata or {})}
+    # What it is made of may be known only later, and its size must be exact now.
+    written = {**provenance(gguf, mix, name, matrix, bool(quantized)), MADE_OF: "0" * 32, **(metadata or {})}
     return Plan(
         base=Path(base),
         mix=mix,

@@ -16,9 +16,8 @@ from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.limits import Estimated, not_told
 from prism_gguf.limits.steps import estimate_making
-from prism_gguf.make import MADE_OF
 from prism_gguf.mix import UNQUANTIZED, Mix
-from prism_gguf.plan import Plan
+from prism_gguf.plan import MADE_OF, Plan
 from prism_gguf.profiles import Profile, ProfileEntry
 from prism_gguf.reading import Source
 from prism_gguf.reference import Steps, no_steps
