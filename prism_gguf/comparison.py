@@ -175,11 +175,12 @@ def compare_candidates(
         if options.layers:
             model = None if given is not None else str(reference)
             layers = worker.run(ensure_layers, model, folder, options, progress=stage(progress, "layers"))
+        measuring = Rows(folder, layers, options, worker)
         rows = {path: row for path, row in headers.items() if isinstance(row, CandidateResult)}
         for number, path in enumerate(sorted(once, key=lambda path: path != control)):
             steps("", number, len(once), "files")
             worker.renew()
-            rows[path] = _measured(Rows(folder, layers, options, worker), once[path], steps)
+            rows[path] = _measured(measuring, once[path], steps)
         steps("", len(once), len(once), "files")
     floor, results = _judged(rows, control, gates, text.n_windows, options)
     measured = [results[c.path] for c in candidates]
@@ -220,7 +221,7 @@ def _unmeasured(
         if candidate.content is None and candidate.made is not None:
             return False
         try:
-            return rows.is_known(candidate.content or rows.content(path, shown), shown)
+            return rows.is_known(candidate.content or rows.content(path, shown))
         except PrismGgufError:  # its row will say so
             return False
 
@@ -231,7 +232,7 @@ def _measured(rows: Rows, candidate: Candidate, steps: Steps) -> CandidateResult
     """One candidate's row."""
     path, content, progress = candidate.path, candidate.content, partial(steps, _name(candidate.path))
     try:
-        is_needed = candidate.wanted or content is None or not rows.is_known(content, progress)
+        is_needed = candidate.wanted or content is None or not rows.is_known(content)
         with nullcontext() if candidate.made is None or not is_needed else candidate.made(rows.worker):
             return rows.row(path, content or rows.content(path, progress), progress)
     except PrismGgufError as error:

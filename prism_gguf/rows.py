@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_gguf.cache import model_fingerprint, recorded_key
 from prism_gguf.details import Layers
 from prism_gguf.errors import PrismGgufError
-from prism_gguf.isolation import NativeWorker, Progress, stage
+from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.kept import ensure_kept, find_kept, kept_key
 from prism_gguf.layers import ReferenceLayers, measure_layers
 from prism_gguf.lora import LoraAdapter, adapters
@@ -42,9 +43,9 @@ class Rows:
     def _fingerprint(self, path: str, progress: Progress) -> str:
         return self.worker.run(model_fingerprint, path, self.options.cache_folder, progress=stage(progress, "hashing"))
 
-    def is_known(self, content: str, progress: Progress) -> bool:
+    def is_known(self, content: str) -> bool:
         """Whether an earlier run has kept everything about a candidate."""
-        cache, (row, drift) = self.options.cache_folder, self._keys(content, progress)
+        cache, (row, drift) = self.options.cache_folder, self._keys(content)
         known = not self.options.fresh and find_kept(cache, row, CandidateResult) is not None
         return known and (self.layers is None or find_kept(cache, drift, Layers) is not None)
 
@@ -54,9 +55,9 @@ class Rows:
         Raises:
             PrismGgufError: it cannot be measured.
         """
-        row_key, drift_key = self._keys(content, progress)
+        row_key, drift_key = self._keys(content)
         row = self.worker.run(ensure_row, row_key, path, self.folder, self.options, progress=progress, of=path)
-        row = replace(row, path=path)
+        row = replace(row, path=path, lora=list(self._lora))  # they may have been measured under other names
         if self.layers is None:
             return row
         job = (drift_key, path, row.lora, self.folder, self.layers, self.options)
@@ -66,12 +67,21 @@ class Rows:
             return replace(row, notes=[*row.notes, f"no drift by block: {error}"])
         return replace(row, layers=drift, seconds=round((row.seconds or 0.0) + drift.seconds, 3))
 
-    def _keys(self, content: str, progress: Progress) -> tuple[str, str]:
+    @cached_property
+    def _lora(self) -> tuple[LoraAdapter, ...]:
+        return adapters(self.options.lora)
+
+    @cached_property
+    def _how(self) -> tuple[object, ...]:
+        """How candidates run, adapters by their content."""
+        options = self.options
+        runtime = (options.threads, options.n_gpu_layers, options.cache_type_k, options.cache_type_v)
+        lora = [(self._fingerprint(str(one.path), no_progress), one.scale) for one in self._lora]
+        return (*runtime, options.trust_remote_code, lora)
+
+    def _keys(self, content: str) -> tuple[str, str]:
         """The keys of a row, and of its drift by block: all that each depends on."""
         options = self.options
-        lora = [(self._fingerprint(str(one.path), progress), one.scale) for one in adapters(options.lora)]
-        runtime = (options.threads, options.n_gpu_layers, options.cache_type_k, options.cache_type_v)
-        how = (*runtime, options.trust_remote_code, lora)
         asked = (
             options.attribution,
             options.attribution_tokens,
@@ -81,7 +91,10 @@ class Rows:
         )
         capture = recorded_key(self.folder)
         drift = () if self.layers is None else (self.layers.folder.name, self.layers.numbers)
-        return kept_key("row", content, capture, how, asked), kept_key("layers", content, capture, how, drift)
+        return (
+            kept_key("row", content, capture, self._how, asked),
+            kept_key("layers", content, capture, self._how, drift),
+        )
 
 
 def ensure_row(key: str, path: str, folder: Path, options: CompareOptions, *, progress: Progress) -> CandidateResult:
