@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from prism_gguf.cache import key_of, locked
 from prism_gguf.environment import environment
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 def kept_key(*parts: object) -> str:
     """The key of what ``parts``, this very code, the packages that compute and the processor make."""
-    return key_of([_code_digest(), sorted(environment().items()), *parts])
+    return key_of([*_made_by(), *parts])
 
 
 def find_kept(cache: Path, key: str, kind: type[T]) -> T | None:
@@ -34,7 +34,7 @@ def find_kept(cache: Path, key: str, kind: type[T]) -> T | None:
     try:
         data = json.loads(_file(cache, key).read_text(encoding="utf-8"))
         return TypeAdapter(kind).validate_python(data)
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError):  # pydantic's is one of these
         return None
 
 
@@ -77,9 +77,9 @@ def _can_write(cache: Path) -> bool:
 
 
 @functools.cache
-def _code_digest() -> str:
-    """SHA-256 of this package's code: what other code has measured is measured again."""
+def _made_by() -> tuple[object, ...]:
+    """SHA-256 of this package's code, versions and processor: what others have measured is measured again."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest(), sorted(environment().items())
