@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf import GGML_QUANT_SIZES
+
 from prism_gguf.limits.estimate import Estimate
 from prism_gguf.limits.headers import ModelHeader
 from prism_gguf.limits.machine import Speed
+from prism_gguf.mix import ggml_type
+from prism_gguf.state_file import block_width
 
 # Processes with torch and transformers, or llama.cpp, loaded; blocks of tokens by chunks of the vocabulary; and what a
 # token of the vocabulary takes in llama.cpp and in Python.
@@ -34,17 +38,6 @@ _DISK_SPEED = 1e9
 _MAX_LOGITS = 2**29  # of attribution, see attribute
 _MAX_LAYER_WINDOWS = 8
 _MAX_BATCH, _MAX_LOGIT_BYTES, _LONGEST_PASS = 512, 256 * 2**20, 2048  # of the adapters
-# Bytes of a value of the key-value cache.
-_CACHE_BYTES = {
-    "f32": 4.0,
-    "f16": 2.0,
-    "bf16": 2.0,
-    "q8_0": 1.0625,
-    "q5_1": 0.75,
-    "q5_0": 0.6875,
-    "q4_1": 0.625,
-    "q4_0": 0.5625,
-}
 # Exponentials that take as long as quantizing a weight on one core.
 _QUANTIZING = {
     **dict.fromkeys(("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"), 12),
@@ -107,7 +100,8 @@ class Costs:
 
     def _llama_memory(self, model: ModelHeader, work: Work) -> int:
         batch = max(16, min(work.n_ctx, _MAX_BATCH, _MAX_LOGIT_BYTES // (4 * model.vocab)))
-        values = sum(_CACHE_BYTES.get(kind, 2.0) for kind in self.cache_types) / 2
+        blocks = [GGML_QUANT_SIZES[ggml_type(kind)] for kind in self.cache_types]
+        values = sum(n_bytes / length for length, n_bytes in blocks) / 2
         cache = work.n_ctx * model.cached * values
         # Logits in the graph and those that are handed out; activations, and the attention of a batch to its window.
         logits = 4 * model.vocab * (batch + min(batch, work.per_window))
@@ -238,8 +232,7 @@ def windows_at_once(bytes_per_token: int, n_ctx: int, available: int) -> int:
 
 def state_bytes(width: int, n: int) -> int:
     """Bytes of n hidden states in a ``StateFile``."""
-    block = -(-width // 32)
-    return n * (2 * width + -(-width // block))
+    return n * (2 * width + -(-width // block_width(width)))
 
 
 def kld_base_bytes(vocab: int, work: Work) -> int:

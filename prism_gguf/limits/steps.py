@@ -36,9 +36,16 @@ def estimate_capture(
     reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
 ) -> Estimate:
     """What capturing a reference still takes: nothing where that was done before."""
+    return _capturing(model_header(reference), reference, reading, options, progress)
+
+
+def _capturing(
+    model: ModelHeader | None, reference: str, reading: Reading, options: CaptureOptions, progress: Progress
+) -> Estimate:
+    """``estimate_capture`` of a model whose header was read."""
     from prism_gguf.reference import capture_place
 
-    costs, model = _costs(options), model_header(reference)
+    costs = _costs(options)
 
     def whole(folder: Path) -> Estimate:
         assert model is not None
@@ -177,11 +184,8 @@ def _reference(
     """What the reference's capture takes, its header, and what is read."""
     if given is not None:
         return Estimate(), None, _captured(given)[1]
-    return (
-        estimate_capture(reference, reading, options.capture_options(), progress=progress),
-        model_header(reference),
-        _work(reading),
-    )
+    model = model_header(reference)
+    return _capturing(model, reference, reading, options.capture_options(), progress), model, _work(reading)
 
 
 def _captured(folder: Path) -> tuple[dict[str, Any], Work]:
