@@ -100,15 +100,7 @@ def quantize(
     if verify is not None:
         _check_reference(verify, options, partial(steps, "reference"))
     with options.worker() as worker:
-        found = plan(
-            base,
-            what,
-            name=name,
-            imatrix=imatrix,
-            requantize=requantize,
-            worker=worker,
-            progress=progress,
-        )
+        found = plan(base, what, name=name, imatrix=imatrix, requantize=requantize, worker=worker, progress=progress)
         planned(found)
         if dry_run:
             return Made(out, found, made=False)

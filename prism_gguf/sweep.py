@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from prism_gguf.build import Workshop
@@ -79,28 +78,31 @@ def sweep(
     if len(problems) == len(plans):
         raise InvalidProfileError(f"profile '{profile.name}': none of its files can be made: {'; '.join(problems)}")
 
+    made = (_candidate(workshop, path, entries[path].name, plan, keep=keep) for path, plan in plans.items())
+    candidates = [Candidate(str(base)), *made]
+    missing = [plan for path, plan in plans.items() if isinstance(plan, Plan) and not Path(path).exists()]
+    making = estimate_making(missing, folder, options, keep=keep)
+    listed = with_control(candidates, options)
+    comparison = compare_candidates(reference, listed, texts, options, steps=steps, estimated=estimated, making=making)
+    return replace(comparison, choice=_choice(comparison, entries, profile, options))
+
+
+def _candidate(workshop: Workshop, path: str, name: str, plan: Plan | PrismGgufError, *, keep: bool) -> Candidate:
+    """An entry's file, made when it is its turn, and known before by what it is made of."""
+
     @contextmanager
-    def made(path: str, worker: NativeWorker) -> Iterator[None]:
-        plan, entry = plans[path], entries[path]
+    def made(worker: NativeWorker) -> Iterator[None]:
         if isinstance(plan, PrismGgufError):
             raise plan
-        built = workshop.build(worker, entry.name, plan)
+        built = workshop.build(worker, name, plan)
         try:
             yield
         finally:
             if built and not keep:
                 Path(path).unlink(missing_ok=True)
 
-    def candidate(path: str, plan: Plan | PrismGgufError) -> Candidate:
-        content = str(plan.metadata[MADE_OF]) if isinstance(plan, Plan) else None
-        return Candidate(path, partial(made, path), content, wanted=keep)
-
-    candidates = [Candidate(str(base)), *(candidate(path, plan) for path, plan in plans.items())]
-    missing = [plan for path, plan in plans.items() if isinstance(plan, Plan) and not Path(path).exists()]
-    making = estimate_making(missing, folder, options, keep=keep)
-    listed = with_control(candidates, options)
-    comparison = compare_candidates(reference, listed, texts, options, steps=steps, estimated=estimated, making=making)
-    return replace(comparison, choice=_choice(comparison, entries, profile, options))
+    content = str(plan.metadata[MADE_OF]) if isinstance(plan, Plan) else None
+    return Candidate(path, made, content, wanted=keep)
 
 
 def profile_options(
