@@ -1,4 +1,4 @@
-"""The only place that writes quantized GGUFs: through llama.cpp's own quantizer, or a copy with one tensor replaced."""
+"""Quantizing: through llama.cpp's own quantizer, the only place that calls it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as C
-import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
 
 from prism_gguf.adapters.native_log import native_log
 from prism_gguf.errors import RuntimeFailureError
 from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import GgufFile
-from prism_gguf.gguf_reader import metadata_entries
 from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.mix import Mix, ftype_value, ggml_type
@@ -85,30 +82,6 @@ def planned_types(
     for name, _, kept, taken in _TENSOR_LINE.findall(log):
         types[name] = (taken or kept).upper()
     return types
-
-
-def replace_tensor(source: GgufFile, out: str | Path, name: str, rows: np.ndarray, kind: GGMLQuantizationType) -> None:
-    """Copy a GGUF to ``out``, in one file, with other rows in one of its tensors and every other byte of weights as it is.
-
-    Args:
-        rows: (rows, bytes per row) uint8 in the type ``kind``; may be a memory map.
-    """
-    tensors = source.stored_tensors()
-    with written_whole(Path(out)) as partial:
-        writer = GGUFWriter(partial, source.architecture, endianess=source.readers[0].endianess)
-        writer.data_alignment = int(source.readers[0].alignment)
-        for key, value, value_kind, item_kind in metadata_entries(source.readers[0]):
-            if not key.startswith("split.") and value != []:  # the writer has no way to say an empty array
-                writer.add_key_value(key, value, value_kind, item_kind)
-        data = {t.name: (rows, kind) if t.name == name else (t.data, t.tensor_type) for t in tensors}
-        for tensor_name, (array, tensor_kind) in data.items():
-            writer.add_tensor_info(tensor_name, array.shape, array.dtype, array.nbytes, tensor_kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for array, _ in data.values():
-            writer.write_tensor_data(array, source.readers[0].endianess)  # as stored: no byte is swapped
-        writer.close()
 
 
 def write_quantized(

@@ -21,10 +21,11 @@ from prism_gguf.advisor.head_sweep import TYPES, HeadOptions, sweep_heads
 from prism_gguf.cli import main
 from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.gguf_file import GgufFile
+from prism_gguf.gguf_writer import NewTensor, write_copy
 from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.mix import Mix
-from prism_gguf.quantizer import quantize_gguf, replace_tensor
+from prism_gguf.quantizer import quantize_gguf
 from prism_gguf.reading import Reading
 from prism_gguf.reference import CaptureOptions, ensure_capture
 from prism_gguf.results import GateResult
@@ -179,7 +180,7 @@ def report_gates(report: HeadReport) -> list[GateResult]:
 def test_replacing_a_tensor_leaves_the_rest(ladder: dict[str, Path], tmp_path: Path) -> None:
     gguf, out = GgufFile(ladder["Q4_K_M"]), tmp_path / "out.gguf"
     other = GgufFile(ladder["Q4_K_M-head-Q2_K"])
-    replace_tensor(gguf, out, "output.weight", other.head_rows(0, 4096), other.head_type)
+    write_copy(gguf, out, {"output.weight": NewTensor.of(other.head_type, other.head_rows(0, 4096))})
     kept, old, new = (GGUFReader(path) for path in (ladder["Q4_K_M"], ladder["Q4_K_M-head-Q2_K"], out))
     assert {k: f.contents() for k, f in kept.fields.items()} == {k: f.contents() for k, f in new.fields.items()}
     for before, after in zip(old.tensors, new.tensors, strict=True):

@@ -22,11 +22,11 @@ from prism_gguf.decode import BLOCK, decode_windows, stored_states
 from prism_gguf.details import HeadInfo
 from prism_gguf.gates import Gate
 from prism_gguf.gguf_file import GgufFile, fallback_type
+from prism_gguf.gguf_writer import NewTensor, write_copy
 from prism_gguf.isolation import Progress, no_progress
 from prism_gguf.metrics.divergence import DivergenceStream, Room, TokenDivergence, clustered_mean
 from prism_gguf.metrics.statistics import divergence_statistics
 from prism_gguf.output_head import ROWS_PER_CHUNK, OutputHead
-from prism_gguf.quantizer import replace_tensor
 from prism_gguf.results import CandidateResult, Divergence, Logits
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def run_head(
             progress(start, body.shared_rows, "quantizing the head")
             rows[start:stop] = packed[kind]
         progress(0, 0, "making")
-        replace_tensor(gguf, file, tensor, rows, kind)
+        write_copy(gguf, file, {tensor: NewTensor.of(kind, rows)})
         progress(0, 0, "loading")
         with LlamaCppModel(file, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model:
             decoded = decode_windows(capture, model, place, body.shared_rows, progress)
