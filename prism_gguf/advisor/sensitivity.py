@@ -287,10 +287,8 @@ def _measure(
     )
 
 
-def _windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int, folder: Path) -> int:
-    """As many as half of the free memory has room for; as many as an earlier run took, which may have had more of it."""
-    for first in folder.glob("windows-0-*.npz"):
-        return int(first.stem.rpartition("-")[2])
+def windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int) -> int:
+    """How many windows go through ``gradients.backward`` at once: as many as half of the free memory has room for."""
     if any(t.rows.shape[0] > 1 for t in tensors):
         return 1  # experts get the tokens of all windows in one flat batch
     # Each product keeps its input and output in float32, and what lies between products about as much again.
@@ -313,7 +311,9 @@ def _gradients(
     from prism_gguf.advisor.fisher import FisherProducts
     from prism_gguf.advisor.gradients import backward
 
-    size = _windows_per_batch(tensors, tokens.shape[1], folder)
+    # As many as an earlier run took, which may have had more memory.
+    earlier = [int(first.stem.rpartition("-")[2]) for first in folder.glob("windows-0-*.npz")]
+    size = earlier[0] if earlier else windows_per_batch(tensors, tokens.shape[1])
     n_weights = sum(t.rows.numel() for t in tensors)
     for start in range(0, len(tokens), size):
         batch = torch.from_numpy(tokens[start : start + size].astype(np.int64))

@@ -38,6 +38,7 @@ _DISK_SPEED = 1e9
 _MAX_LOGITS = 2**29  # of attribution, see attribute
 _MAX_LAYER_WINDOWS = 8
 _MAX_BATCH, _MAX_LOGIT_BYTES, _LONGEST_PASS = 512, 256 * 2**20, 2048  # of the adapters
+_TRIED_ROWS, _TRIED_SCALES = 384, 10  # of smoothing.search: rows of a matrix, exponents and checks
 # Exponentials that take as long as quantizing a weight on one core.
 _QUANTIZING = {
     **dict.fromkeys(("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"), 12),
@@ -196,6 +197,12 @@ class Costs:
         return Estimate(
             seconds, memory, model.stored_bytes - model.fused_bytes, model.largest_file, temporary={folder: packed}
         )
+
+    def smoothing(self, model: ModelHeader, work: Work, folder: Path, refinements: int) -> Estimate:
+        """Gradients once, and every site's scales tried on some rows; K-quants stand for all types."""
+        rows = sum(min(rows, _TRIED_ROWS) * width for rows, width in model.matrices if rows != model.vocab)
+        tried = self.quantizing([("Q4_K", rows * (_TRIED_SCALES + 2 * refinements))])
+        return self.sensitivity(model, work, folder, (), 0) + Estimate(tried.seconds, tried.memory_bytes)
 
     def heads(self, model: ModelHeader, work: Work, n_types: int, n_bodies: int) -> Estimate:
         """Every type of a head against the states of each body."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prism_gguf.comparison import CompareOptions
     from prism_gguf.plan import Plan
     from prism_gguf.reference import CaptureOptions, ReadOptions, RunOptions
+    from prism_gguf.smoothing.smooth import SmoothOptions
 
 _BYTES_PER_TOKEN = 3.5  # of UTF-8: from 2.5 where a vocabulary is small or of another language, to 4.5
 
@@ -141,6 +142,26 @@ def estimate_sensitivity(
     if model is None or at.result.exists():
         return Estimate()
     return _resumed(whole(at.folder), at.folder, whole(at.folder).temporary[at.folder])
+
+
+def estimate_smoothing(
+    reference: str,
+    base: Path,
+    reading: Reading,
+    options: SmoothOptions,
+    folder: Path,
+    *,
+    progress: Progress = no_progress,
+) -> Estimate:
+    """What smoothing takes, the comparison that proves it included; the file goes to ``folder``."""
+    model, written = model_header(reference), model_header(str(base))
+    if model is None or written is None:
+        return Estimate()
+    costs, control = _costs(options), _sized(5, 512, Score.HALF)
+    whole = costs.start() + costs.smoothing(model, _work(reading), folder, options.refinements)
+    for _ in range(2):  # the base and the smoothed file
+        whole += costs.run(written, control)
+    return replace(whole, disk={folder: written.stored_bytes})
 
 
 def estimate_export(folder: Path, file: Path, *, progress: Progress = no_progress) -> Estimate:

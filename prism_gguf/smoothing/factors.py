@@ -47,6 +47,7 @@ class Factors:
         return replace(imatrix, weights=weights)
 
     def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"rows {n}": v for n, v in self.rows.items()} | {f"columns {n}": v for n, v in self.columns.items()}
         with written_whole(path) as partial:
             save_file(arrays, partial)
@@ -69,12 +70,24 @@ def read_factors(path: Path) -> Factors:
     return Factors(**kinds)
 
 
-def make_factors(scales: Mapping[str, np.ndarray], sites: Iterable[Site], rows_of: Mapping[str, int]) -> Factors:
+def factors_file(cache: Path, digest: str) -> Path:
+    """Where the factors of this digest lie."""
+    return cache / "smoothing" / f"{digest}.safetensors"
+
+
+def smoothed_imatrix_file(cache: Path, digest: str) -> Path:
+    """Where the importance matrix of the model that these factors smooth lies."""
+    return cache / "smoothing" / f"{digest}.imatrix.gguf"
+
+
+def make_factors(
+    scales: Mapping[str, np.ndarray], sites: Iterable[Site], shapes: Mapping[str, tuple[int, ...]]
+) -> Factors:
     """The factors of all sites together.
 
     Args:
         scales: site's name → (matrices, size); sites that are not named stay as they are.
-        rows_of: how many rows each source has (values, where it is a norm).
+        shapes: tensor → shape; (values,) for a norm.
     """
     rows: dict[str, np.ndarray] = {}
     columns: dict[str, np.ndarray] = {}
@@ -82,7 +95,8 @@ def make_factors(scales: Mapping[str, np.ndarray], sites: Iterable[Site], rows_o
         if site.name not in scales:
             continue
         of_site = scales[site.name].astype(np.float32)
-        whole = np.ones((site.matrices, rows_of[site.source]), np.float32)
+        shape = shapes[site.source]
+        whole = np.ones((site.matrices, shape[-2] if len(shape) > 1 else shape[0]), np.float32)
         whole[:, site.first_row : site.first_row + site.size] = of_site
         rows[site.source] = whole
         for follower in site.followers:
