@@ -20,6 +20,8 @@ from prism_gguf.details import OtherWeights
 from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import GgufFile
 from prism_gguf.mix import UNQUANTIZED
+from prism_gguf.smoothing.factors import smoothing_digest
+from prism_gguf.smoothing.sites import find_sites
 from prism_gguf.tensor_names import copied_vectors, gguf_architecture, is_copied_vector, quantizable_tensors
 
 # What is kept of each tensor: rows and columns enough to see an adapter's few directions, 64 KiB in half precision.
@@ -214,9 +216,13 @@ def compare_weights(sample: WeightSample, gguf: GgufFile) -> tuple[OtherWeights 
     Quantization leaves norms and biases as they are. The rest of a matrix is rounded, which moves weights independently of
     each other; training and merging move them along few directions (see METHOD.md).
     """
-    if "smoothed" in gguf.provenance:  # norms and matrices were rescaled on purpose, to the same function
-        return None, None
     own, stored = _vectors(gguf), {t.name: t.shape for t in gguf.tensors}
+    if (
+        smoothing_digest(gguf) is not None
+    ):  # what lies at a symmetric site was rescaled on purpose, to the same function
+        rescaled = {name for site in find_sites(gguf)[0] for name in (site.source, site.bias, *site.followers)}
+        own = {name: vector for name, vector in own.items() if name not in rescaled}
+        stored = {name: shape for name, shape in stored.items() if name not in rescaled}
     vectors = [
         (sample.vectors[n], own[n]) for n in sample.vectors if n in own and len(own[n]) == len(sample.vectors[n])
     ]

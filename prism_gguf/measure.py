@@ -20,6 +20,7 @@ from prism_gguf.details import Baselines, FallbackInfo, HeadInfo, OtherWeights
 from prism_gguf.divergent_tokens import divergent_tokens
 from prism_gguf.errors import IncompatibleModelsError, UndefinedMetricError
 from prism_gguf.gguf_file import counted
+from prism_gguf.inert import one_line
 from prism_gguf.isolation import Progress, no_progress, stage
 from prism_gguf.kinship import compare_weights, other_architecture
 from prism_gguf.metrics.bound import K_PRED, Bound, HeadMoments, head_divergence, head_moments
@@ -37,6 +38,7 @@ from prism_gguf.metrics.statistics import divergence_statistics
 from prism_gguf.output_head import OutputHead, paired_chunks
 from prism_gguf.parts import split_parts
 from prism_gguf.results import CandidateResult, Divergence, Geometry, Risk
+from prism_gguf.smoothing.factors import SMOOTHED
 
 # Nats. The bound is zero for identical models, where the measured gap still has the rounding of float32 products.
 _SLACK = 1e-5
@@ -101,6 +103,8 @@ def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair
     if found is not None and not variant:
         raise IncompatibleModelsError(f"{candidate.path}: {said}; `compare --variant` measures it all the same")
     notes = [] if said is None else [said]
+    if isinstance(model, LlamaCppModel) and (for_types := model.gguf.text(f"{SMOOTHED}_for")) is not None:
+        notes.append(f"smoothed for {one_line(for_types, 40)}: scales were moved between norms and matrices")
     if candidate.vocab_size != reference.vocab_size:
         notes.append(
             f"padded vocabulary: {candidate.vocab_size} rows against the reference's {reference.vocab_size}; "

@@ -17,7 +17,6 @@ from prism_gguf.advisor.sensitivity import sensitivity as measure_sensitivity
 from prism_gguf.budget import Budget
 from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates
 from prism_gguf.errors import RuntimeFailureError
-from prism_gguf.gguf_file import GgufFile
 from prism_gguf.isolation import NativeWorker
 from prism_gguf.limits import Estimated, not_told
 from prism_gguf.limits.steps import estimate_making
@@ -28,6 +27,7 @@ from prism_gguf.recipe import Recipe
 from prism_gguf.reference import RunOptions, Steps, no_steps
 from prism_gguf.results import CandidateResult
 from prism_gguf.scratch import scratch_folder
+from prism_gguf.smoothing.factors import smoothing_digest
 
 if TYPE_CHECKING:
     import pandas
@@ -161,8 +161,8 @@ def advise(
     """
     options, imatrix = options or CompareOptions(), None if imatrix is None else Path(imatrix)
     limit = Budget.parse(budget) if isinstance(budget, str) else budget
-    GgufFile(base)  # an unreadable one is found before the sensitivities take their minutes
-    found = _sensitivity(reference, sensitivity, imatrix, types, options, steps, estimated)
+    smoothed = None if smoothing_digest(Path(base)) is None else base
+    found = _sensitivity(reference, sensitivity, imatrix, smoothed, types, options, steps, estimated)
     with options.worker() as worker:
         progress = partial(steps, "recipe")
         problem = Problem(Path(base), limit, found, imatrix, worker, progress)
@@ -204,6 +204,7 @@ def _sensitivity(
     reference: str | Path,
     given: Sensitivity | str | Path | None,
     imatrix: Path | None,
+    smoothed: str | Path | None,
     types: Sequence[str],
     options: RunOptions,
     steps: Steps,
@@ -214,7 +215,7 @@ def _sensitivity(
     if given is not None:
         return read_sensitivity(given)
     running = {f.name: getattr(options, f.name) for f in fields(RunOptions)}
-    chosen = SensitivityOptions(types=tuple(types), imatrix=imatrix, **running)
+    chosen = SensitivityOptions(types=tuple(types), imatrix=imatrix, smoothed=smoothed, **running)
     return measure_sensitivity(reference, None, chosen, steps=steps, estimated=estimated)
 
 

@@ -67,7 +67,7 @@ class FisherProducts:
         at_input: torch.Tensor,
     ) -> None:
         """A product's x (k, n, columns), δ (k, n, rows) and δ W for windows ``window`` … (see ``gradients.Sink``)."""
-        self._add_kernel(tensor, window, x, at_input)
+        self._add_kernel(tensor, matrix, window, x, at_input)
         n_rows, width = tensor.rows.shape[1:]
         step = max(1, _CHUNK // (width * max(1, len(self._columns[tensor.name]))))
         for start in range(0, n_rows, step):
@@ -77,9 +77,15 @@ class FisherProducts:
             self._done += gradient.numel()
             self._progress(self._done, self._total)
 
-    def _add_kernel(self, tensor: QuantizableTensor, window: int, x: torch.Tensor, at_input: torch.Tensor) -> None:
+    def _add_kernel(
+        self, tensor: QuantizableTensor, matrix: int, window: int, x: torch.Tensor, at_input: torch.Tensor
+    ) -> None:
         """What rounding x costs: the same for all types that are multiplied by activations of the same kind."""
         windows, costs = slice(window, window + len(x)), {}
+        by = self._errors.divisors(tensor, matrix)
+        gradient = at_input.flatten(0, -2).numpy()
+        if by is not None:  # a smoothed model's inputs are x · by
+            x, gradient = x * torch.from_numpy(by), gradient / by
         for column in self._columns[tensor.name]:
             kind = ggml_type(self._errors.types[column])
             activations = ggml.activation_type(kind)
@@ -87,7 +93,7 @@ class FisherProducts:
                 rounding = ggml.activation_rounding(kind, x.shape[-1])
                 flat = x.flatten(0, -2).numpy()
                 error = flat - (flat if rounding is None else rounding(flat))
-                costs[activations] = np.square(error * at_input.flatten(0, -2).numpy()).reshape(len(x), -1).sum(1)
+                costs[activations] = np.square(error * gradient).reshape(len(x), -1).sum(1)
             self.kernel[windows, self._number[tensor.name], column] += costs.get(activations, 0.0)
 
     def add_embedding(self, window: int, ids: torch.Tensor, delta: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from prism_gguf.isolation import NativeWorker, Progress, no_progress
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.plan import Plan, plan, stored_bytes
 from prism_gguf.recipe import Recipe
+from prism_gguf.smoothing.factors import smoothing_digest
 
 # llama.cpp's usual mixes, largest first: the largest that fits is what a recipe has to beat.
 _DEFAULTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
@@ -38,6 +39,31 @@ class Solution:
     costs: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a budget leaves room for.
+
+    Attributes:
+        limit: the largest file, in bytes; ``overhead`` of them are no tensor data.
+        smallest: the file of Q2_K.
+        default: llama.cpp's own mix of that size; None where none fits.
+    """
+
+    limit: int
+    overhead: int
+    smallest: Plan
+    default: Plan | None
+
+    @classmethod
+    def within(cls, budget: Budget, base: GgufFile, planned: Callable[[str], Plan]) -> Room:
+        """Of a budget and a base, with ``planned`` an ftype's file."""
+        smallest = planned("Q2_K")
+        overhead = smallest.file_bytes - sum(stored_bytes(t, t.type) for t in smallest.tensors)
+        limit = budget.file_bytes(base.n_parameters, overhead, lambda ftype: planned(ftype).file_bytes)
+        plans = map(planned, _DEFAULTS if budget.same_as is None else (budget.same_as,))
+        return cls(limit, overhead, smallest, next((found for found in plans if found.file_bytes <= limit), None))
+
+
 class Problem:
     """Types to choose for the tensors of ``base`` within ``budget``.
 
@@ -48,7 +74,7 @@ class Problem:
 
     Raises:
         InvalidModelError: the base is quantized already.
-        InvalidSensitivityError: the sensitivities were measured with another imatrix.
+        InvalidSensitivityError: the sensitivities were measured with another imatrix, or of another smoothing.
         IncompatibleModelsError: or for another model.
         InfeasibleBudgetError: the budget names the file of an ftype that llama.cpp cannot make.
     """
@@ -62,10 +88,10 @@ class Problem:
         worker: NativeWorker,
         progress: Progress = no_progress,
     ) -> None:
-        _check_imatrix(found, imatrix)
+        gguf = GgufFile(base)
+        _check_conditions(found, imatrix, gguf)
         self._progress = progress
         self.base, self.budget, self._imatrix = base, budget, imatrix
-        gguf = GgufFile(base)
         if gguf.ftype not in UNQUANTIZED:
             raise InvalidModelError(
                 f"{base}: is {gguf.ftype}, and sensitivities are of the unquantized model: name the F16, BF16 or F32 file"
@@ -77,13 +103,9 @@ class Problem:
             raise IncompatibleModelsError(f"{base}: has none of the sensitivities' tensors; they are of another model")
         self._options = {name: self._options_of(t) for name, t in self._found.items()}
         self.left_out = sorted(quantizable - self._found.keys())
-        smallest = self._plan(Mix("Q2_K"), worker)
-        self._overhead = smallest.file_bytes - sum(stored_bytes(t, t.type) for t in smallest.tensors)
-        self.limit = budget.file_bytes(
-            gguf.n_parameters, self._overhead, lambda ftype: self._plan(Mix(ftype), worker).file_bytes
-        )
-        self.default = self._largest_default(worker)
-        rest = self.default or smallest
+        room = Room.within(budget, gguf, lambda ftype: self._plan(Mix(ftype), worker))
+        self._overhead, self.limit, self.default = room.overhead, room.limit, room.default
+        rest = room.default or room.smallest
         self._fixed = {t.name: t.type for t in rest.tensors if t.name in self.left_out}
         kept = [t for t in rest.tensors if t.name not in self._found]
         self._room = self.limit - self._overhead - sum(stored_bytes(t, t.type) for t in kept)
@@ -107,11 +129,6 @@ class Problem:
             )
         kinds = {kind: Option(stored_bytes(stored, kind), cost.kld) for kind, cost in tensor.costs.items()}
         return {**kinds, stored.type: Option(stored_bytes(stored, stored.type), 0.0)}
-
-    def _largest_default(self, worker: NativeWorker) -> Plan | None:
-        names = _DEFAULTS if self.budget.same_as is None else (self.budget.same_as,)
-        plans = (self._plan(Mix(name), worker) for name in names)
-        return next((found for found in plans if found.file_bytes <= self.limit), None)
 
     def solve(self, worker: NativeWorker, factors: Mapping[str, float] | None = None) -> Solution:
         """The recipe with the least predicted KLD, exactly.
@@ -207,9 +224,14 @@ def _allocate(
     return allocate(options, budget)
 
 
-def _check_imatrix(found: Sensitivity, imatrix: Path | None) -> None:
+def _check_conditions(found: Sensitivity, imatrix: Path | None, base: GgufFile) -> None:
+    """Whether the sensitivities are of what will be quantized, with what it will be quantized with."""
     measured = None if found.imatrix is None else found.imatrix["digest"]
     given = None if imatrix is None else imatrix_digest(read_imatrix(imatrix))
     if measured != given:
         with_what = f"with the imatrix {found.imatrix['file']}" if found.imatrix else "without an imatrix"
         raise InvalidSensitivityError(f"the sensitivities were measured {with_what}; name the same with --imatrix")
+    if found.smoothed != smoothing_digest(base):
+        of_what = "of a model as it is" if found.smoothed is None else "of a smoothed model"
+        how = "" if smoothing_digest(base) is None else f" with --smoothed {base}"
+        raise InvalidSensitivityError(f"{base}: the sensitivities are {of_what}; measure those of this file{how}")

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +28,7 @@ from prism_gguf.limits.steps import estimate_sensitivity
 from prism_gguf.mix import ggml_type
 from prism_gguf.reading import Reading, Source
 from prism_gguf.reference import RunOptions, Steps, no_steps
+from prism_gguf.smoothing.factors import factors_of, smoothing_digest
 from prism_gguf.text import Score, calibration_texts
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class SensitivityOptions(RunOptions):
     Attributes:
         types: ggml types to try.
         imatrix: importance matrix to quantize with, or None.
+        smoothed: the GGUF that will be quantized, where it is a smoothed one; its importance matrix goes with it.
         n_ctx: tokens per window.
         windows: how many windows at most, shared between the texts.
 
@@ -58,6 +60,7 @@ class SensitivityOptions(RunOptions):
 
     types: tuple[str, ...] = TYPES
     imatrix: str | Path | None = None
+    smoothed: str | Path | None = None
     n_ctx: int = 256
     windows: int = 40
 
@@ -102,6 +105,7 @@ class Sensitivity:
         reference: path and fingerprint of the checkpoint.
         text: fingerprint, windows and n_ctx of what it read, and the domains.
         imatrix: file and SHA-256 of the importance matrix, or None.
+        smoothed: what a smoothed GGUF, of which these are, says of itself (``prism_gguf.smoothed``); None for any other.
         tensors: in the model's order.
         left_out: parameter → why it has no sensitivity.
     """
@@ -115,6 +119,7 @@ class Sensitivity:
     imatrix: dict[str, Any] | None
     tensors: list[TensorSensitivity]
     left_out: dict[str, str] = field(default_factory=dict)
+    smoothed: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -214,7 +219,8 @@ def place(reference: str, reading: Reading, options: SensitivityOptions, progres
         )
     imatrix = None if options.imatrix is None else read_imatrix(Path(options.imatrix))
     fingerprint = model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
-    key = key_of([SCHEMA, fingerprint, reading.digest, *options.types, imatrix_digest(imatrix)])
+    smoothed = [] if options.smoothed is None else [smoothing_digest(Path(options.smoothed))]
+    key = key_of([SCHEMA, fingerprint, reading.digest, *options.types, imatrix_digest(imatrix), *smoothed])
     folder = options.cache_folder / "sensitivities"
     return Place(fingerprint, folder / f"{key}.json", folder / key)
 
@@ -233,7 +239,8 @@ def ensure_sensitivity(
             return read_sensitivity(result)
         options.limit_threads()
         found = _measure(reference, fingerprint, reading, options, imatrix, folder, progress)
-        found = Sensitivity(**{**vars(found), "imatrix": recorded})
+        smoothed = None if options.smoothed is None else smoothing_digest(Path(options.smoothed))
+        found = replace(found, imatrix=recorded, smoothed=smoothed)
         write_whole(result, json.dumps(found.to_dict()))
         shutil.rmtree(folder)
     return found
@@ -262,7 +269,8 @@ def _measure(
             raise InvalidModelError(
                 f"{reference}: no tensor can be scored: {next(iter(left_out.values()), 'none found')}"
             )
-        errors = WeightErrors(folder, options.types, imatrix, threads=options.runtime().n_threads)
+        factors = None if options.smoothed is None else factors_of(Path(options.smoothed), options.cache_folder)
+        errors = WeightErrors(folder, options.types, imatrix, factors=factors, threads=options.runtime().n_threads)
         packed = max(0, errors.n_bytes(tensors) - allocated(folder))
         admit(Estimate(temporary={folder: packed}), force=options.force)
         errors.prepare(tensors, stage(progress, "quantizing"))

@@ -1,4 +1,8 @@
-"""What quantization adds to each weight, D = dequantize(quantize(W)) − W, of every tensor and type, packed on disk."""
+"""What quantization adds to each weight, D = dequantize(quantize(W)) − W, of every tensor and type, packed on disk.
+
+For a smoothed model, W / c is what is quantized, with c the factors of its columns, and c · D' what that adds to W: so the
+gradients are the reference's own. Factors of rows change nothing, for ggml quantizes row by row.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from prism_gguf.files import written_whole
 from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.isolation import Progress
 from prism_gguf.mix import ggml_type
+from prism_gguf.smoothing.factors import Factors
 from prism_gguf.tensor_names import QuantizableTensor
 
 
@@ -25,13 +30,20 @@ class WeightErrors:
     Args:
         folder: for the packed rows: about 0.6 bytes a weight and type.
         types: ggml type names.
-        imatrix: importance weights, or None.
+        imatrix: importance weights, or None; of the smoothed model where there are factors.
+        factors: of the smoothed model, or None.
     """
 
     def __init__(
-        self, folder: Path, types: Sequence[str], imatrix: ImportanceMatrix | None, *, threads: int = 1
+        self,
+        folder: Path,
+        types: Sequence[str],
+        imatrix: ImportanceMatrix | None,
+        *,
+        factors: Factors | None = None,
+        threads: int = 1,
     ) -> None:
-        self._folder, self._imatrix, self._threads = folder, imatrix, threads
+        self._folder, self._imatrix, self._factors, self._threads = folder, imatrix, factors, threads
         self.types = tuple(types)
         folder.mkdir(parents=True, exist_ok=True)
         self._pool = ThreadPoolExecutor(threads)
@@ -52,6 +64,11 @@ class WeightErrors:
         weights = None if self._imatrix is None else self._imatrix.weights.get(tensor.name)
         n, _, width = tensor.rows.shape
         return None if weights is None or weights.size != n * width else weights.reshape(n, width)
+
+    def divisors(self, tensor: QuantizableTensor, matrix: int) -> np.ndarray | None:
+        """What the columns are divided by before they are quantized, and inputs multiplied by: (columns,), or None."""
+        columns = None if self._factors is None else self._factors.columns.get(tensor.name)
+        return None if columns is None else columns[matrix if len(columns) > 1 else 0]
 
     def n_bytes(self, tensors: Sequence[QuantizableTensor]) -> int:
         """Size of all packed rows."""
@@ -76,8 +93,9 @@ class WeightErrors:
         importance = self.importance(tensor)
         parts = []
         for matrix, rows in enumerate(tensor.rows):
-            weights = None if importance is None else importance[matrix]
-            parts.append(ggml.quantize_rows(rows.float().numpy(), ggml_type(name), weights, threads=self._threads))
+            weights, by = None if importance is None else importance[matrix], self.divisors(tensor, matrix)
+            values = rows.float().numpy() if by is None else rows.float().numpy() / by
+            parts.append(ggml.quantize_rows(values, ggml_type(name), weights, threads=self._threads))
         np.save(stream, np.stack(parts))
 
     def _path(self, tensor: QuantizableTensor, name: str) -> Path:
@@ -85,13 +103,14 @@ class WeightErrors:
 
     def errors(self, tensor: QuantizableTensor, matrix: int, rows: slice | np.ndarray) -> torch.Tensor:
         """D of some rows in each of ``types_of(tensor)``: (types, rows, columns) float32."""
-        names = self.types_of(tensor)
+        names, by = self.types_of(tensor), self.divisors(tensor, matrix)
         weights = tensor.rows[matrix, rows].float()
         out = torch.empty(len(names), *weights.shape)
 
         def one(number: int) -> None:
             packed = np.load(self._path(tensor, names[number]), mmap_mode="r")[matrix, rows]
-            out[number] = torch.from_numpy(ggml.dequantize(packed, ggml_type(names[number]))).sub_(weights)
+            values = ggml.dequantize(packed, ggml_type(names[number]))
+            out[number] = torch.from_numpy(values if by is None else values * by).sub_(weights)
 
         list(self._pool.map(one, range(len(names))))
         return out

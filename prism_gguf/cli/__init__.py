@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prism_gguf.cli import advising, heads, making, measuring, reporting, sweeping
+from prism_gguf.cli import advising, heads, making, measuring, reporting, smoothing, sweeping
 from prism_gguf.cli.group import main
 
-__all__ = ["advising", "heads", "main", "making", "measuring", "reporting", "sweeping"]
+__all__ = ["advising", "heads", "main", "making", "measuring", "reporting", "smoothing", "sweeping"]

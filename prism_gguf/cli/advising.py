@@ -11,12 +11,14 @@ import click
 
 from prism_gguf.cli.group import check_writable, main
 from prism_gguf.cli.options import (
+    base_option,
     cache_option,
     force_option,
     imatrix_option,
     json_option,
     quiet_option,
     runtime_options,
+    smooth_option,
     source_options,
     sources,
     stall_option,
@@ -103,6 +105,12 @@ def imatrix(
     "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Sensitivities to write, JSON."
 )
 @imatrix_option
+@click.option(
+    "--smoothed",
+    type=click.Path(path_type=Path),
+    metavar="SMOOTH-F16.gguf",
+    help="Of this file, which `prism-gguf smooth` made of REFERENCE; --imatrix is then the one beside it.",
+)
 @_types_option
 @calibration_options("the gradients", windows=40, n_ctx=256)
 @threads_option
@@ -144,13 +152,7 @@ def sensitivity(
 
 @main.command()
 @click.argument("reference")
-@click.option(
-    "--base",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="F16.gguf",
-    help="GGUF to quantize: F16, BF16 or F32.",
-)
+@base_option
 @click.option("--budget", required=True, metavar="SIZE", help="Largest file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M.")
 @click.option(
     "-o",
@@ -182,6 +184,14 @@ def sensitivity(
     show_default=True,
     help="Make the file, and the default mix, and measure both.",
 )
+@smooth_option
+@click.option(
+    "--make",
+    "made_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="OUT.gguf",
+    help="Make the file by the recipe at once, and compare it with REFERENCE.",
+)
 @json_option
 @text_options
 @runtime_options
@@ -197,6 +207,8 @@ def advise(
     types: tuple[str, ...],
     checks: int,
     measure: bool,
+    smooth: bool,
+    made_file: Path | None,
     json_file: Path | None,
     text: tuple[str, ...],
     chat: tuple[Path, ...],
@@ -209,37 +221,65 @@ def advise(
     REFERENCE is a checkpoint directory or hub id. Says which tensors to keep at higher precision, and what that buys.
     Allocated from sensitivities, checked by measuring files made with it, and held against llama.cpp's own mix of the
     same size. Text options say what is measured on; sensitivities are measured on other text (`prism-gguf
-    sensitivity`).
+    sensitivity`). With --smooth and --make, one command from a checkpoint and its F16 file to the finished one.
     """
     from prism_gguf.advisor.advice import advise as run_advise
     from prism_gguf.advisor.sensitivity import TYPES
     from prism_gguf.comparison import CompareOptions
     from prism_gguf.files import write_whole
+    from prism_gguf.make import check_output, quantize
     from prism_gguf.recipe import write_recipe
-    from prism_gguf.report.advice import print_advice
+    from prism_gguf.report.advice import print_advice, print_made
     from prism_gguf.report.progress import progress_bars
+    from prism_gguf.report.smoothing import print_smoothed
     from prism_gguf.report.terminal import console
+    from prism_gguf.smoothing.first import mix_for_budget, smooth_first
     from prism_gguf.text import Score
 
     check_writable(out, "--out")
     check_writable(json_file)
+    if made_file is not None:
+        check_output(made_file, base, overwrite=options["force"])
+    running, texts = CompareOptions(score=Score(score), **options), sources(text, chat)
+    smoothed = made = None
     with progress_bars(shown=not (quiet or options["verbose"])) as steps:
+        watched: dict[str, Any] = {"steps": steps, "estimated": told(quiet)}
+        if smooth:
+            mix = mix_for_budget(base, budget, running, steps)
+            smoothed = smooth_first(reference, base, out.parent, mix, running, imatrix=imatrix, **watched)
+            base, imatrix = smoothed.out, smoothed.imatrix
         advice = run_advise(
             reference,
             base,
             budget,
             measured,
-            sources(text, chat),
-            CompareOptions(score=Score(score), **options),
+            texts,
+            running,
             imatrix=imatrix,
             types=types or TYPES,
             n_checks=checks,
             measure=measure,
-            steps=steps,
-            estimated=told(quiet),
+            **watched,
         )
-    write_recipe(out, advice.recipe)
+        write_recipe(out, advice.recipe)
+        if made_file is not None:
+            overwrite = options["force"]
+            made = quantize(
+                base,
+                made_file,
+                advice.recipe,
+                imatrix=imatrix,
+                overwrite=overwrite,
+                verify=reference,
+                texts=texts,
+                options=running,
+                **watched,
+            )
     if json_file is not None:
         write_whole(json_file, json.dumps(advice.to_dict(), indent=2) + "\n")
     if not quiet:
-        print_advice(advice, out, console())
+        if smoothed is not None:
+            print_smoothed(smoothed, console())
+        print_advice(advice, out, console(), base=base)
+        if made is not None:
+            print_made(made, console())

@@ -100,6 +100,19 @@ imatrix_option = click.option(
     help="Importance matrix to quantize with: imatrix.gguf, or llama-imatrix's legacy .dat. Default: none.",
 )
 
+base_option = click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="F16.gguf",
+    help="The unquantized GGUF: F16, BF16 or F32.",
+)
+smooth_option = click.option(
+    "--smooth",
+    is_flag=True,
+    help="Smooth the base first (see `prism-gguf smooth`); the smoothed file and its importance matrix are kept.",
+)
+
 force_option = click.option("--force", is_flag=True, help="Go on where memory or disk will clearly not do.")
 
 running_options = options(

@@ -16,6 +16,7 @@ from prism_gguf.cli.options import (
     imatrix_option,
     judging_options,
     runtime_options,
+    smooth_option,
     sources,
     trust_option,
 )
@@ -66,6 +67,7 @@ def profiles(name: str | None) -> None:
 @click.option(
     "--budget", metavar="SIZE", help="Largest file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M. Default: the profile's."
 )
+@smooth_option
 @click.option(
     "--allow-requantize", is_flag=True, help="Let BASE.gguf be quantized already; its loss adds to each file's."
 )
@@ -82,6 +84,7 @@ def sweep(
     out: Path | None,
     delete: bool,
     budget: str | None,
+    smooth: bool,
     allow_requantize: bool,
     text: tuple[str, ...],
     chat: tuple[Path, ...],
@@ -99,6 +102,7 @@ def sweep(
     from prism_gguf.budget import Budget
     from prism_gguf.profiles import load_profile
     from prism_gguf.report.progress import progress_bars
+    from prism_gguf.smoothing.first import mix_for_profile, smooth_first
     from prism_gguf.sweep import profile_options
     from prism_gguf.sweep import sweep as run_sweep
 
@@ -111,18 +115,23 @@ def sweep(
         profile = profile.model_copy(update={"budget": Budget.parse(budget)})
     context = click.get_current_context()
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    running = profile_options(profile, compare_options(**options), given)
     with progress_bars(shown=not (output.quiet or options["verbose"])) as steps:
+        watched: dict[str, Any] = {"steps": steps, "estimated": told(output.quiet)}
+        if smooth:
+            mix = mix_for_profile(base, profile)
+            smoothed = smooth_first(reference, base, folder, mix, running, imatrix=imatrix, **watched)
+            base, imatrix = smoothed.out, smoothed.imatrix
         comparison = run_sweep(
             base,
             reference,
             profile,
             sources(text, chat),
-            profile_options(profile, compare_options(**options), given),
+            running,
             imatrix=imatrix,
             folder=out,
             keep=not delete,
             allow_requantize=allow_requantize,
-            steps=steps,
-            estimated=told(output.quiet),
+            **watched,
         )
     output.finish(comparison)

@@ -11,12 +11,13 @@ from rich.table import Table
 
 from prism_gguf.advisor.advice import Advice, MeasuredFile
 from prism_gguf.advisor.sensitivity import Sensitivity
-from prism_gguf.report.words import number
+from prism_gguf.make import Made
+from prism_gguf.report.words import number, printable
 
 _MOST_SENSITIVE = 12
 
 
-def _table(first: str, *others: str) -> Table:
+def plain_table(first: str, *others: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column(first, no_wrap=True)
     for heading in others:
@@ -31,7 +32,7 @@ def print_sensitivity(found: Sensitivity, out: Console) -> None:
         kind for kind in ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K") if kind in types
     ] or types
     by_cost = sorted(found.tensors, key=lambda t: max((c.kld for c in t.costs.values()), default=0.0), reverse=True)
-    table = _table("predicted KLD, nats", *shown)
+    table = plain_table("predicted KLD, nats", *shown)
     for tensor in by_cost[:_MOST_SENSITIVE]:
         cells = (number(tensor.costs[kind].kld) if kind in tensor.costs else "–" for kind in shown)
         table.add_row(escape(tensor.name.removesuffix(".weight")), *cells)
@@ -48,14 +49,14 @@ def print_sensitivity(found: Sensitivity, out: Console) -> None:
         out.print(escape(f"left out: {parameter} ({reason})"), soft_wrap=True)
 
 
-def print_advice(advice: Advice, file: Path, out: Console) -> None:
-    """What was measured, what the kept tensors buy, and whether the recipe pays."""
+def print_advice(advice: Advice, file: Path, out: Console, *, base: Path | None = None) -> None:
+    """What was measured, what the kept tensors buy, and whether the recipe pays; ``base`` is what it is for."""
     recipe = advice.recipe
     if advice.files:
         out.print(_files(advice))
         out.print()
     if advice.checks:
-        table = _table("what it costs", "in", "beside", "predicted", "measured")
+        table = plain_table("what it costs", "in", "beside", "predicted", "measured")
         for check in advice.checks:
             name = escape(check.tensor.removesuffix(".weight"))
             table.add_row(name, check.type, check.finest, number(check.predicted), number(check.measured))
@@ -69,13 +70,27 @@ def print_advice(advice: Advice, file: Path, out: Console) -> None:
         out.print(f"no sensitivity, as in the default mix: {', '.join(advice.left_out)}", soft_wrap=True)
     out.print()
     out.print(escape(_conclusion(advice)), soft_wrap=True)
+    of = "BASE" if base is None else printable(str(base))
     out.print(
-        escape(f"recipe written to {file}; make it with `prism-gguf quantize BASE OUT --recipe {file}`"), soft_wrap=True
+        escape(f"recipe written to {file}; make it with `prism-gguf quantize {of} OUT --recipe {file}`"),
+        soft_wrap=True,
     )
 
 
+def print_made(made: Made, out: Console) -> None:
+    """The finished file, and how close it came to its reference."""
+    assert made.comparison is not None
+    row = made.comparison.candidates[-1]
+    size = f"{printable(row.path)}: {made.plan.file_bytes / 2**20:.2f} MiB"
+    if row.divergence is None:
+        out.print(escape(f"{size}; it could not be measured: {row.error.message if row.error else ''}"), soft_wrap=True)
+        return
+    kld, error = number(row.divergence.kld_mean), number(row.divergence.kld_mean_se)
+    out.print(escape(f"{size}, {kld} ±{error} nats to the reference"), soft_wrap=True)
+
+
 def _files(advice: Advice) -> Table:
-    table = _table("file", "MiB", "bpw", "KLD", "predicted")
+    table = plain_table("file", "MiB", "bpw", "KLD", "predicted")
     for made in advice.files:
         name = f"{advice.default_ftype} (llama.cpp)" if made == advice.default else made.name
         predicted = number(advice.recipe.predicted_kld) if made == advice.measured else ""

@@ -44,7 +44,7 @@ def write_smoothed(
 def _changed(base: GgufFile, factors: Factors) -> Iterator[tuple[str, NewTensor]]:
     """The tensors that factors name, and the biases that go with scaled rows."""
     shapes = {t.name: t.shape for t in base.tensors}
-    biases = {name.removesuffix("weight") + "bias": rows for name, rows in factors.rows.items()}
+    biases = {name.removesuffix("weight") + "bias": rows for name, rows in factors.rows.items()}  # as Site.bias
     rows_of = {**factors.rows, **{name: rows for name, rows in biases.items() if name in shapes}}
     for name in rows_of.keys() | factors.columns.keys():
         if name not in shapes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.files import written_whole
+from prism_gguf.gguf_file import PROVENANCE, GgufFile
 from prism_gguf.imatrix import ImportanceMatrix
 from prism_gguf.smoothing.sites import Site
+
+SMOOTHED = f"{PROVENANCE}smoothed"
+"""Metadata key of a smoothed file, and of all that is made of it: the digest of its factors, 32 hexadecimal digits."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,31 @@ def read_factors(path: Path) -> Factors:
         kind, _, name = key.partition(" ")
         kinds[kind][name] = values
     return Factors(**kinds)
+
+
+def smoothing_digest(gguf: Path | GgufFile) -> str | None:
+    """What a GGUF says of the factors that smoothed it; None for any other.
+
+    Raises:
+        InvalidModelError: it cannot be read.
+    """
+    return (gguf if isinstance(gguf, GgufFile) else GgufFile(gguf)).text(SMOOTHED)
+
+
+def factors_of(gguf: Path, cache: Path) -> Factors:
+    """The factors that a GGUF was smoothed with.
+
+    Raises:
+        InvalidModelError: it was not, or elsewhere.
+    """
+    digest = smoothing_digest(gguf)
+    if digest is None:
+        raise InvalidModelError(f"{gguf}: is no smoothed file; make one with `prism-gguf smooth`")
+    if not re.fullmatch(r"[0-9a-f]{32}", digest) or not (file := factors_file(cache, digest)).is_file():
+        raise InvalidModelError(
+            f"{gguf}: was smoothed with factors that are not in {cache}; smooth the file that it was made of again"
+        )
+    return read_factors(file)
 
 
 def factors_file(cache: Path, digest: str) -> Path:

@@ -103,6 +103,11 @@ class Site:
     head_size: int = 1
     group: int = 1
 
+    @property
+    def bias(self) -> str:
+        """What goes with the source, if there is such a tensor."""
+        return self.source.removesuffix("weight") + "bias"
+
     def columns(self, scales: np.ndarray) -> np.ndarray:
         """Scales (matrices, size) as the followers' columns have them: (matrices, columns)."""
         return scales.reshape(self.matrices, -1, self.head_size).repeat(self.group, axis=1).reshape(self.matrices, -1)

@@ -25,7 +25,13 @@ from prism_gguf.reading import Reading, Source
 from prism_gguf.recipe import Recipe
 from prism_gguf.reference import RunOptions, Steps, no_steps
 from prism_gguf.scratch import scratch_folder
-from prism_gguf.smoothing.factors import factors_file, read_factors, smoothed_imatrix_file
+from prism_gguf.smoothing.factors import (
+    SMOOTHED,
+    factors_file,
+    read_factors,
+    smoothed_imatrix_file,
+    smoothing_digest,
+)
 from prism_gguf.text import Score, calibration_texts
 
 if TYPE_CHECKING:  # torch is loaded in the child process only
@@ -163,7 +169,7 @@ def check_base(base: Path) -> GgufFile:
     gguf = GgufFile(base)
     if gguf.ftype not in UNQUANTIZED:
         raise InvalidModelError(f"{base}: is {gguf.ftype}; smooth the F16, BF16 or F32 file, and quantize that")
-    if "smoothed" in gguf.provenance:
+    if smoothing_digest(gguf) is not None:
         raise InvalidModelError(f"{base}: is smoothed already; name the file that it was made of")
     return gguf
 
@@ -171,7 +177,7 @@ def check_base(base: Path) -> GgufFile:
 def _recorded(out: Path) -> str | None:
     """The digest in a file that was smoothed here; None for anything else."""
     try:
-        return GgufFile(out).text(f"{PROVENANCE}smoothed")
+        return smoothing_digest(out)
     except InvalidModelError:
         return None
 
@@ -195,7 +201,7 @@ def _make(
         metadata = {
             f"{PROVENANCE}version": __version__,
             f"{PROVENANCE}base": base.path.name,
-            f"{PROVENANCE}smoothed": digest,
+            SMOOTHED: digest,
             f"{PROVENANCE}smoothed_for": name,
             MADE_OF: digest,
         }
