@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,12 @@ def write_copy(
     tensors = {t.name: changed.get(t.name) or NewTensor.of(t.tensor_type, t.data) for t in source.stored_tensors()}
     for name, tensor in tensors.items():
         writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.n_bytes, tensor.kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    done, total = 0, sum(tensor.n_bytes for tensor in tensors.values())
-    for tensor in tensors.values():
-        progress(done, total)
-        writer.write_tensor_data(tensor.values(), endianness)  # as stored: no byte is swapped
-        done += tensor.n_bytes
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        done, total = 0, sum(tensor.n_bytes for tensor in tensors.values())
+        for tensor in tensors.values():
+            progress(done, total)
+            writer.write_tensor_data(tensor.values(), endianness)  # as stored: no byte is swapped
+            done += tensor.n_bytes

@@ -122,7 +122,7 @@ def dequantize(rows: np.ndarray, type_value: int) -> np.ndarray:
     width = rows.shape[1] // size * block
     rows = np.ascontiguousarray(rows)
     if type_value == GGMLQuantizationType.F32:
-        return rows.view(np.float32)
+        return rows.view(np.float32).copy()  # torch warns of mapped files, which it could not write to
     traits = library().ggml_get_type_traits(type_value).contents
     if not traits.to_float:
         raise RuntimeFailureError(f"llama.cpp cannot dequantize {GGMLQuantizationType(type_value).name}")

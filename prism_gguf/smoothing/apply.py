@@ -53,7 +53,7 @@ def _changed(base: GgufFile, factors: Factors) -> Iterator[tuple[str, NewTensor]
         if kind not in _STORED:
             raise IncompatibleModelsError(f"{base.path}: {name} is {kind}; smooth an F16, BF16 or F32 file")
         factor = _factor(shape, rows_of.get(name), factors.columns.get(name), is_bias=name.endswith(".bias"))
-        if np.broadcast_shapes(shape, factor.shape) != shape:
+        if factor is None:
             raise IncompatibleModelsError(f"{base.path}: {name} is {shape}; the factors are of another model")
         dtype = _STORED[kind]
         yield name, NewTensor(_KINDS[dtype], shape, dtype, partial(_scaled, base, name, factor, dtype))
@@ -61,19 +61,24 @@ def _changed(base: GgufFile, factors: Factors) -> Iterator[tuple[str, NewTensor]
 
 def _factor(
     shape: tuple[int, ...], rows: np.ndarray | None, columns: np.ndarray | None, *, is_bias: bool
-) -> np.ndarray:
-    """What a tensor is multiplied by, to be broadcast: norms and biases by value, matrices by row and column."""
+) -> np.ndarray | None:
+    """What a tensor is multiplied by, to be broadcast, or None where that does not fit.
+
+    Norms, biases and matrices of one row that are stored as vectors are multiplied value by value.
+    """
     one = np.ones((1, 1), np.float32)
     rows, columns = one if rows is None else rows, one if columns is None else columns
-    if len(shape) == 1 or is_bias:
-        return rows if len(shape) > 1 else rows[0]
-    factor = rows[:, :, None] / columns[:, None, :]
-    return factor if len(shape) > 2 else factor[0]
+    factor = rows / columns if len(shape) == 1 or is_bias else rows[:, :, None] / columns[:, None, :]
+    whole = (1,) * (factor.ndim - len(shape)) + shape
+    if any(n not in (1, due) for n, due in zip(factor.shape, whole, strict=True)):
+        return None
+    return factor.reshape(factor.shape[-len(shape) :])
 
 
 def _scaled(base: GgufFile, name: str, factor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     stored = base.stored_tensor(name)
-    values = (dequantize(stored.data, stored.tensor_type) * factor).astype(dtype)
+    with np.errstate(over="ignore"):
+        values = (dequantize(stored.data, stored.tensor_type) * factor).astype(dtype)
     if not np.isfinite(values).all():
         raise RuntimeFailureError(
             f"{base.path}: {name}: a smoothed weight is too large for F16; start from an F32 file"

@@ -53,12 +53,9 @@ _EXPERTS = (
 )
 _GATED = (_ATTENTION, _VALUE, _FEED, _UP)
 _MIXTURE = (_ATTENTION, _VALUE, *_EXPERTS)
-_FUSED = (
-    _Kind("attn_norm", ("attn_qkv",)),
-    _Kind("attn_qkv", ("attn_output",), "values"),
-    _Kind("ffn_norm", ("ffn_up",)),
-    _Kind("ffn_up", ("ffn_down",), "second half"),
-)
+_FUSED_FEED = (_Kind("ffn_norm", ("ffn_up",)), _Kind("ffn_up", ("ffn_down",), "second half"))
+_FUSED = (_Kind("attn_norm", ("attn_qkv",)), _Kind("attn_qkv", ("attn_output",), "values"), *_FUSED_FEED)
+_PARALLEL = (_Kind("attn_norm", (*_ATTENTION.followers, *_FEED.followers)), _VALUE, _UP)
 
 ARCHITECTURES: dict[str, tuple[_Kind, ...]] = {
     "llama": _MIXTURE,  # Llama, Mistral, SmolLM, and Mixtral
@@ -74,6 +71,14 @@ ARCHITECTURES: dict[str, tuple[_Kind, ...]] = {
     "granite": _GATED,
     "olmo2": (_VALUE, _UP),  # norms behind the matrices only
     "olmoe": _MIXTURE,
+    "mistral3": _MIXTURE,
+    "granitemoe": _MIXTURE,
+    "exaone": _GATED,
+    "internlm2": _GATED,
+    "ernie4_5": _GATED,
+    "glm4": (_ATTENTION, _VALUE, *_FUSED_FEED),
+    "command-r": _PARALLEL,  # attention and feed-forward read one norm
+    "cohere2": _PARALLEL,
 }
 """GGUF architecture → its symmetries; tests run a random model of each in llama.cpp, before and after."""
 
