@@ -38,3 +38,15 @@ def edited(
         writer.add_tensor(item.name, np.ascontiguousarray(tensor(item.name, np.array(item.data))))
     finish(writer)
     return out
+
+
+def split(source: Path, folder: Path, parts: int = 3) -> list[Path]:
+    """Cut a GGUF into parts as llama-gguf-split names and marks them."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=len(reader.tensors) // parts + 1)
+    for entry in metadata_entries(reader):
+        writer.add_key_value(*entry)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    finish(writer)
+    return sorted(folder.glob("m-*.gguf"))

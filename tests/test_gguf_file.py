@@ -5,12 +5,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_edit import edited
+from gguf_edit import edited, split
 
 from prism_gguf.errors import InvalidModelError
 from prism_gguf.gguf_file import GgufFile
-from prism_gguf.gguf_reader import metadata_entries
-from prism_gguf.testbed.gguf_export import finish
 
 
 def test_reads_the_testbed(ladder: dict[str, Path]) -> None:
@@ -85,18 +83,6 @@ def test_imatrix_provenance(ladder: dict[str, Path], tmp_path: Path) -> None:
     found = GgufFile(edited(ladder["F16"], tmp_path / "m.gguf", metadata=keys)).imatrix
     assert found is not None
     assert (found.file, found.dataset, found.entries) == ("imatrix.gguf", None, 28)
-
-
-def split(source: Path, folder: Path, parts: int = 3) -> list[Path]:
-    """Cut a GGUF into parts as llama-gguf-split names and marks them."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=len(reader.tensors) // parts + 1)
-    for entry in metadata_entries(reader):
-        writer.add_key_value(*entry)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    finish(writer)
-    return sorted(folder.glob("m-*.gguf"))
 
 
 def test_split_files_are_one_model(ladder: dict[str, Path], tmp_path: Path) -> None:

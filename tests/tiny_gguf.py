@@ -35,10 +35,24 @@ def _vocabulary() -> tuple[list[str], list[str]]:
     return [*tokens, "<|bos|>", "<|eos|>"], merges
 
 
+N_VOCAB = len(_vocabulary()[0])
+
+
+def add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    tokens, merges = _vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(n) for n in range(N_VOCAB)])
+    writer.add_token_types([1] * (N_VOCAB - 2) + [3, 3])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(N_VOCAB - 2)
+    writer.add_eos_token_id(N_VOCAB - 1)
+    writer.add_add_bos_token(True)
+
+
 def write_tiny(path: Path) -> None:
     """A Llama of one block with random weights as F16; with a key of every type, so that each gets its mutations."""
-    tokens, merges = _vocabulary()
-    n_vocab = len(tokens)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("model")
     writer.add_name("tiny")
@@ -48,29 +62,21 @@ def write_tiny(path: Path) -> None:
         "context_length": 128, "embedding_length": N_WIDTH, "block_count": 1, "feed_forward_length": N_FEED,
         "attention.head_count": N_HEADS, "attention.head_count_kv": N_KV, "attention.key_length": N_WIDTH // N_HEADS,
         "attention.value_length": N_WIDTH // N_HEADS, "rope.dimension_count": N_WIDTH // N_HEADS,
-        "vocab_size": n_vocab, "expert_count": 0,
+        "vocab_size": N_VOCAB, "expert_count": 0,
         "expert_used_count": 0,
     }.items():  # fmt: skip
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.rope.freq_base", 10000.0)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_bool("llama.attention.causal", True)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(n) for n in range(n_vocab)])
-    writer.add_token_types([1] * (n_vocab - 2) + [3, 3])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(n_vocab - 2)
-    writer.add_eos_token_id(n_vocab - 1)
-    writer.add_add_bos_token(True)
+    add_vocabulary(writer)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
     writer.add_string("quantize.imatrix.file", "imatrix.gguf")
     writer.add_string("quantize.imatrix.dataset", "text.txt")
     writer.add_int32("quantize.imatrix.entries_count", 7)
     writer.add_int32("quantize.imatrix.chunks_count", 3)
     writer.add_string("prism_gguf.version", "0.1.0")
-    for name, array in _weights(n_vocab):
+    for name, array in _weights():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -78,10 +84,10 @@ def write_tiny(path: Path) -> None:
     writer.close()
 
 
-def _weights(n_vocab: int) -> Iterator[tuple[str, np.ndarray]]:
+def _weights() -> Iterator[tuple[str, np.ndarray]]:
     rng, kv = np.random.default_rng(0), N_WIDTH // N_HEADS * N_KV
     shapes = {
-        "token_embd": (n_vocab, N_WIDTH), "output": (n_vocab, N_WIDTH), "blk.0.attn_q": (N_WIDTH, N_WIDTH),
+        "token_embd": (N_VOCAB, N_WIDTH), "output": (N_VOCAB, N_WIDTH), "blk.0.attn_q": (N_WIDTH, N_WIDTH),
         "blk.0.attn_k": (kv, N_WIDTH), "blk.0.attn_v": (kv, N_WIDTH), "blk.0.attn_output": (N_WIDTH, N_WIDTH),
         "blk.0.ffn_gate": (N_FEED, N_WIDTH), "blk.0.ffn_up": (N_FEED, N_WIDTH), "blk.0.ffn_down": (N_WIDTH, N_FEED),
     }  # fmt: skip
