@@ -217,9 +217,7 @@ def compare_weights(sample: WeightSample, gguf: GgufFile) -> tuple[OtherWeights 
     each other; training and merging move them along few directions (see METHOD.md).
     """
     own, stored = _vectors(gguf), {t.name: t.shape for t in gguf.tensors}
-    if (
-        smoothing_digest(gguf) is not None
-    ):  # what lies at a symmetric site was rescaled on purpose, to the same function
+    if smoothing_digest(gguf) is not None:  # rescaled on purpose, to the same function
         rescaled = {name for site in find_sites(gguf)[0] for name in (site.source, site.bias, *site.followers)}
         own = {name: vector for name, vector in own.items() if name not in rescaled}
         stored = {name: shape for name, shape in stored.items() if name not in rescaled}

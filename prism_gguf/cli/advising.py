@@ -276,10 +276,12 @@ def advise(
                 **watched,
             )
     if json_file is not None:
-        write_whole(json_file, json.dumps(advice.to_dict(), indent=2) + "\n")
+        parts = {"smoothing": smoothed, "made": made}
+        found = {**advice.to_dict(), **{name: part.to_dict() for name, part in parts.items() if part is not None}}
+        write_whole(json_file, json.dumps(found, indent=2) + "\n")
     if not quiet:
         if smoothed is not None:
             print_smoothed(smoothed, console())
-        print_advice(advice, out, console(), base=base)
+        print_advice(advice, out, console(), base=None if made is not None else base)
         if made is not None:
             print_made(made, console())

@@ -50,7 +50,7 @@ def print_sensitivity(found: Sensitivity, out: Console) -> None:
 
 
 def print_advice(advice: Advice, file: Path, out: Console, *, base: Path | None = None) -> None:
-    """What was measured, what the kept tensors buy, and whether the recipe pays; ``base`` is what it is for."""
+    """What was measured, what the kept tensors buy, and whether the recipe pays; ``base``: to make it of, where that is left to do."""
     recipe = advice.recipe
     if advice.files:
         out.print(_files(advice))
@@ -70,11 +70,8 @@ def print_advice(advice: Advice, file: Path, out: Console, *, base: Path | None 
         out.print(f"no sensitivity, as in the default mix: {', '.join(advice.left_out)}", soft_wrap=True)
     out.print()
     out.print(escape(_conclusion(advice)), soft_wrap=True)
-    of = "BASE" if base is None else printable(str(base))
-    out.print(
-        escape(f"recipe written to {file}; make it with `prism-gguf quantize {of} OUT --recipe {file}`"),
-        soft_wrap=True,
-    )
+    how = "" if base is None else f"; make it with `prism-gguf quantize {printable(str(base))} OUT --recipe {file}`"
+    out.print(escape(f"recipe written to {file}{how}"), soft_wrap=True)
 
 
 def print_made(made: Made, out: Console) -> None:

@@ -16,6 +16,7 @@ from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix, write_imatrix
 from prism_gguf.isolation import Progress, no_progress, stage
 from prism_gguf.kept import ensure_kept, kept_key
+from prism_gguf.kinship import compare_weights, other_architecture, sample_of
 from prism_gguf.mix import UNQUANTIZED, Mix, ggml_type
 from prism_gguf.quantizer import planned_types
 from prism_gguf.reading import Reading
@@ -75,7 +76,7 @@ def find_factors(
         progress(0, 0, "loading")
         with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:
             tensors = {t.name: t for t in quantizable_tensors(model.network)[0]}
-            _check_shapes(reference, gguf, tensors)
+            _check_weights(reference, gguf, tensors, model)
             windows, _ = reading.windows(model)
             activations = ensure_activations(
                 model, fingerprints[0], reading, windows.tokens, list(tensors.values()), cache, progress
@@ -96,15 +97,19 @@ def find_factors(
     return found
 
 
-def _check_shapes(reference: str, gguf: GgufFile, tensors: Mapping[str, QuantizableTensor]) -> None:
+def _check_weights(
+    reference: str, gguf: GgufFile, tensors: Mapping[str, QuantizableTensor], model: HuggingFaceModel
+) -> None:
+    """Scales are found for the reference's weights: those of the base have to be the same, in the same gauge."""
     for stored in gguf.tensors:
         tensor = tensors.get(stored.name)
         if tensor is not None and (tensor.rows.numel(), tensor.rows.shape[2]) != (stored.n_elements, stored.row_width):
-            raise IncompatibleModelsError(
-                f"{gguf.path}: {stored.name} is {stored.shape}, in {reference} {tuple(tensor.rows.shape)}: of another model"
-            )
-    if not any(stored.name in tensors for stored in gguf.tensors if stored.name.startswith("blk.")):
-        raise IncompatibleModelsError(f"{gguf.path}: has none of the matrices of {reference}; it is of another model")
+            shapes = f"{stored.shape}, in {reference} {tuple(tensor.rows.shape)}"
+            raise IncompatibleModelsError(f"{gguf.path}: {stored.name} is {shapes}; it is of another model")
+    sample = sample_of(model)
+    found, said = compare_weights(sample, gguf)
+    if (other := other_architecture(sample, gguf)) is not None or found is not None:
+        raise IncompatibleModelsError(f"{gguf.path}: {other or said}")
 
 
 def _importance(activations: Activations, datasets: list[str], n_windows: int) -> ImportanceMatrix:
