@@ -50,7 +50,10 @@ def print_sensitivity(found: Sensitivity, out: Console) -> None:
 
 
 def print_advice(advice: Advice, file: Path, out: Console, *, base: Path | None = None) -> None:
-    """What was measured, what the kept tensors buy, and whether the recipe pays; ``base``: to make it of, where that is left to do."""
+    """What was measured, what the kept tensors buy, and whether the recipe pays.
+
+    ``base``: what to make the file of, where that is left to do.
+    """
     recipe = advice.recipe
     if advice.files:
         out.print(_files(advice))
