@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; _MODULES below is what 
     from prism_gguf.regularizer import ShapeRegularizer
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.results import CandidateResult, Comparison
+    from prism_gguf.smoothing.smooth import Smoothed, SmoothOptions, smooth
     from prism_gguf.text import Score, read_texts
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "Sensitivity",
     "SensitivityOptions",
     "ShapeRegularizer",
+    "SmoothOptions",
+    "Smoothed",
     "__version__",
     "advise",
     "capture",
@@ -57,6 +60,7 @@ __all__ = [
     "read_sensitivity",
     "read_texts",
     "sensitivity",
+    "smooth",
     "write_recipe",
 ]
 
@@ -76,6 +80,7 @@ _MODULES = {
     "regularizer": ("ShapeRegularizer",),
     "report.progress": ("progress_bars",),
     "results": ("CandidateResult", "Comparison"),
+    "smoothing.smooth": ("SmoothOptions", "Smoothed", "smooth"),
     "text": ("Score", "read_texts"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

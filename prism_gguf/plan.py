@@ -28,6 +28,7 @@ from prism_gguf.imatrix import ImportanceMatrix, read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress, no_progress, stage
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.recipe import Recipe, mix_digest
+from prism_gguf.smoothing.factors import smoothing_digest, smoothing_of_imatrix
 
 if TYPE_CHECKING:  # llama.cpp is loaded in the child process only
     from prism_gguf.quantizer import Metadata
@@ -358,6 +359,11 @@ def _notes(
     if fallen := list(find_fallbacks(unnamed, mix.ftype)):
         yield f"{len(fallen)} tensors cannot take their ftype's own type: {fallen[0].tensor}: {fallen[0].reason}"
     if imatrix is not None:
+        ours, its = smoothing_digest(gguf), smoothing_of_imatrix(imatrix)
+        if its != ours and its is not None:
+            yield "the importance matrix is of a smoothed model, and the base is another; take the one beside the base"
+        if its != ours and its is None:
+            yield "the base is smoothed: unless the importance matrix was measured on it, take the one that lies beside it"
         stored = {t.name: t.type for t in gguf.tensors}
         bare = [t.name for t in tensors if t.type != stored[t.name] and t.name not in imatrix.weights]
         if bare := [name for name in bare if name not in ("output.weight", *_EMBEDDINGS)]:

@@ -77,6 +77,7 @@ class Advice:
         files: every file that was measured.
         checks: choices that were measured one by one.
         left_out: quantizable tensors without sensitivity, which keep the default's type.
+        smoothed: the base is a smoothed file, for the default mix as for the recipe.
     """
 
     recipe: Recipe
@@ -88,6 +89,7 @@ class Advice:
     files: list[MeasuredFile] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    smoothed: bool = False
 
     @property
     def gain(self) -> float | None:
@@ -225,7 +227,8 @@ def _advice(problem: Problem, best: Solution) -> Advice:
         best.recipe, n_bytes=found.n_bytes, file_bytes=found.file_bytes, bits_per_weight=found.bits_per_weight
     )
     default = None if problem.default is None else problem.default.mix.ftype
-    return Advice(recipe, problem.budget.text, problem.limit, default, left_out=problem.left_out)
+    is_smoothed = smoothing_digest(problem.base) is not None
+    return Advice(recipe, problem.budget.text, problem.limit, default, left_out=problem.left_out, smoothed=is_smoothed)
 
 
 def _compared(

@@ -92,7 +92,8 @@ def print_made(made: Made, out: Console) -> None:
 def _files(advice: Advice) -> Table:
     table = plain_table("file", "MiB", "bpw", "KLD", "predicted")
     for made in advice.files:
-        name = f"{advice.default_ftype} (llama.cpp)" if made == advice.default else made.name
+        maker = "llama.cpp, smoothed" if advice.smoothed else "llama.cpp"
+        name = f"{advice.default_ftype} ({maker})" if made == advice.default else made.name
         predicted = number(advice.recipe.predicted_kld) if made == advice.measured else ""
         kld = "failed" if made.error else f"{number(made.kld)} ±{number(made.kld_se)}"
         table.add_row(escape(name), f"{made.file_bytes / 2**20:.2f}", f"{made.bits_per_weight:.2f}", kld, predicted)

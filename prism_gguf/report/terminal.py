@@ -371,11 +371,14 @@ def _imatrix(gguf: GgufFile) -> str:
 
 
 def _maker(gguf: GgufFile) -> str:
-    """What `prism-gguf quantize` recorded."""
+    """What `prism-gguf quantize` and `smooth` recorded."""
     made = {key: short(str(value), _LONGEST_VALUE) for key, value in gguf.provenance.items()}
     again = ", which was quantized already" if gguf.provenance.get("requantized") else ""
+    smoothed = f", smoothed for {made['smoothed_for']}" if "smoothed_for" in made else ""
+    if "recipe" not in made:
+        return f"prism-gguf {made.get('version')} from {made.get('base')}{smoothed}"
     return (
-        f"prism-gguf {made.get('version')} from {made.get('base')} ({made.get('base_types')}){again}, "
+        f"prism-gguf {made.get('version')} from {made.get('base')} ({made.get('base_types')}){again}{smoothed}, "
         f"recipe {made.get('recipe')}, SHA-256 {(made.get('recipe_sha256') or 'unknown')[:12]}…"
     )
 

@@ -20,6 +20,7 @@ from prism_gguf.smoothing.sites import Site
 
 SMOOTHED = f"{PROVENANCE}smoothed"
 """Metadata key of a smoothed file, and of all that is made of it: the digest of its factors, 32 hexadecimal digits."""
+_OF_SMOOTHED = "smoothed "  # before the digest, among the names of an importance matrix's texts
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Factors:
         return digest.hexdigest()[:32]
 
     def smoothed(self, imatrix: ImportanceMatrix) -> ImportanceMatrix:
-        """The importance matrix of the smoothed model: inputs grow by what columns shrink."""
+        """The importance matrix of the smoothed model, named as such: inputs grow by what columns shrink."""
         weights = dict(imatrix.weights)
         for name, columns in self.columns.items():
             if name in weights:
                 weights[name] = (weights[name].reshape(-1, columns.shape[1]) * columns**2).reshape(-1)
-        return replace(imatrix, weights=weights)
+        return replace(imatrix, weights=weights, datasets=(*imatrix.datasets, f"{_OF_SMOOTHED}{self.digest}"))
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +74,12 @@ def read_factors(path: Path) -> Factors:
         kind, _, name = key.partition(" ")
         kinds[kind][name] = values
     return Factors(**kinds)
+
+
+def smoothing_of_imatrix(imatrix: ImportanceMatrix) -> str | None:
+    """The factors of the smoothed model that an importance matrix is of; None for any other, or one made elsewhere."""
+    named = (name.removeprefix(_OF_SMOOTHED) for name in imatrix.datasets if name.startswith(_OF_SMOOTHED))
+    return next(named, None)
 
 
 def smoothing_digest(gguf: Path | GgufFile) -> str | None:

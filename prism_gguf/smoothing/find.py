@@ -127,9 +127,7 @@ def _write(path: Path, matrix: ImportanceMatrix, gguf: GgufFile, n_ctx: int) -> 
     shapes = {t.name: t.shape for t in gguf.tensors}
     means = {n: w.reshape(-1, shapes[n][-1]) for n, w in matrix.weights.items() if n in shapes}
     counts = {name: np.ones(len(values)) for name, values in means.items()}
-    write_imatrix(
-        path, means, counts, datasets=matrix.datasets or ("unknown",), n_chunks=matrix.n_chunks, chunk_size=n_ctx
-    )
+    write_imatrix(path, means, counts, datasets=matrix.datasets, n_chunks=matrix.n_chunks, chunk_size=n_ctx)
 
 
 class _Search:
