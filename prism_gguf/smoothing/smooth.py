@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf import __version__
+from prism_gguf.cache import is_capture
 from prism_gguf.comparison import CompareOptions, compare
 from prism_gguf.errors import InvalidModelError, InvalidOutputError, RuntimeFailureError
 from prism_gguf.gguf_file import PROVENANCE, GgufFile
@@ -136,9 +137,12 @@ def smooth(
     base, out, options = Path(base), Path(out), options or SmoothOptions()
     what = Mix(what.upper()) if isinstance(what, str) else what
     mix, name = (what.mix, what.name) if isinstance(what, Recipe) else (what, what.ftype)
-    gguf = check_base(base)
-    recorded = _recorded(out)
+    if str(reference).endswith(".gguf") or is_capture(Path(reference)):
+        raise InvalidModelError(f"{reference}: activations need the Hugging Face checkpoint; name its folder or hub id")
+    gguf, recorded, beside = check_base(base), _recorded(out), imatrix_beside(out)
     check_output(out, base, overwrite=overwrite or recorded is not None)
+    if recorded is None:
+        check_output(beside, base, overwrite=overwrite)
     reading = Reading(calibration_texts() if texts is None else texts, options.n_ctx, options.windows, Score.ALL)
     with options.worker() as worker:
         progress = partial(steps, "smoothing")
@@ -148,7 +152,7 @@ def smooth(
         matrix = None if imatrix is None else Path(imatrix)
         job = (str(reference), base, mix, reading, options, matrix, options.refinements)
         found = worker.run(_find, *job, progress=progress, of=reference)
-        beside, is_here = imatrix_beside(out), recorded == found.digest and imatrix_beside(out).is_file()
+        is_here = recorded == found.digest and beside.is_file()
         if not is_here and recorded is not None and not overwrite:
             raise InvalidOutputError(f"{out}: is there, smoothed otherwise; --force (overwrite=True) replaces it")
         control = None if is_here else _make(gguf, out, found.digest, name, options, worker, steps)
