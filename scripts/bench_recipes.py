@@ -42,7 +42,15 @@ def advised(of: Subject, base: Path, matrix: Path, ftype: str, work: Path, check
     )
     options = CompareOptions(windows=10, cache=work / "cache")
     advice = advise(
-        of.checkpoint, base, f"same-as:{ftype}", found, of.calibration, options, imatrix=matrix, n_checks=checks
+        of.checkpoint,
+        base,
+        f"same-as:{ftype}",
+        found,
+        of.calibration,
+        options,
+        imatrix=matrix,
+        n_checks=checks,
+        measure=checks > 0,
     )
     for check in advice.checks:
         print(f"  {ftype} {check.tensor} {check.type}: predicted {check.predicted:.3g}, measured {check.measured:.3g}")
@@ -71,7 +79,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["testbed", "smollm2", "smollm2-original"])
     parser.add_argument("--ftype", nargs="+", default=["Q3_K_M", "Q4_K_M"])
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--checks", type=int, default=6)
+    parser.add_argument("--checks", type=int, default=6, help="0: recipes straight from the sensitivities")
     parser.add_argument("--refine", type=int, default=SmoothOptions.refinements)
     arguments = parser.parse_args()
     for name in arguments.model:
