@@ -180,7 +180,7 @@ def test_a_fine_tune_that_left_the_norms_alone(sample: WeightSample, tmp_path: P
 def test_norms_that_a_converter_shifts_are_the_same(
     sample: WeightSample, ladder: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Gemma's are stored as w + 1; and a smoothed file has other norms on purpose."""
+    """Gemma's are stored as w + 1."""
     shifted = edited(ladder["F16"], tmp_path / "s.gguf", tensor=lambda n, d: d + np.float32(1) if d.ndim == 1 else d)
     assert judged(sample, shifted) is None
 
@@ -188,8 +188,21 @@ def test_norms_that_a_converter_shifts_are_the_same(
         return data * np.float32(1.1) if data.ndim == 1 else data
 
     assert judged(sample, edited(ladder["F16"], tmp_path / "x.gguf", tensor=scale)) == "fine-tune"
-    smoothed = edited(ladder["F16"], tmp_path / "y.gguf", metadata={"prism_gguf.smoothed": True}, tensor=scale)
-    assert judged(sample, smoothed) is None
+
+
+def test_what_smoothing_leaves_alone_has_to_be_the_reference_s(
+    sample: WeightSample, ladder: dict[str, Path], tmp_path: Path
+) -> None:
+    """A smoothed file has other norms and matrices at its symmetric sites, and nowhere else."""
+
+    def scaled(*norms: str) -> Path:
+        def scale(name: str, data: np.ndarray) -> np.ndarray:
+            return data * np.float32(1.1) if name.endswith(norms) else data
+
+        return edited(ladder["F16"], tmp_path / "s.gguf", metadata={"prism_gguf.smoothed": "0" * 32}, tensor=scale)
+
+    assert judged(sample, scaled("attn_norm.weight", "ffn_norm.weight")) is None
+    assert judged(sample, scaled("output_norm.weight")) == "fine-tune"
 
 
 def test_another_architecture_is_said_first(folder: Path, ladder: dict[str, Path], tmp_path: Path) -> None:
