@@ -112,9 +112,9 @@ def factors_file(cache: Path, digest: str) -> Path:
     return cache / "smoothing" / f"{digest}.safetensors"
 
 
-def smoothed_imatrix_file(cache: Path, digest: str) -> Path:
-    """Where the importance matrix of the model that these factors smooth lies."""
-    return cache / "smoothing" / f"{digest}.imatrix.gguf"
+def smoothed_imatrix_file(cache: Path, made_of: str) -> Path:
+    """Where the importance matrix that goes with a smoothed file lies: factors alone do not say which it was made of."""
+    return cache / "smoothing" / f"{made_of}.imatrix.gguf"
 
 
 def make_factors(

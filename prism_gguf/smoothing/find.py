@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.cache import model_fingerprint
+from prism_gguf.cache import key_of, model_fingerprint
 from prism_gguf.errors import IncompatibleModelsError, InvalidModelError
 from prism_gguf.files import written_whole
 from prism_gguf.gguf_file import GgufFile
@@ -33,12 +33,14 @@ class Found:
     """What a search found.
 
     Attributes:
-        digest: of the factors, which lie in the cache under it, with the importance matrix of the smoothed model.
+        digest: of the factors, which lie in the cache under it.
+        made_of: a digest of these, the base and the importance matrix of the smoothed model, which lies there under it.
         choices: one for each site.
         left_alone: architecture, block, site or tensor → why it stays as it is.
     """
 
     digest: str
+    made_of: str
     choices: list[Choice]
     left_alone: dict[str, str]
 
@@ -87,12 +89,15 @@ def find_factors(
             scales, choices = search.all(sites, refinements, stage(progress, "searching"))
         factors = make_factors(scales, sites, {t.name: t.shape for t in gguf.tensors})
         factors.save(factors_file(cache, factors.digest))
-        _write(smoothed_imatrix_file(cache, factors.digest), factors.smoothed(weights), gguf, reading.n_ctx)
+        matrix = factors.smoothed(weights)
+        made_of = key_of([factors.digest, fingerprints[1], imatrix_digest(matrix)])
+        _write(smoothed_imatrix_file(cache, made_of), matrix, gguf, reading.n_ctx)
         unknown = {f: "the reference has no such matrix" for s in sites for f in s.followers if f not in tensors}
-        return Found(factors.digest, choices, {**left_alone, **unknown})
+        return Found(factors.digest, made_of, choices, {**left_alone, **unknown})
 
     found = ensure_kept(cache, key, Found, make, progress=progress)
-    if not factors_file(cache, found.digest).is_file():  # somebody tidied up
+    kept = factors_file(cache, found.digest), smoothed_imatrix_file(cache, found.made_of)
+    if not all(file.is_file() for file in kept):  # somebody tidied up
         found = ensure_kept(cache, key, Found, make, fresh=True, progress=progress)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import sys
@@ -14,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 from prism_gguf import __version__
 from prism_gguf.cache import is_capture
 from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.errors import InvalidModelError, InvalidOutputError, RuntimeFailureError
+from prism_gguf.errors import (
+    InvalidImatrixError,
+    InvalidModelError,
+    InvalidOutputError,
+    InvalidProfileError,
+    RuntimeFailureError,
+)
 from prism_gguf.gguf_file import PROVENANCE, GgufFile
+from prism_gguf.imatrix import read_imatrix
 from prism_gguf.isolation import NativeWorker, Progress
 from prism_gguf.limits import Estimated, admit, not_told
 from prism_gguf.limits.steps import estimate_smoothing
-from prism_gguf.make import check_output
+from prism_gguf.make import check_output, recorded_made_of
 from prism_gguf.mix import UNQUANTIZED, Mix
 from prism_gguf.plan import MADE_OF
 from prism_gguf.reading import Reading, Source
@@ -32,6 +40,7 @@ from prism_gguf.smoothing.factors import (
     read_factors,
     smoothed_imatrix_file,
     smoothing_digest,
+    smoothing_of_imatrix,
 )
 from prism_gguf.text import Score, calibration_texts
 
@@ -129,33 +138,34 @@ def smooth(
 
     Raises:
         InvalidModelError: the base is quantized or smoothed already, or nothing in it can be smoothed.
+        InvalidProfileError: ``what`` is no quantized type.
+        InvalidImatrixError: the importance matrix cannot be read, or is of a smoothed model.
         IncompatibleModelsError: base and reference are of different models.
-        InvalidOutputError: ``out`` is in the way.
+        InvalidOutputError: ``out`` is in the way, or the importance matrix that goes with it.
         LimitError: memory or disk will clearly not do.
         RuntimeFailureError: the smoothed file is not the same function; nothing was written.
     """
     base, out, options = Path(base), Path(out), options or SmoothOptions()
     what = Mix(what.upper()) if isinstance(what, str) else what
     mix, name = (what.mix, what.name) if isinstance(what, Recipe) else (what, what.ftype)
-    if str(reference).endswith(".gguf") or is_capture(Path(reference)):
-        raise InvalidModelError(f"{reference}: activations need the Hugging Face checkpoint; name its folder or hub id")
-    gguf, recorded, beside = check_base(base), _recorded(out), imatrix_beside(out)
-    check_output(out, base, overwrite=overwrite or recorded is not None)
-    if recorded is None:
-        check_output(beside, base, overwrite=overwrite)
+    gguf, matrix, beside = check_base(base), None if imatrix is None else Path(imatrix), imatrix_beside(out)
+    _check_inputs(str(reference), mix, matrix)
+    check_output(out, base, overwrite=overwrite or _is_smoothed(out))
     reading = Reading(calibration_texts() if texts is None else texts, options.n_ctx, options.windows, Score.ALL)
     with options.worker() as worker:
         progress = partial(steps, "smoothing")
         progress(0, 0, "starting")
         needed = worker.run(estimate_smoothing, str(reference), base, reading, options, out.parent, progress=progress)
         admit(needed, force=options.force, estimated=estimated)
-        matrix = None if imatrix is None else Path(imatrix)
         job = (str(reference), base, mix, reading, options, matrix, options.refinements)
         found = worker.run(_find, *job, progress=progress, of=reference)
-        is_here = recorded == found.digest and beside.is_file()
-        if not is_here and recorded is not None and not overwrite:
-            raise InvalidOutputError(f"{out}: is there, smoothed otherwise; --force (overwrite=True) replaces it")
-        control = None if is_here else _make(gguf, out, found.digest, name, options, worker, steps)
+        is_same = recorded_made_of(out) == found.made_of
+        has_imatrix = _is_copy(beside, smoothed_imatrix_file(options.cache_folder, found.made_of))
+        others = [path for path, is_known in ((out, is_same), (beside, has_imatrix)) if path.exists() and not is_known]
+        if others and not overwrite:
+            raise InvalidOutputError(f"{others[0]}: is there, made otherwise; --force (overwrite=True) replaces it")
+        is_here = is_same and has_imatrix
+        control = None if is_here else _make(gguf, out, found, name, options, worker, steps)
     return Smoothed(out, beside, name, found.digest, control, found.choices, found.left_alone, found=is_here)
 
 
@@ -178,12 +188,26 @@ def check_base(base: Path) -> GgufFile:
     return gguf
 
 
-def _recorded(out: Path) -> str | None:
-    """The digest in a file that was smoothed here; None for anything else."""
+def _is_smoothed(out: Path) -> bool:
+    """Whether it is a file that was smoothed here."""
     try:
-        return smoothing_digest(out)
+        return smoothing_digest(out) is not None
     except InvalidModelError:
-        return None
+        return False
+
+
+def _check_inputs(reference: str, mix: Mix, imatrix: Path | None) -> None:
+    """What would be found out after minutes, or never."""
+    if reference.endswith(".gguf") or is_capture(Path(reference)):
+        raise InvalidModelError(f"{reference}: gradients need the Hugging Face checkpoint; name its folder or hub id")
+    if mix.ftype.upper() in UNQUANTIZED:
+        raise InvalidProfileError(f"'{mix.ftype}' rounds nothing; name the type that the file will be quantized to")
+    if imatrix is not None and smoothing_of_imatrix(read_imatrix(imatrix)) is not None:
+        raise InvalidImatrixError(f"{imatrix}: is of a smoothed model; name the importance matrix of the base")
+
+
+def _is_copy(path: Path, of: Path) -> bool:
+    return path.is_file() and filecmp.cmp(path, of, shallow=False)
 
 
 def _find(*job: Any, progress: Progress) -> Found:
@@ -193,7 +217,7 @@ def _find(*job: Any, progress: Progress) -> Found:
 
 
 def _make(
-    base: GgufFile, out: Path, digest: str, name: str, options: SmoothOptions, worker: NativeWorker, steps: Steps
+    base: GgufFile, out: Path, found: Found, name: str, options: SmoothOptions, worker: NativeWorker, steps: Steps
 ) -> float:
     """Write the file and its importance matrix, once llama.cpp has shown that it computes what the base does; that KLD.
 
@@ -205,12 +229,14 @@ def _make(
         metadata = {
             f"{PROVENANCE}version": __version__,
             f"{PROVENANCE}base": base.path.name,
-            SMOOTHED: digest,
+            SMOOTHED: found.digest,
             f"{PROVENANCE}smoothed_for": name,
-            MADE_OF: digest,
+            MADE_OF: found.made_of,
         }
         progress = partial(steps, "smoothing")
-        worker.run(_write, base.path, made, factors_file(options.cache_folder, digest), metadata, progress=progress)
+        worker.run(
+            _write, base.path, made, factors_file(options.cache_folder, found.digest), metadata, progress=progress
+        )
         running = {name: getattr(options, name) for name in RunOptions.__dataclass_fields__}
         control = CompareOptions(windows=_CONTROL_WINDOWS, attribution=False, control="none", **running)
         row = compare(base.path, [made], None, control, steps=steps).candidates[0]
@@ -222,7 +248,7 @@ def _make(
                 f"{out}: not written: smoothing changed the function, by {row.divergence.kld_mean:.2g} nats where "
                 f"{MAX_CONTROL_KLD:g} are allowed; the base may have tensors that its architecture here does not"
             )
-        shutil.copyfile(smoothed_imatrix_file(options.cache_folder, digest), folder / "imatrix.gguf")
+        shutil.copyfile(smoothed_imatrix_file(options.cache_folder, found.made_of), folder / "imatrix.gguf")
         (folder / "imatrix.gguf").replace(imatrix_beside(out))
         made.replace(out)
     return row.divergence.kld_mean

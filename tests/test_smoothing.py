@@ -1,0 +1,270 @@
+"""Smoothing from checkpoint to quantized file: what it saves, that it is the same function, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from gauges import regauged, rescaled
+from gguf_edit import edited
+
+from prism_gguf.advisor.collect import collect_imatrix
+from prism_gguf.advisor.sensitivity import SensitivityOptions, ensure_sensitivity
+from prism_gguf.cli import main
+from prism_gguf.comparison import CompareOptions, compare
+from prism_gguf.errors import InvalidOutputError, RuntimeFailureError
+from prism_gguf.imatrix import read_imatrix
+from prism_gguf.limits import Estimate
+from prism_gguf.make import quantize, recorded_made_of
+from prism_gguf.plan import MADE_OF
+from prism_gguf.reading import Reading
+from prism_gguf.reference import RunOptions
+from prism_gguf.results import Comparison
+from prism_gguf.smoothing.factors import Factors, factors_file, read_factors
+from prism_gguf.smoothing.find import Found
+from prism_gguf.smoothing.smooth import MAX_CONTROL_KLD, Smoothed, SmoothOptions, _make, check_base, smooth
+from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.text import Score, first_half, second_half
+
+SEEN, UNSEEN = ([half(text) for text in held_out_texts()] for half in (second_half, first_half))
+OPTIONS = SmoothOptions(windows=6, refinements=2)
+READING = Reading(SEEN, OPTIONS.n_ctx, OPTIONS.windows, Score.ALL)
+COMPARE = CompareOptions(windows=4, n_ctx=256, attribution=False)
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The testbed in a bad gauge, with its own importance matrix, and smoothed for Q4_K_M."""
+
+    checkpoint: Path
+    f16: Path
+    imatrix: Path
+    smoothed: Smoothed
+    estimate: Estimate
+
+    def smooth(self, out: Path, **more: object) -> Smoothed:
+        return smooth(self.checkpoint, self.f16, out, "Q4_K_M", SEEN, OPTIONS, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder, told = tmp_path_factory.mktemp("gauge"), []
+    checkpoint, f16 = regauged(folder)
+    imatrix = folder / "own.imatrix.gguf"
+    collect_imatrix(str(checkpoint), READING, imatrix, RunOptions())
+    smoothed = smooth(checkpoint, f16, folder / "smooth-F16.gguf", "Q4_K_M", SEEN, OPTIONS, estimated=told.append)
+    return Subject(checkpoint, f16, imatrix, smoothed, told[0])
+
+
+@pytest.fixture(scope="module")
+def factors(subject: Subject, cache: Path) -> Factors:
+    return read_factors(factors_file(cache, subject.smoothed.digest))
+
+
+@pytest.fixture(scope="module")
+def same(subject: Subject, factors: Factors, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoothed model as a checkpoint of its own."""
+    return rescaled(subject.checkpoint, factors, tmp_path_factory.mktemp("same") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def files(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Q4_K_M, each with its own importance matrix: as the model came, and smoothed."""
+    folder = tmp_path_factory.mktemp("files")
+    plain, smoothed = folder / "plain-Q4_K_M.gguf", folder / "smoothed-Q4_K_M.gguf"
+    quantize(subject.f16, plain, "Q4_K_M", imatrix=subject.imatrix)
+    quantize(subject.smoothed.out, smoothed, "Q4_K_M", imatrix=subject.smoothed.imatrix)
+    return plain, smoothed
+
+
+@pytest.fixture(scope="module")
+def compared(subject: Subject, files: tuple[Path, Path]) -> Comparison:
+    return compare(subject.checkpoint, [subject.smoothed.out, *files], UNSEEN, COMPARE)
+
+
+def test_the_same_function_costs_less_when_quantized(
+    subject: Subject, files: tuple[Path, Path], compared: Comparison
+) -> None:
+    control, plain, smoothed = (row.divergence.kld_mean for row in compared.candidates if row.divergence is not None)
+    assert subject.smoothed.control_kld is not None and abs(subject.smoothed.control_kld) < MAX_CONTROL_KLD
+    assert abs(control) < MAX_CONTROL_KLD
+    before, after = subject.smoothed.predicted
+    assert after < before / 4 and smoothed < plain / 4
+    # Predicted is what lies behind the sites; head, embedding and rounded activations come on top, here half as much.
+    assert before < plain < 2 * before and after < smoothed < 2 * after
+    assert plain / smoothed == pytest.approx(before / after, rel=0.3)
+    sizes = [path.stat().st_size for path in files]
+    assert 0 <= sizes[1] - sizes[0] < 500  # what it says of itself
+
+
+def test_what_is_told_before(subject: Subject) -> None:
+    estimate, out = subject.estimate, subject.smoothed.out
+    assert estimate.seconds > 0 and estimate.memory_bytes > 0
+    assert estimate.disk[out.parent] == pytest.approx(out.stat().st_size, rel=0.1)
+
+
+def test_the_imatrix_beside_it_is_the_smoothed_models(subject: Subject, same: Path, tmp_path: Path) -> None:
+    collect_imatrix(str(same), READING, tmp_path / "i.gguf", RunOptions())
+    expected, found = read_imatrix(tmp_path / "i.gguf").weights, read_imatrix(subject.smoothed.imatrix).weights
+    plain = read_imatrix(subject.imatrix).weights
+    for name, weights in expected.items():
+        np.testing.assert_allclose(found[name], weights, rtol=1e-3, err_msg=name)
+    moved = {name for name in expected if not np.allclose(plain[name], expected[name], rtol=0.1)}
+    assert moved == {name for name in expected if name.startswith("blk.")}
+
+
+def test_sensitivities_are_those_of_the_smoothed_model(subject: Subject, same: Path) -> None:
+    reading = Reading(SEEN, 128, 2, Score.ALL)
+    options = SensitivityOptions(types=("Q8_0", "Q4_K", "IQ4_NL"), imatrix=subject.smoothed.imatrix)
+    direct = ensure_sensitivity(str(same), reading, options)
+    found = ensure_sensitivity(str(subject.checkpoint), reading, replace(options, smoothed=subject.smoothed.out))
+    plain = ensure_sensitivity(str(subject.checkpoint), reading, replace(options, imatrix=subject.imatrix))
+    assert (direct.smoothed, found.smoothed) == (None, subject.smoothed.digest)
+    assert [t.name for t in found.tensors] == [t.name for t in direct.tensors]
+    worst: dict[str, float] = {}
+    for ours, theirs in zip(found.tensors, direct.tensors, strict=True):
+        for kind in options.types:
+            for part in ("kld_weights", "kld_kernel"):
+                a, b = getattr(ours.costs[kind], part), getattr(theirs.costs[kind], part)
+                worst[f"{kind} {part}"] = max(worst.get(f"{kind} {part}", 0), abs(a / b - 1) if b else abs(a))
+                assert a == pytest.approx(b, rel=0.03), (ours.name, kind, part)
+    print(worst)
+    whole = [sum(t.costs["Q4_K"].kld for t in s.tensors) for s in (found, plain)]
+    assert whole[0] < whole[1] / 3
+
+
+def test_kinship_knows_a_smoothed_file(
+    subject: Subject, files: tuple[Path, Path], compared: Comparison, tmp_path: Path
+) -> None:
+    of_base, plain, smoothed = compared.candidates
+    said = "smoothed for Q4_K_M: scales were moved between norms and matrices"
+    assert said in of_base.notes and said in smoothed.notes and said not in plain.notes
+
+    def change(name: str, data: np.ndarray) -> np.ndarray:
+        return data * 1.1 if name == "output_norm.weight" else data
+
+    other = edited(subject.smoothed.out, tmp_path / "other-F16.gguf", tensor=change)
+    row = compare(subject.checkpoint, [other], UNSEEN, COMPARE).candidates[0]
+    assert row.error is not None and "made of other weights: 1 of 1 norms" in row.error.message
+
+
+def test_the_same_command_finds_it_and_makes_it_again(subject: Subject, tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    def steps(name: str, done: int, total: int, stage: str = "", /) -> None:
+        stages.append(stage)
+
+    found = subject.smooth(subject.smoothed.out, steps=steps)
+    assert found.found and found.control_kld is None and found.choices == subject.smoothed.choices
+    assert not {"activations", "searching", "writing"} & set(stages)
+    stages.clear()
+    again = subject.smooth(tmp_path / "again-F16.gguf", steps=steps)
+    assert not {"activations", "searching"} & set(stages) and "writing" in stages
+    assert not again.found and again.digest == subject.smoothed.digest
+    assert again.out.read_bytes() == subject.smoothed.out.read_bytes()
+    assert again.imatrix.read_bytes() == subject.smoothed.imatrix.read_bytes()
+    for gone in (again.imatrix, again.out):  # one of the two: both are there again
+        gone.unlink()
+        assert not subject.smooth(again.out).found and subject.smooth(again.out).found
+    assert sorted(p.name for p in tmp_path.iterdir()) == [again.out.name, again.imatrix.name]
+
+
+def test_a_changed_function_is_refused(subject: Subject, factors: Factors, cache: Path, tmp_path: Path) -> None:
+    columns = {name: value for name, value in factors.columns.items() if name != "blk.1.ffn_up.weight"}
+    broken = Factors(factors.rows, columns)
+    broken.save(factors_file(cache, broken.digest))
+    out, base, found = tmp_path / "out-F16.gguf", check_base(subject.f16), Found(broken.digest, "0" * 32, [], {})
+    with OPTIONS.worker() as worker, pytest.raises(RuntimeFailureError, match="smoothing changed the function, by"):
+        _make(base, out, found, "Q4_K_M", OPTIONS, worker, lambda *_: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--base", "{plain}"], "is Q4_K_M; smooth the F16, BF16 or F32 file, and quantize that"),
+        (["--base", "{smoothed}"], "is smoothed already; name the file that it was made of"),
+        (["--base", "{f16}", "--type", "Q4_0", "--recipe", "{tmp}"], "by one of --type and --recipe"),
+        (["--base", "{f16}", "--type", "Q9"], "'Q9' is no ftype"),
+        (["--base", "{f16}", "--type", "f16"], "'F16' rounds nothing; name the type"),
+        (["--base", "{f16}", "--imatrix", "{tmp}/none"], "none"),
+        (["--base", "{tmp}/none.gguf"], "no such file"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    subject: Subject, files: tuple[Path, Path], tmp_path: Path, more: list[str], message: str
+) -> None:
+    names = {"plain": files[0], "smoothed": subject.smoothed.out, "f16": subject.f16, "tmp": tmp_path}
+    refused(subject.checkpoint, message, *(a.format(**names) for a in more), "--out", tmp_path / "out-F16.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(reference: Path, message: str, *more: object) -> None:
+    result = run("smooth", reference, "--quiet", "--windows", 6, "--refine", 2, *_texts(), *more)
+    assert result.exit_code == 2, result.output
+    assert result.output.count("\n") == 1 and message in result.output, result.output
+
+
+def _texts() -> list[str]:
+    return [a for name in ("postgresql", "python") for a in ("--text", str(MODEL.parent / "text" / f"{name}.txt"))]
+
+
+def test_wrong_pairs_are_refused(subject: Subject, ladder: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    to = ["--out", folder / "out-F16.gguf"]
+    refused(MODEL, "made of other weights", "--base", subject.f16, *to)
+    refused(subject.checkpoint, "made of other weights", "--base", ladder["F16"], *to)
+    refused(subject.f16, "gradients need the Hugging Face checkpoint", "--base", subject.f16, *to)
+    foreign = edited(subject.f16, tmp_path / "gpt2-F16.gguf", architecture="gpt2")
+    refused(subject.checkpoint, "nothing to smooth: gpt2: no symmetries are known here", "--base", foreign, *to)
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_in_the_way_stays(subject: Subject, tmp_path: Path) -> None:
+    out, imatrix = tmp_path / "out-F16.gguf", tmp_path / "out-F16.imatrix.gguf"
+    mine = ["--base", subject.f16, "--out", out]
+    out.write_bytes(b"another's")
+    refused(subject.checkpoint, "exists already; --force", *mine)
+    assert out.read_bytes() == b"another's"
+    out.unlink()
+    imatrix.write_bytes(b"another's")
+    refused(subject.checkpoint, "give the importance matrix of the base", *mine, "--imatrix", imatrix)
+    with pytest.raises(InvalidOutputError, match=r"imatrix\.gguf: is there, made otherwise; --force"):
+        subject.smooth(out)
+    assert imatrix.read_bytes() == b"another's" and not out.exists()
+    imatrix.unlink()
+    edited(subject.smoothed.out, out, metadata={MADE_OF: "0" * 32})
+    with pytest.raises(InvalidOutputError, match="is there, made otherwise; --force"):
+        subject.smooth(out)
+    assert recorded_made_of(out) == "0" * 32 and not imatrix.exists()
+    assert subject.smooth(out, overwrite=True).out.read_bytes() == subject.smoothed.out.read_bytes()
+
+
+def test_sensitivities_of_another_gauge_are_refused(subject: Subject, tmp_path: Path) -> None:
+    costs = tmp_path / "s.json"
+    reading = Reading(SEEN, 128, 2, Score.ALL)
+    options = SensitivityOptions(types=("Q8_0", "Q4_K", "IQ4_NL"), imatrix=subject.smoothed.imatrix)
+    found = ensure_sensitivity(str(subject.checkpoint), reading, options)
+    costs.write_text(json.dumps(found.to_dict()))
+    smoothed = ["--base", subject.smoothed.out, "--imatrix", subject.smoothed.imatrix]
+    advise = ["advise", subject.checkpoint, *smoothed, "--budget", "5bpw", "-o", tmp_path / "r.yaml"]
+    result = run(*advise, "--sensitivity", costs, "--quiet")
+    assert result.exit_code == 2 and result.output.count("\n") == 1
+    assert "the sensitivities are of a model as it is; measure those of this file with --smoothed" in result.output
+    # Elsewhere, nobody knows the factors.
+    measure = ["sensitivity", subject.checkpoint, "-o", tmp_path / "t.json", "--cache", tmp_path / "cache", "--quiet"]
+    result = run(*measure, "--smoothed", subject.smoothed.out, "--type", "Q4_K")
+    assert result.exit_code == 2 and result.output.count("\n") == 1
+    assert f"was smoothed with factors that are not in {tmp_path / 'cache'}" in result.output
+    result = run(*measure, "--smoothed", subject.f16, "--type", "Q4_K")
+    assert result.exit_code == 2 and "is no smoothed file; make one with `prism-gguf smooth`" in result.output
+    assert not (tmp_path / "t.json").exists()
