@@ -236,8 +236,8 @@ def test_what_is_in_the_way_stays(subject: Subject, tmp_path: Path) -> None:
     refused(subject.checkpoint, "exists already; --force", *mine)
     assert out.read_bytes() == b"another's"
     out.unlink()
+    refused(subject.checkpoint, "is of a smoothed model", *mine, "--imatrix", subject.smoothed.imatrix)
     imatrix.write_bytes(b"another's")
-    refused(subject.checkpoint, "give the importance matrix of the base", *mine, "--imatrix", imatrix)
     with pytest.raises(InvalidOutputError, match=r"imatrix\.gguf: is there, made otherwise; --force"):
         subject.smooth(out)
     assert imatrix.read_bytes() == b"another's" and not out.exists()
