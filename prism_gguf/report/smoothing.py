@@ -28,6 +28,9 @@ def print_smoothed(smoothed: Smoothed, out: Console) -> None:
         table.add_row("all", _moved(smoothed.choices), "", *map(number, smoothed.predicted))
     out.print(table)
     out.print("KLD: predicted, of the matrices behind the sites, nats per token\n", soft_wrap=True)
+    if all(choice.exponent is None for choice in smoothed.choices):
+        said = "no site gains by other scales: the weights are the base's own (were they quantized before?)\n"
+        out.print(said, soft_wrap=True)
     for name, reason in smoothed.left_alone.items():
         out.print(escape(printable(f"left alone: {name} ({reason})")), soft_wrap=True)
     file, imatrix = printable(str(smoothed.out)), printable(str(smoothed.imatrix))
