@@ -231,7 +231,8 @@ def compare_weights(sample: WeightSample, gguf: GgufFile) -> tuple[OtherWeights 
         if stored.get(name) == sample.shapes[name]
     }
     changed = [name for name, change in changes.items() if change.differs]
-    if n_vectors or len(changed) >= _LEAST:
+    # Of a smoothed file, little more than the embedding is left to tell by.
+    if n_vectors or len(changed) >= max(1, min(_LEAST, len(changes))):
         everywhere = "token_embd.weight" in changed and len(changed) > 0.75 * len(changes)
         kind = "fine-tune" if n_vectors or everywhere else "merged-adapter"
         relative = float(np.median([changes[n].relative for n in changed])) if changed else None

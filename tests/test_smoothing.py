@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,23 +14,32 @@ import pytest
 from click.testing import CliRunner, Result
 from gauges import regauged, rescaled
 from gguf_edit import edited
+from test_resume import finish, start
+from variants import fine_tuned
 
+from prism_gguf.adapters.huggingface import HuggingFaceModel
 from prism_gguf.advisor.collect import collect_imatrix
 from prism_gguf.advisor.sensitivity import SensitivityOptions, ensure_sensitivity
 from prism_gguf.cli import main
 from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.errors import InvalidOutputError, RuntimeFailureError
+from prism_gguf.errors import InvalidOutputError, PrismGgufError, RuntimeFailureError
+from prism_gguf.gguf_file import GgufFile
 from prism_gguf.imatrix import read_imatrix
+from prism_gguf.kinship import compare_weights, sample_of
 from prism_gguf.limits import Estimate
 from prism_gguf.make import quantize, recorded_made_of
+from prism_gguf.mix import Mix
 from prism_gguf.plan import MADE_OF
+from prism_gguf.quantizer import quantize_gguf
 from prism_gguf.reading import Reading
 from prism_gguf.reference import RunOptions
 from prism_gguf.results import Comparison
-from prism_gguf.smoothing.factors import Factors, factors_file, read_factors
-from prism_gguf.smoothing.find import Found
+from prism_gguf.smoothing.apply import write_smoothed
+from prism_gguf.smoothing.factors import SMOOTHED, Factors, factors_file, read_factors
+from prism_gguf.smoothing.find import Found, find_factors
 from prism_gguf.smoothing.smooth import MAX_CONTROL_KLD, Smoothed, SmoothOptions, _make, check_base, smooth
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.testbed.gguf_export import write_f16
 from prism_gguf.text import Score, first_half, second_half
 
 SEEN, UNSEEN = ([half(text) for text in held_out_texts()] for half in (second_half, first_half))
@@ -156,6 +168,20 @@ def test_kinship_knows_a_smoothed_file(
     assert row.error is not None and "made of other weights: 1 of 1 norms" in row.error.message
 
 
+def test_a_smoothed_fine_tune_is_told_by_its_embedding(factors: Factors, tmp_path: Path) -> None:
+    """Of one whose norms are the reference's: all else was rescaled."""
+    for name, make in (("same", lambda _: MODEL), ("tuned", fine_tuned)):
+        write_f16(make(tmp_path / name), tmp_path / f"{name}-F16.gguf", name=name)
+        base = GgufFile(tmp_path / f"{name}-F16.gguf")
+        write_smoothed(base, tmp_path / f"{name}.gguf", factors, {SMOOTHED: factors.digest})
+        quantize_gguf(tmp_path / f"{name}.gguf", tmp_path / f"{name}-Q4_K_M.gguf", Mix("Q4_K_M"))
+    with HuggingFaceModel(MODEL) as model:
+        sample = sample_of(model)
+    for suffix in (".gguf", "-Q4_K_M.gguf"):
+        same, tuned = (compare_weights(sample, GgufFile(tmp_path / f"{n}{suffix}"))[0] for n in ("same", "tuned"))
+        assert same is None and (suffix == "-Q4_K_M.gguf" or (tuned is not None and tuned.kind == "fine-tune"))
+
+
 def test_the_same_command_finds_it_and_makes_it_again(subject: Subject, tmp_path: Path) -> None:
     stages: list[str] = []
 
@@ -171,9 +197,8 @@ def test_the_same_command_finds_it_and_makes_it_again(subject: Subject, tmp_path
     assert not again.found and again.digest == subject.smoothed.digest
     assert again.out.read_bytes() == subject.smoothed.out.read_bytes()
     assert again.imatrix.read_bytes() == subject.smoothed.imatrix.read_bytes()
-    for gone in (again.imatrix, again.out):  # one of the two: both are there again
-        gone.unlink()
-        assert not subject.smooth(again.out).found and subject.smooth(again.out).found
+    again.imatrix.unlink()  # lost: both are there again
+    assert not subject.smooth(again.out).found
     assert sorted(p.name for p in tmp_path.iterdir()) == [again.out.name, again.imatrix.name]
 
 
@@ -213,6 +238,12 @@ def refused(reference: Path, message: str, *more: object) -> None:
     assert result.output.count("\n") == 1 and message in result.output, result.output
 
 
+def test_the_reference_is_a_checkpoint(subject: Subject, tmp_path: Path) -> None:
+    message = "gradients need the Hugging Face checkpoint"
+    refused(subject.f16, message, "--base", subject.f16, "--out", tmp_path / "out-F16.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 def _texts() -> list[str]:
     return [a for name in ("postgresql", "python") for a in ("--text", str(MODEL.parent / "text" / f"{name}.txt"))]
 
@@ -220,13 +251,16 @@ def _texts() -> list[str]:
 def test_wrong_pairs_are_refused(subject: Subject, ladder: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    to = ["--out", folder / "out-F16.gguf"]
-    refused(MODEL, "made of other weights", "--base", subject.f16, *to)
-    refused(subject.checkpoint, "made of other weights", "--base", ladder["F16"], *to)
-    refused(subject.f16, "gradients need the Hugging Face checkpoint", "--base", subject.f16, *to)
-    foreign = edited(subject.f16, tmp_path / "gpt2-F16.gguf", architecture="gpt2")
-    refused(subject.checkpoint, "nothing to smooth: gpt2: no symmetries are known here", "--base", foreign, *to)
+    refused(MODEL, "made of other weights", "--base", subject.f16, "--out", folder / "out-F16.gguf")
     assert list(folder.iterdir()) == []
+    foreign = edited(subject.f16, tmp_path / "gpt2-F16.gguf", architecture="gpt2")
+    for reference, base, message in [
+        (subject.checkpoint, ladder["F16"], "made of other weights"),  # the same function, in another gauge
+        (subject.checkpoint, foreign, "nothing to smooth: gpt2: no symmetries are known here"),
+    ]:
+        with pytest.raises(PrismGgufError, match=message) as caught:
+            find_factors(str(reference), base, Mix("Q4_K_M"), READING, OPTIONS, None, 2)
+        assert "\n" not in str(caught.value)
 
 
 def test_what_is_in_the_way_stays(subject: Subject, tmp_path: Path) -> None:
@@ -268,3 +302,71 @@ def test_sensitivities_of_another_gauge_are_refused(subject: Subject, tmp_path: 
     result = run(*measure, "--smoothed", subject.f16, "--type", "Q4_K")
     assert result.exit_code == 2 and "is no smoothed file; make one with `prism-gguf smooth`" in result.output
     assert not (tmp_path / "t.json").exists()
+
+
+FEW = ["--windows", 2, "--n-ctx", 256, *_texts()]
+
+
+@pytest.mark.slow
+def test_one_command_from_checkpoint_to_file(subject: Subject, compared: Comparison, tmp_path: Path) -> None:
+    made, result = tmp_path / "made.gguf", tmp_path / "a.json"
+    shown = run(
+        *("advise", subject.checkpoint, "--base", subject.f16, "--budget", "same-as:Q4_K_M"),
+        *("-o", tmp_path / "recipe.yaml", "--smooth", "--make", made, "--json", result, "--checks", 0, "--no-measure"),
+        *("--type", "Q6_K", "--type", "Q4_K", "--type", "Q3_K", *FEW),
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "the same function" in shown.output
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"gauge-smooth-F16.gguf", "gauge-smooth-F16.imatrix.gguf", "recipe.yaml", "made.gguf", "a.json"}
+    found = json.loads(result.read_text())
+    assert found["smoothing"]["schema"] == "prism-gguf/smoothing/1" and found["smoothing"]["smoothed_for"] == "Q4_K_M"
+    row = found["made"]["comparison"]["candidates"][0]
+    plain = compared.candidates[1].divergence
+    assert plain is not None and row["divergence"]["kld_mean"] < plain.kld_mean / 4
+    assert made.stat().st_size <= found["budget_bytes"]
+
+
+def test_sweep_of_the_smoothed_file(subject: Subject, compared: Comparison, tmp_path: Path) -> None:
+    profile, result, out = tmp_path / "two.yaml", tmp_path / "r.json", tmp_path / "out"
+    profile.write_text("description: x.\nentries:\n- {name: Q4_K_M, ftype: Q4_K_M}\n- {name: Q3_K_M, ftype: Q3_K_M}\n")
+    shown = run(
+        *("sweep", subject.f16, "--reference", subject.checkpoint, "--profile", profile, "--smooth"),
+        *("--out", out, "--json", result, "--no-attribution", *FEW),
+    )
+    assert shown.exit_code == 0, shown.output
+    names = [f"gauge-smooth-{n}.gguf" for n in ("F16", "F16.imatrix", "Q3_K_M", "Q4_K_M")]
+    assert sorted(p.name for p in out.iterdir()) == names
+    found = json.loads(result.read_text())
+    rows = {Path(row["path"]).name: row for row in found["candidates"]}
+    plain = compared.candidates[1].divergence
+    assert plain is not None and rows["gauge-smooth-Q4_K_M.gguf"]["divergence"]["kld_mean"] < plain.kld_mean / 4
+    assert all("smoothed for Q3_K_M" in " ".join(row["notes"]) for row in rows.values())
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_finds_the_same(subject: Subject, tmp_path: Path) -> None:
+    out, cache, temporary = tmp_path / "out-F16.gguf", tmp_path / "cache", tmp_path / "tmp"
+    args = ["smooth", str(subject.checkpoint), "--base", str(subject.f16), "--out", str(out), "--quiet"]
+    args += ["--windows", "6", "--refine", "2"]
+    draw, began = random.Random(0), time.monotonic()
+    finish(args, tmp_path / "other", temporary)
+    whole, expected = time.monotonic() - began, out.read_bytes()
+    imatrix = (tmp_path / "out-F16.imatrix.gguf").read_bytes()
+    out.unlink()
+    (tmp_path / "out-F16.imatrix.gguf").unlink()
+    interrupted = 0
+    for _ in range(3):
+        process = start(args, cache, temporary)
+        try:
+            process.communicate(timeout=draw.uniform(0.3, 0.8) * whole)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate(timeout=20)
+            interrupted += 1
+            assert out.exists() == (tmp_path / "out-F16.imatrix.gguf").exists()
+    assert interrupted
+    finish(args, cache, temporary)
+    assert out.read_bytes() == expected
+    assert (tmp_path / "out-F16.imatrix.gguf").read_bytes() == imatrix
+    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.glob("prism-gguf-scratch-*"))
