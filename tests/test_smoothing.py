@@ -46,6 +46,7 @@ SEEN, UNSEEN = ([half(text) for text in held_out_texts()] for half in (second_ha
 OPTIONS = SmoothOptions(windows=6, refinements=2)
 READING = Reading(SEEN, OPTIONS.n_ctx, OPTIONS.windows, Score.ALL)
 COMPARE = CompareOptions(windows=4, n_ctx=256, attribution=False)
+TYPES = ("Q8_0", "Q4_K", "IQ4_NL")
 
 
 def run(*args: object) -> Result:
@@ -135,20 +136,17 @@ def test_the_imatrix_beside_it_is_the_smoothed_models(subject: Subject, same: Pa
 
 def test_sensitivities_are_those_of_the_smoothed_model(subject: Subject, same: Path) -> None:
     reading = Reading(SEEN, 128, 2, Score.ALL)
-    options = SensitivityOptions(types=("Q8_0", "Q4_K", "IQ4_NL"), imatrix=subject.smoothed.imatrix)
+    options = SensitivityOptions(types=TYPES, imatrix=subject.smoothed.imatrix)
     direct = ensure_sensitivity(str(same), reading, options)
     found = ensure_sensitivity(str(subject.checkpoint), reading, replace(options, smoothed=subject.smoothed.out))
     plain = ensure_sensitivity(str(subject.checkpoint), reading, replace(options, imatrix=subject.imatrix))
     assert (direct.smoothed, found.smoothed) == (None, subject.smoothed.digest)
     assert [t.name for t in found.tensors] == [t.name for t in direct.tensors]
-    worst: dict[str, float] = {}
     for ours, theirs in zip(found.tensors, direct.tensors, strict=True):
         for kind in options.types:
             for part in ("kld_weights", "kld_kernel"):
-                a, b = getattr(ours.costs[kind], part), getattr(theirs.costs[kind], part)
-                worst[f"{kind} {part}"] = max(worst.get(f"{kind} {part}", 0), abs(a / b - 1) if b else abs(a))
-                assert a == pytest.approx(b, rel=0.03), (ours.name, kind, part)
-    print(worst)
+                expected = getattr(theirs.costs[kind], part)
+                assert getattr(ours.costs[kind], part) == pytest.approx(expected, rel=0.03), (ours.name, kind, part)
     whole = [sum(t.costs["Q4_K"].kld for t in s.tensors) for s in (found, plain)]
     assert whole[0] < whole[1] / 3
 
@@ -177,9 +175,12 @@ def test_a_smoothed_fine_tune_is_told_by_its_embedding(factors: Factors, tmp_pat
         quantize_gguf(tmp_path / f"{name}.gguf", tmp_path / f"{name}-Q4_K_M.gguf", Mix("Q4_K_M"))
     with HuggingFaceModel(MODEL) as model:
         sample = sample_of(model)
-    for suffix in (".gguf", "-Q4_K_M.gguf"):
-        same, tuned = (compare_weights(sample, GgufFile(tmp_path / f"{n}{suffix}"))[0] for n in ("same", "tuned"))
-        assert same is None and (suffix == "-Q4_K_M.gguf" or (tuned is not None and tuned.kind == "fine-tune"))
+    kinds = {
+        file.name: None if (found := compare_weights(sample, GgufFile(file))[0]) is None else found.kind
+        for file in tmp_path.glob("*.gguf")
+    }
+    # Moved by 2 %, which is lost in the rounding of Q4_K.
+    assert {name for name, kind in kinds.items() if kind} == {"tuned-F16.gguf", "tuned.gguf"}
 
 
 def test_the_same_command_finds_it_and_makes_it_again(subject: Subject, tmp_path: Path) -> None:
@@ -286,8 +287,8 @@ def test_what_is_in_the_way_stays(subject: Subject, tmp_path: Path) -> None:
 def test_sensitivities_of_another_gauge_are_refused(subject: Subject, tmp_path: Path) -> None:
     costs = tmp_path / "s.json"
     reading = Reading(SEEN, 128, 2, Score.ALL)
-    options = SensitivityOptions(types=("Q8_0", "Q4_K", "IQ4_NL"), imatrix=subject.smoothed.imatrix)
-    found = ensure_sensitivity(str(subject.checkpoint), reading, options)
+    options = SensitivityOptions(types=TYPES, imatrix=subject.smoothed.imatrix, smoothed=subject.smoothed.out)
+    found = replace(ensure_sensitivity(str(subject.checkpoint), reading, options), smoothed=None)
     costs.write_text(json.dumps(found.to_dict()))
     smoothed = ["--base", subject.smoothed.out, "--imatrix", subject.smoothed.imatrix]
     advise = ["advise", subject.checkpoint, *smoothed, "--budget", "5bpw", "-o", tmp_path / "r.yaml"]
