@@ -21,7 +21,7 @@ EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
 _ROWS = 384  # of each follower that are tried; those that count most are the likeliest to be among them
 _LEAST_ROWS = 32  # of each expert
 _WIDEST = 1000.0  # a scale lies within this of their geometric mean: F16 keeps its precision
-_FIRST_STEP, _LONGER, _SHORTER = 0.15, 1.2, 0.93  # of log scales
+_FIRST_STEP, _LONGER, _SHORTER = 0.05, 1.3, 0.85  # of log scales
 
 
 @dataclass(frozen=True)
