@@ -233,7 +233,7 @@ def advise(
     from prism_gguf.report.progress import progress_bars
     from prism_gguf.report.smoothing import print_smoothed
     from prism_gguf.report.terminal import console
-    from prism_gguf.smoothing.first import mix_for_budget, smooth_first
+    from prism_gguf.smoothing.first import smooth_for_budget
     from prism_gguf.text import Score
 
     check_writable(out, "--out")
@@ -245,43 +245,23 @@ def advise(
     with progress_bars(shown=not (quiet or options["verbose"])) as steps:
         watched: dict[str, Any] = {"steps": steps, "estimated": told(quiet)}
         if smooth:
-            mix = mix_for_budget(base, budget, running, steps)
-            smoothed = smooth_first(reference, base, out.parent, mix, running, imatrix=imatrix, **watched)
+            smoothed = smooth_for_budget(reference, base, budget, out.parent, running, imatrix=imatrix, **watched)
             base, imatrix = smoothed.out, smoothed.imatrix
-        advice = run_advise(
-            reference,
-            base,
-            budget,
-            measured,
-            texts,
-            running,
-            imatrix=imatrix,
-            types=types or TYPES,
-            n_checks=checks,
-            measure=measure,
-            **watched,
-        )
+        watched |= {"imatrix": imatrix}
+        how: dict[str, Any] = {"types": types or TYPES, "n_checks": checks, "measure": measure, **watched}
+        advice = run_advise(reference, base, budget, measured, texts, running, **how)
         write_recipe(out, advice.recipe)
         if made_file is not None:
-            overwrite = options["force"]
-            made = quantize(
-                base,
-                made_file,
-                advice.recipe,
-                imatrix=imatrix,
-                overwrite=overwrite,
-                verify=reference,
-                texts=texts,
-                options=running,
-                **watched,
-            )
+            how = {"verify": reference, "texts": texts, "options": running, "overwrite": running.force, **watched}
+            made = quantize(base, made_file, advice.recipe, **how)
     if json_file is not None:
         parts = {"smoothing": smoothed, "made": made}
         found = {**advice.to_dict(), **{name: part.to_dict() for name, part in parts.items() if part is not None}}
         write_whole(json_file, json.dumps(found, indent=2) + "\n")
-    if not quiet:
-        if smoothed is not None:
-            print_smoothed(smoothed, console())
-        print_advice(advice, out, console(), base=None if made is not None else base)
-        if made is not None:
-            print_made(made, console())
+    shown = console()
+    shown.quiet = quiet
+    if smoothed is not None:
+        print_smoothed(smoothed, shown)
+    print_advice(advice, out, shown, base=None if made is not None else base)
+    if made is not None:
+        print_made(made, shown)

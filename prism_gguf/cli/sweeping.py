@@ -102,7 +102,7 @@ def sweep(
     from prism_gguf.budget import Budget
     from prism_gguf.profiles import load_profile
     from prism_gguf.report.progress import progress_bars
-    from prism_gguf.smoothing.first import mix_for_profile, smooth_first
+    from prism_gguf.smoothing.first import smooth_for_profile
     from prism_gguf.sweep import profile_options
     from prism_gguf.sweep import sweep as run_sweep
 
@@ -119,8 +119,7 @@ def sweep(
     with progress_bars(shown=not (output.quiet or options["verbose"])) as steps:
         watched: dict[str, Any] = {"steps": steps, "estimated": told(output.quiet)}
         if smooth:
-            mix = mix_for_profile(base, profile)
-            smoothed = smooth_first(reference, base, folder, mix, running, imatrix=imatrix, **watched)
+            smoothed = smooth_for_profile(reference, base, profile, folder, running, imatrix=imatrix, **watched)
             base, imatrix = smoothed.out, smoothed.imatrix
         comparison = run_sweep(
             base,

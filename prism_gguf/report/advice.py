@@ -11,6 +11,7 @@ from rich.table import Table
 
 from prism_gguf.advisor.advice import Advice, MeasuredFile
 from prism_gguf.advisor.sensitivity import Sensitivity
+from prism_gguf.errors import RuntimeFailureError
 from prism_gguf.make import Made
 from prism_gguf.report.words import number, printable
 
@@ -78,15 +79,18 @@ def print_advice(advice: Advice, file: Path, out: Console, *, base: Path | None 
 
 
 def print_made(made: Made, out: Console) -> None:
-    """The finished file, and how close it came to its reference."""
+    """The finished file, and how close it came to its reference.
+
+    Raises:
+        RuntimeFailureError: it could not be measured.
+    """
     assert made.comparison is not None
     row = made.comparison.candidates[-1]
-    size = f"{printable(row.path)}: {made.plan.file_bytes / 2**20:.2f} MiB"
     if row.divergence is None:
-        out.print(escape(f"{size}; it could not be measured: {row.error.message if row.error else ''}"), soft_wrap=True)
-        return
+        raise RuntimeFailureError(f"{row.path}: made, but not measured: {row.error.message if row.error else ''}")
+    size, file = made.plan.file_bytes / 2**20, printable(row.path)
     kld, error = number(row.divergence.kld_mean), number(row.divergence.kld_mean_se)
-    out.print(escape(f"{size}, {kld} ±{error} nats to the reference"), soft_wrap=True)
+    out.print(escape(f"{file}: {size:.2f} MiB, {kld} ±{error} nats to the reference"), soft_wrap=True)
 
 
 def _files(advice: Advice) -> Table:
