@@ -138,6 +138,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(
     assert list(temporary.iterdir()) == [] and not list(cache.glob("unfinished/*"))
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(ladder: dict[str, Path], tmp_path: Path) -> None:
     options = CompareOptions(windows=2, n_ctx=128, attribution=False, cache=tmp_path)
     stages: list[tuple[str, int, str]] = []
@@ -222,6 +223,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(ladder: dict[str, Path], tmp_path: Path) -> None:
     args = ["compare", str(MODEL), str(ladder["Q2_K"]), "--windows", "8", "--n-ctx", "256", "--no-attribution"]
     with small_disk(tmp_path / "disk", "900k") as cache:

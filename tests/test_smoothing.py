@@ -328,6 +328,7 @@ def test_one_command_from_checkpoint_to_file(subject: Subject, compared: Compari
     assert made.stat().st_size <= found["budget_bytes"]
 
 
+@pytest.mark.slow
 def test_sweep_of_the_smoothed_file(subject: Subject, compared: Comparison, tmp_path: Path) -> None:
     profile, result, out = tmp_path / "two.yaml", tmp_path / "r.json", tmp_path / "out"
     profile.write_text("description: x.\nentries:\n- {name: Q4_K_M, ftype: Q4_K_M}\n- {name: Q3_K_M, ftype: Q3_K_M}\n")
