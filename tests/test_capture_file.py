@@ -171,6 +171,7 @@ def test_two_runs_at_once_share_the_work(tmp_path: Path) -> None:
     assert len([p for p in (tmp_path / "captures").iterdir() if p.is_dir()]) == 1
 
 
+@pytest.mark.slow
 def test_self_contained_needs_no_model_and_others_say_so(ladder: dict[str, Path], tmp_path: Path) -> None:
     here = checkpoint(tmp_path)
     few = replace(READING, max_windows=2)

@@ -117,6 +117,7 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_capture_compare_and_export(captured: Path, ladder: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     result = run("compare", captured, ladder["Q8_0"], "--json", out, "--details")

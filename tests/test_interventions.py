@@ -238,6 +238,7 @@ def test_a_scaled_last_norm_moves_the_scale_axis_alone(model: Model, ladder: dic
         assert row.verdict is not None and row.verdict.status is Status.SCALE
 
 
+@pytest.mark.slow
 def test_a_quantized_head_alone_leaves_the_states_alone(model: Model, ladder: dict[str, Path], tmp_path: Path) -> None:
     names = [t.name for t in GgufFile(ladder["F16"]).tensors if t.type == "F16"]
     files = {kind: tmp_path / f"head-{kind}.gguf" for kind in ("Q4_K", "Q2_K")}

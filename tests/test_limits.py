@@ -85,6 +85,7 @@ def test_disk_is_as_estimated(tmp_path: Path, ladder: dict[str, Path]) -> None:
     assert base.disk == {tmp_path: (tmp_path / "base.kld").stat().st_size}
 
 
+@pytest.mark.slow
 def test_an_interrupted_step_needs_only_what_is_left(tmp_path: Path) -> None:
     told: list[Estimate] = []
 

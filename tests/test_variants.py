@@ -74,6 +74,7 @@ def adapted(
     return compare(reference, [ladder["F16"], ladder["Q4_K_M"]], TEXTS, options)
 
 
+@pytest.mark.slow
 def test_an_adapter_makes_what_merging_makes(adapted: Comparison, ladder: dict[str, Path]) -> None:
     """Every run has it: for the numbers, for the weights without kernels, and for the blocks."""
     plain, quantized = adapted.candidates
@@ -207,6 +208,7 @@ def beside(ladder: dict[str, Path], tuned: Path, tmp_path_factory: pytest.TempPa
     return compare(MODEL, files, TEXTS, replace(FEW, layers=True, split_kernels=True, variant=True))
 
 
+@pytest.mark.slow
 def test_a_fine_tune_is_as_far_as_its_gguf(beside: Comparison, tuned: Path) -> None:
     row, exported, _ = beside.candidates[:3]
     assert kld(row) > 1e-3 and kld(row) == pytest.approx(kld(exported), abs=FLOOR)
