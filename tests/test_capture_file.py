@@ -149,6 +149,7 @@ def prism_gguf_texts(path: Path) -> list:
     return read_texts([str(path)])
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_the_work(tmp_path: Path) -> None:
     code = "import sys; from prism_gguf.cli import main; main(sys.argv[1:])"
     arguments = [

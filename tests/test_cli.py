@@ -46,6 +46,7 @@ def test_compare_prints_a_table_and_writes_json(ladder: dict[str, Path], tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.slow
 def test_named_texts_and_context(ladder: dict[str, Path], tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 200)

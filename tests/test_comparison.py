@@ -164,6 +164,7 @@ def test_another_tokenizer_is_named_by_its_first_difference(ladder: dict[str, Pa
     assert said.count("' the'") == 2 or said.count("' to'") == 2
 
 
+@pytest.mark.slow
 def test_another_vocabulary_and_another_width(ladder: dict[str, Path], tmp_path: Path) -> None:
     import gguf
 
@@ -206,6 +207,7 @@ def test_unusable_references_and_texts_stop_the_comparison(ladder: dict[str, Pat
         compare(MODEL, [ladder["Q8_0"]], [EvaluationText("tiny", "a few words")], FEW)
 
 
+@pytest.mark.slow
 def test_pure_quantization_of_a_head_with_another_type(ladder: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "body-f16-head-q4.gguf"
     with NativeWorker() as worker:

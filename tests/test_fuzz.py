@@ -111,8 +111,8 @@ def test_a_file_is_taken_apart_and_put_together_again(intact: Intact) -> None:
 
 def test_files_of_strangers_give_a_result_or_one_line(intact: Intact, elsewhere: Path) -> None:
     whole = [("intact", intact.data)]
-    cuts = [(f"cut before {said}", intact.data[:at]) for at, said in boundaries(intact.data)[::25]]
-    seeds = sorted({*range(100), *FOUND})
+    cuts = [(f"cut before {said}", intact.data[:at]) for at, said in boundaries(intact.data)[::40]]
+    seeds = sorted({*range(60), *FOUND})
     tally = run([*whole, *cuts, *mutants(intact, seeds)], intact, elsewhere)
     assert not tally.defects, "\n".join(tally.defects)
     assert tally.outcomes_of("intact") == ["measured"]

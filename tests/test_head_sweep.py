@@ -79,6 +79,7 @@ def measured(ladder: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return measure(MODEL, files)
 
 
+@pytest.mark.slow
 def test_cross_scored_is_what_the_real_files_serve(
     swept: HeadReport, measured: dict[str, float], ladder: dict[str, Path]
 ) -> None:
@@ -113,6 +114,7 @@ def test_prices_climb_from_the_cheapest(swept: HeadReport) -> None:
         assert row.nats_per_mib == pytest.approx(bought / mib) and bought > 0
 
 
+@pytest.mark.slow
 def test_an_imatrix_weighs_the_columns(measured: dict[str, float], ladder: dict[str, Path], tmp_path: Path) -> None:
     class Weighed(HeadOptions):
         def column_weights(self) -> dict[str, np.ndarray]:

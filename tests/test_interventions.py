@@ -218,6 +218,7 @@ def with_longer_states(base: Path, out: Path, alpha: float) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_a_scaled_last_norm_moves_the_scale_axis_alone(model: Model, ladder: dict[str, Path], tmp_path: Path) -> None:
     # Float32 states times α have rounding 2⁻²⁴, and times a power of two they have none.
     rounding_of = {2.0: EPS, 1.0625: 2.0**-24}

@@ -155,6 +155,7 @@ def test_only_what_is_missing_is_run_again(result: Comparison, monkeypatch: pyte
     assert (kept.folder / "mantissas.npy").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_gguf_reference_says_the_same(result: Comparison, ladder: dict[str, Path]) -> None:
     other = compare(ladder["F16"], [ladder["Q4_K_M"], ladder["F16"]], TEXTS, OPTIONS)
     q4, f16 = drift(other)
@@ -162,6 +163,7 @@ def test_a_gguf_reference_says_the_same(result: Comparison, ladder: dict[str, Pa
     assert max(f16) < 1e-4  # only what is kept of it is rounded
 
 
+@pytest.mark.slow
 def test_a_capture_runs_its_model_or_says_that_it_cannot(ladder: dict[str, Path], tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
@@ -193,6 +195,7 @@ def test_models_whose_blocks_are_not_found(ladder: dict[str, Path], tokens: np.n
         list(gguf.layer_states(tokens, 50))
 
 
+@pytest.mark.slow
 def test_a_candidate_without_them_keeps_its_other_numbers(ladder: dict[str, Path], tmp_path: Path) -> None:
     shallow = tmp_path / "shallow"
     shutil.copytree(MODEL, shallow)

@@ -133,6 +133,7 @@ def test_reference_is_known_by_its_content(compared: Comparison) -> None:
     assert compared.reference.fingerprint is not None and len(compared.reference.fingerprint) == 64
 
 
+@pytest.mark.slow
 def test_kernels_of_the_body_apart_from_its_weights(ladder: dict[str, Path]) -> None:
     options = replace(FEW, split_kernels=True)
     plain, row = (compare(MODEL, [ladder["Q4_K_M"]], TEXTS, o).candidates[0] for o in (FEW, options))
@@ -181,6 +182,7 @@ def test_gates_decide_the_exit_code(ladder: dict[str, Path]) -> None:
     assert (code, said.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_score_all_scores_all(ladder: dict[str, Path]) -> None:
     result = compare(MODEL, [ladder["Q8_0"]], TEXTS, replace(FEW, score=Score.ALL, n_ctx=128))
     assert result.text.n_scored == 4 * 127

@@ -150,6 +150,7 @@ def test_instruct_against_base_is_an_error_that_says_so(
     assert "--variant" in shown.stderr
 
 
+@pytest.mark.slow
 def test_variants_are_measured_when_asked_for(
     instruct: Path, ladder: dict[str, Path], tmp_path: Path, folder: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_the_sample_is_small_and_optional(folder: Path, ladder: dict[str, Path],
         assert pair.other_weights is None
 
 
+@pytest.mark.slow
 def test_a_quantized_reference_is_said_everywhere(ladder: dict[str, Path]) -> None:
     """Its norms are still compared; its matrices are another quantization's."""
     found = compare(ladder["Q4_K_M"], [ladder["Q8_0"]], TEXTS, FEW)

@@ -27,7 +27,8 @@ FEW: dict[str, Any] = {"windows": 2, "n_ctx": 128, "attribution": False}
 SWEEP = f"{TWO_FILES}windows: 2\nn_ctx: 128\n"
 
 
-@pytest.mark.parametrize("ending", [[], pytest.param(["--delete"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [[], ["--delete"]])
 def test_two_sweeps_at_once_share_the_work(ladder: dict[str, Path], tmp_path: Path, ending: list[str]) -> None:
     """Both wait for the reference's capture, for each file and for each row, and say the same in the end."""
     out, profile = tmp_path / "out", tmp_path / "two.yaml"
@@ -102,6 +103,7 @@ def test_a_read_only_cache_is_read(ladder: dict[str, Path], tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_cache_of_a_newer_version_is_left_alone(ladder: dict[str, Path], tmp_path: Path) -> None:
     """What it has kept under our keys, we do not understand: it is worked out again."""
     options = CompareOptions(**FEW, cache=tmp_path, layers=True)
@@ -115,6 +117,7 @@ def test_a_cache_of_a_newer_version_is_left_alone(ladder: dict[str, Path], tmp_p
     assert without_times(again.to_dict()) == without_times(found.to_dict())
 
 
+@pytest.mark.slow
 def test_a_capture_of_a_newer_version_is_refused(ladder: dict[str, Path], tmp_path: Path) -> None:
     folder = capture(MODEL, held_out_texts(), CaptureOptions(windows=2, n_ctx=128, out=tmp_path / "c", cache=tmp_path))
     manifest = json.loads((folder / "manifest.json").read_text())

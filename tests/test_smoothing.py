@@ -134,6 +134,7 @@ def test_the_imatrix_beside_it_is_the_smoothed_models(subject: Subject, same: Pa
     assert moved == {name for name in expected if name.startswith("blk.")}
 
 
+@pytest.mark.slow
 def test_sensitivities_are_those_of_the_smoothed_model(subject: Subject, same: Path) -> None:
     reading = Reading(SEEN, 128, 2, Score.ALL)
     options = SensitivityOptions(types=TYPES, imatrix=subject.smoothed.imatrix)
@@ -166,6 +167,7 @@ def test_kinship_knows_a_smoothed_file(
     assert row.error is not None and "made of other weights: 1 of 1 norms" in row.error.message
 
 
+@pytest.mark.slow
 def test_a_smoothed_fine_tune_is_told_by_its_embedding(factors: Factors, tmp_path: Path) -> None:
     """Of one whose norms are the reference's: all else was rescaled."""
     for name, make in (("same", lambda _: MODEL), ("tuned", fine_tuned)):
@@ -183,6 +185,7 @@ def test_a_smoothed_fine_tune_is_told_by_its_embedding(factors: Factors, tmp_pat
     assert {name for name, kind in kinds.items() if kind} == {"tuned-F16.gguf", "tuned.gguf"}
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_it_and_makes_it_again(subject: Subject, tmp_path: Path) -> None:
     stages: list[str] = []
 
@@ -264,6 +267,7 @@ def test_wrong_pairs_are_refused(subject: Subject, ladder: dict[str, Path], tmp_
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_is_in_the_way_stays(subject: Subject, tmp_path: Path) -> None:
     out, imatrix = tmp_path / "out-F16.gguf", tmp_path / "out-F16.imatrix.gguf"
     mine = ["--base", subject.f16, "--out", out]
@@ -284,6 +288,7 @@ def test_what_is_in_the_way_stays(subject: Subject, tmp_path: Path) -> None:
     assert subject.smooth(out, overwrite=True).out.read_bytes() == subject.smoothed.out.read_bytes()
 
 
+@pytest.mark.slow
 def test_sensitivities_of_another_gauge_are_refused(subject: Subject, tmp_path: Path) -> None:
     costs = tmp_path / "s.json"
     reading = Reading(SEEN, 128, 2, Score.ALL)

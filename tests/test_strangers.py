@@ -237,6 +237,7 @@ def test_pickles_are_not_opened(tmp_path: Path, text: Path) -> None:
     assert "safetensors" in line and not marker.exists()
 
 
+@pytest.mark.slow
 def test_code_of_a_checkpoint_runs_only_with_the_flag(tmp_path: Path, text: Path) -> None:
     folder, marker = checkpoint(tmp_path / "model"), tmp_path / "owned"
     (folder / "modeling_mine.py").write_text(

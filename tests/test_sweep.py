@@ -88,6 +88,7 @@ def test_each_file_is_made_measured_and_deleted(ladder: dict[str, Path], tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_files_that_are_there_are_not_made_again(ladder: dict[str, Path], tmp_path: Path) -> None:
     mine, out = profile(tmp_path, LADDER), tmp_path / "out"
     out.mkdir()

@@ -88,6 +88,7 @@ def test_an_adapter_makes_what_merging_makes(adapted: Comparison, ladder: dict[s
     assert quantized.verdict is not None and "imatrix" in quantized.verdict.remedies[0]
 
 
+@pytest.mark.slow
 def test_reports_name_the_adapter(adapted: Comparison, adapter: Path, tmp_path: Path) -> None:
     named = LoraAdapter(str(tmp_path / "a\x1b[31m|b.gguf"), 0.5)
     found = replace(adapted, candidates=[replace(row, lora=[named]) for row in adapted.candidates])
@@ -106,6 +107,7 @@ def test_reports_name_the_adapter(adapted: Comparison, adapter: Path, tmp_path: 
         merge_results({"one": adapted, "other": found})
 
 
+@pytest.mark.slow
 def test_an_adapted_head(ladder: dict[str, Path], tmp_path: Path) -> None:
     """llama.cpp multiplies by the adapter apart: its own logits count, and the rows have the adapter in them."""
     names = ["output.weight", "token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_k.weight"]
@@ -227,6 +229,7 @@ def test_a_fine_tune_is_as_far_as_its_gguf(beside: Comparison, tuned: Path) -> N
     assert any("none to split" in note for note in row.notes)
 
 
+@pytest.mark.slow
 def test_a_fine_tune_is_no_control_and_no_type_mends_it(beside: Comparison) -> None:
     assert beside.noise_floor is None
     verdicts = [row.verdict for row in beside.candidates[:3]]
@@ -235,6 +238,7 @@ def test_a_fine_tune_is_no_control_and_no_type_mends_it(beside: Comparison) -> N
     assert beside.candidates[0].path not in beside.ranking.best_for_size
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_compared_are_rows(beside: Comparison) -> None:
     messages = [row.error.message if row.error else "" for row in beside.candidates[3:]]
     for message, expected in zip(
@@ -249,6 +253,7 @@ def test_checkpoints_that_cannot_be_compared_are_rows(beside: Comparison) -> Non
         assert expected in message and len(message.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_reports_show_checkpoints(beside: Comparison, tmp_path: Path) -> None:
     out = StringIO()
     print_comparison(beside, Console(file=out, width=100), details=True)
