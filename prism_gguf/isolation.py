@@ -26,6 +26,9 @@ STALL_LIMIT = 900.0
 MEASURING = ("prism_gguf.measure", "prism_gguf.rows", "prism_gguf.comparison", "numpy.random", "numpy.ma")
 """What to ``preload`` for measuring: torch, llama.cpp, our own metrics, and what these load when they are first used."""
 _KEPT_LINES = 20  # of llama.cpp's log, with an error
+# llama.cpp's threads meet many times a layer, and OpenMP has those that are early spin: where one core is busy with
+# something else, all wait for it, and take from it too (scripts/bench_waiting.py). What the user has set stays.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 # An assertion says where it failed before a backtrace says how it got there; C++ says what was thrown.
 _TELLING = ("ggml_assert", "what():", "error")
 
@@ -157,7 +160,7 @@ class NativeWorker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._scratch))},
+            env={**_ENVIRONMENT, **os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._scratch))},
             start_new_session=True,  # Ctrl-C is the parent's to handle; and all of the child's processes are one group
         )
         self._answers = queue.Queue()

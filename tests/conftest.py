@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from prism_gguf.ranking import rank
 from prism_gguf.results import Comparison
 from prism_gguf.testbed import MODEL, held_out_texts
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the package's own processes: some tests run llama.cpp here
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 

@@ -96,6 +96,16 @@ def test_without_forks_each_renewed_child_is_started_anew(tmp_path: Path, monkey
         assert worker.run(_add, 1, 1) == 2
 
 
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, expected in ((None, "passive"), ("active", "active")):
+        if said is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        else:
+            monkeypatch.setenv("OMP_WAIT_POLICY", said)
+        with NativeWorker() as worker:
+            assert worker.run(_wait_policy) == expected
+
+
 def test_what_the_system_refuses_is_one_line() -> None:
     with NativeWorker() as worker:
         with pytest.raises(StorageError, match=r"^/nowhere/x: No such file or directory"):
@@ -195,6 +205,10 @@ def _sleep_in_steps(seconds, *, progress):
         progress(step, 10)
         time.sleep(seconds / 10)
     return "slept"
+
+
+def _wait_policy(*, progress):
+    return os.environ["OMP_WAIT_POLICY"]
 
 
 def _process_and_modules(*, progress):
