@@ -223,7 +223,7 @@ def test_pure_quantization_of_a_head_with_another_type(ladder: dict[str, Path], 
 def test_a_candidate_whose_process_dies_or_hangs_is_a_row_and_the_others_finish(
     ladder: dict[str, Path], how: str
 ) -> None:
-    options = CompareOptions(windows=2, n_ctx=128, attribution=False, stall_limit=30, fresh=True)
+    options = CompareOptions(windows=2, n_ctx=128, attribution=False, stall_limit=20, fresh=True)
     me = psutil.Process()
     open_before = me.num_fds()
     children_before = set(me.children(recursive=True))
@@ -237,7 +237,7 @@ def test_a_candidate_whose_process_dies_or_hangs_is_a_row_and_the_others_finish(
     found = compare(MODEL, files, held_out_texts(), options, steps=disturb)
     first, failed, last = found.candidates
     assert first.error is None and last.error is None and failed.error is not None
-    expected = r"no progress for 30 s \(running 1/2\)" if how == "SIGSTOP" else rf"llama.cpp ended the process \({how}"
+    expected = r"no progress for 20 s \(running 1/2\)" if how == "SIGSTOP" else rf"llama.cpp ended the process \({how}"
     assert re.match(rf".*testbed-Q4_K_M.gguf: {expected}", failed.error.message) and failed.error.log
     assert set(me.children(recursive=True)) == children_before and me.num_fds() == open_before
 

@@ -355,7 +355,7 @@ def test_sweep_of_the_smoothed_file(subject: Subject, compared: Comparison, tmp_
 def test_killed_in_the_middle_it_finds_the_same(subject: Subject, tmp_path: Path) -> None:
     out, cache, temporary = tmp_path / "out-F16.gguf", tmp_path / "cache", tmp_path / "tmp"
     args = ["smooth", str(subject.checkpoint), "--base", str(subject.f16), "--out", str(out), "--quiet"]
-    args += ["--windows", "6", "--refine", "2"]
+    args += ["--windows", "5", "--refine", "1"]
     draw, began = random.Random(0), time.monotonic()
     finish(args, tmp_path / "other", temporary)
     whole, expected = time.monotonic() - began, out.read_bytes()
@@ -363,7 +363,7 @@ def test_killed_in_the_middle_it_finds_the_same(subject: Subject, tmp_path: Path
     out.unlink()
     (tmp_path / "out-F16.imatrix.gguf").unlink()
     interrupted = 0
-    for _ in range(3):
+    for _ in range(2):
         process = start(args, cache, temporary)
         try:
             process.communicate(timeout=draw.uniform(0.3, 0.8) * whole)
