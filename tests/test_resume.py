@@ -245,7 +245,7 @@ def test_terminated_is_interrupted(ladder: dict[str, Path], tmp_path: Path) -> N
     """As systemd, a batch queue or ``kill`` ends a process."""
     out = tmp_path / "out"
     out.mkdir()
-    args = ["quantize", str(ladder["F16"]), str(out / "q.gguf"), "--type", "IQ3_S", "--threads", "1"]
+    args = ["quantize", str(ladder["F16"]), str(out / "q.gguf"), "--type", "IQ3_S", "--threads", "1", "--quiet"]
     process = start(args, tmp_path / "cache", tmp_path / "tmp")
     while process.poll() is None and not list(out.iterdir()):
         time.sleep(0.02)
