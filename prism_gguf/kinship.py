@@ -329,7 +329,8 @@ def _in_words(other: OtherWeights, sample: WeightSample, gguf: GgufFile) -> str:
         return (
             f"made of other weights: {other.matrices_changed} of {other.matrices} sampled matrices differ from the "
             f"reference's by more than rounding ({other.relative:.1%}), norms do not; probably an adapter was merged into "
-            "it: take the merged checkpoint as reference, or a file of the base with --lora"
+            "it: take the merged checkpoint as reference, or a file of the base with --lora; or its rounding was tuned, as "
+            "AutoRound does"
         )
     what = []
     if other.vectors_changed:
