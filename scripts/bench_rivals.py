@@ -120,7 +120,7 @@ def main() -> None:
             which = (of, arguments.auto_round, ftype)
             rounded = [auto_rounded(*which, iters, texts, n_texts, rivals) for iters in arguments.iters]
             files += [*rounded, smoothed_alike(of, rounded[0], work, rivals / f"smoothed-as-auto-round-{ftype}.gguf")]
-    options = CompareOptions(windows=arguments.windows, attribution=False, cache=work / "cache")
+    options = CompareOptions(windows=arguments.windows, attribution=False, variant=True, cache=work / "cache")
     for row in compare(of.checkpoint, files, [first_half(t) for t in of.held_out], options).candidates:
         if row.divergence is None:
             print(f"{row.path}: {row.error}")
