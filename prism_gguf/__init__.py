@@ -8,40 +8,119 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:  # what type checkers and editors see; _MODULES below is what runs
-    from prism_gguf.advisor.advice import Advice, advise
-    from prism_gguf.advisor.sensitivity import Sensitivity, SensitivityOptions, read_sensitivity, sensitivity
-    from prism_gguf.budget import Budget
-    from prism_gguf.chat import read_chat
-    from prism_gguf.comparison import CompareOptions, compare
-    from prism_gguf.errors import LimitError, PrismGgufError
-    from prism_gguf.limits import Estimate
-    from prism_gguf.lora import LoraAdapter
-    from prism_gguf.make import Made, quantize
-    from prism_gguf.mix import Mix
-    from prism_gguf.recipe import Recipe, read_recipe, write_recipe
-    from prism_gguf.reference import CaptureOptions, capture
-    from prism_gguf.regularizer import ShapeRegularizer
-    from prism_gguf.report.progress import progress_bars
-    from prism_gguf.results import CandidateResult, Comparison
-    from prism_gguf.smoothing.smooth import Smoothed, SmoothOptions, smooth
-    from prism_gguf.text import Score, read_texts
+    from prism_gguf.formats.budget import Budget
+    from prism_gguf.formats.lora import LoraAdapter
+    from prism_gguf.formats.mix import Mix
+    from prism_gguf.formats.recipe import Recipe, read_recipe, write_recipe
+    from prism_gguf.formats.text.chat import read_chat
+    from prism_gguf.formats.text.windows import Score, read_texts
+    from prism_gguf.measure.metrics.regularizer import ShapeRegularizer
+    from prism_gguf.quantization.profiles import Profile, load_profile, profile_names
+    from prism_gguf.reports.progress import progress_bars
+    from prism_gguf.results.advice import Advice
+    from prism_gguf.results.comparison import CandidateResult, Comparison
+    from prism_gguf.results.heads import HeadReport
+    from prism_gguf.results.imatrix import CollectedImatrix
+    from prism_gguf.results.inspection import Inspection
+    from prism_gguf.results.options import (
+        AdviseOptions,
+        CaptureOptions,
+        CompareOptions,
+        HeadOptions,
+        ImatrixOptions,
+        QuantizeOptions,
+        SensitivityOptions,
+        SmoothOptions,
+        SweepOptions,
+    )
+    from prism_gguf.results.quantized import Made
+    from prism_gguf.results.sensitivity import Sensitivity, read_sensitivity
+    from prism_gguf.results.smoothing import Smoothed
+    from prism_gguf.system.errors import LimitError, PrismGgufError
+    from prism_gguf.system.estimate import Estimate
+    from prism_gguf.system.version import __version__
+    from prism_gguf.workflows.advise import advise
+    from prism_gguf.workflows.capture import capture, export_kld_base
+    from prism_gguf.workflows.compare import compare
+    from prism_gguf.workflows.demo import demo
+    from prism_gguf.workflows.head import head
+    from prism_gguf.workflows.imatrix import imatrix
+    from prism_gguf.workflows.inspect import inspect
+    from prism_gguf.workflows.quantize import quantize
+    from prism_gguf.workflows.report import report
+    from prism_gguf.workflows.sensitivity import sensitivity
+    from prism_gguf.workflows.smooth import smooth
+    from prism_gguf.workflows.sweep import sweep
+
+_MODULES = {
+    "formats.budget": ("Budget",),
+    "formats.lora": ("LoraAdapter",),
+    "formats.mix": ("Mix",),
+    "formats.recipe": ("Recipe", "read_recipe", "write_recipe"),
+    "formats.text.chat": ("read_chat",),
+    "formats.text.windows": ("Score", "read_texts"),
+    "measure.metrics.regularizer": ("ShapeRegularizer",),
+    "quantization.profiles": ("Profile", "load_profile", "profile_names"),
+    "reports.progress": ("progress_bars",),
+    "results.advice": ("Advice",),
+    "results.comparison": ("CandidateResult", "Comparison"),
+    "results.heads": ("HeadReport",),
+    "results.imatrix": ("CollectedImatrix",),
+    "results.inspection": ("Inspection",),
+    "results.options": (
+        "AdviseOptions",
+        "CaptureOptions",
+        "CompareOptions",
+        "HeadOptions",
+        "ImatrixOptions",
+        "QuantizeOptions",
+        "SensitivityOptions",
+        "SmoothOptions",
+        "SweepOptions",
+    ),
+    "results.quantized": ("Made",),
+    "results.sensitivity": ("Sensitivity", "read_sensitivity"),
+    "results.smoothing": ("Smoothed",),
+    "system.errors": ("LimitError", "PrismGgufError"),
+    "system.estimate": ("Estimate",),
+    "system.version": ("__version__",),
+    "workflows.advise": ("advise",),
+    "workflows.capture": ("capture", "export_kld_base"),
+    "workflows.compare": ("compare",),
+    "workflows.demo": ("demo",),
+    "workflows.head": ("head",),
+    "workflows.imatrix": ("imatrix",),
+    "workflows.inspect": ("inspect",),
+    "workflows.quantize": ("quantize",),
+    "workflows.report": ("report",),
+    "workflows.sensitivity": ("sensitivity",),
+    "workflows.smooth": ("smooth",),
+    "workflows.sweep": ("sweep",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Advice",
+    "AdviseOptions",
     "Budget",
     "CandidateResult",
     "CaptureOptions",
+    "CollectedImatrix",
     "CompareOptions",
     "Comparison",
     "Estimate",
+    "HeadOptions",
+    "HeadReport",
+    "ImatrixOptions",
+    "Inspection",
     "LimitError",
     "LoraAdapter",
     "Made",
     "Mix",
     "PrismGgufError",
+    "Profile",
+    "QuantizeOptions",
     "Recipe",
     "Score",
     "Sensitivity",
@@ -49,41 +128,30 @@ __all__ = [
     "ShapeRegularizer",
     "SmoothOptions",
     "Smoothed",
+    "SweepOptions",
     "__version__",
     "advise",
     "capture",
     "compare",
+    "demo",
+    "export_kld_base",
+    "head",
+    "imatrix",
+    "inspect",
+    "load_profile",
+    "profile_names",
     "progress_bars",
     "quantize",
     "read_chat",
     "read_recipe",
     "read_sensitivity",
     "read_texts",
+    "report",
     "sensitivity",
     "smooth",
+    "sweep",
     "write_recipe",
 ]
-
-_MODULES = {
-    "advisor.advice": ("Advice", "advise"),
-    "advisor.sensitivity": ("Sensitivity", "SensitivityOptions", "read_sensitivity", "sensitivity"),
-    "budget": ("Budget",),
-    "chat": ("read_chat",),
-    "comparison": ("CompareOptions", "compare"),
-    "errors": ("LimitError", "PrismGgufError"),
-    "limits": ("Estimate",),
-    "lora": ("LoraAdapter",),
-    "make": ("Made", "quantize"),
-    "mix": ("Mix",),
-    "recipe": ("Recipe", "read_recipe", "write_recipe"),
-    "reference": ("CaptureOptions", "capture"),
-    "regularizer": ("ShapeRegularizer",),
-    "report.progress": ("progress_bars",),
-    "results": ("CandidateResult", "Comparison"),
-    "smoothing.smooth": ("SmoothOptions", "Smoothed", "smooth"),
-    "text": ("Score", "read_texts"),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

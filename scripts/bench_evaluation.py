@@ -59,9 +59,9 @@ for window in tokens:
 """
 K_FEAT = """
 import sys, time
-from prism_gguf.adapters.llama_cpp import gguf_output_head
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.metrics.diameter import diameter
+from prism_gguf.models.llama_cpp import gguf_output_head
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.measure.metrics.diameter import diameter
 head = gguf_output_head(GgufFile(sys.argv[1]))
 started = time.monotonic()
 found = diameter(head.chunks)
@@ -124,9 +124,9 @@ def prepare(work: Path) -> Path:
     """The checkpoint; beside it its F16 GGUF and the ladder."""
     from make_smollm2 import make
 
-    from prism_gguf.isolation import NativeWorker
-    from prism_gguf.mix import Mix
-    from prism_gguf.quantizer import quantize_gguf
+    from prism_gguf.formats.mix import Mix
+    from prism_gguf.models.llama_quantizer import quantize_gguf
+    from prism_gguf.system.worker import NativeWorker
 
     f16 = work / "SmolLM2-135M-F16.gguf"
     if not f16.exists():

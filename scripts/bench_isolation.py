@@ -19,12 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.demo import build_ladder
-from prism_gguf.environment import environment
-from prism_gguf.isolation import NativeWorker
-from prism_gguf.reference import no_steps
+from prism_gguf.results.options import CompareOptions, RunOptions
+from prism_gguf.system.environment import environment
+from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.demo import build_ladder
 
 
 def seconds(files: list[Path], options: CompareOptions, *, renew: bool) -> float:
@@ -74,7 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="prism-gguf-bench-") as temporary:
         folder = Path(temporary)
-        files = build_ladder(folder / "files", steps=no_steps, cache=folder / "cache")[: arguments.candidates]
+        files = build_ladder(folder / "files", RunOptions(cache=folder / "cache"))[: arguments.candidates]
         options = CompareOptions(windows=2, n_ctx=128, cache=folder / "cache", fresh=True)
         seconds(files, options, renew=True)  # the reference is captured, and files are hashed
         apart, together = [], []

@@ -15,17 +15,18 @@ from pathlib import Path
 
 from bench_sensitivity import Subject, subject
 
-from prism_gguf.advisor.advice import advise
-from prism_gguf.advisor.calibrate import imatrix
-from prism_gguf.advisor.sensitivity import TYPES, SensitivityOptions, sensitivity
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.make import quantize
-from prism_gguf.mix import Mix
-from prism_gguf.reading import Reading
-from prism_gguf.recipe import Recipe
-from prism_gguf.reference import RunOptions
-from prism_gguf.smoothing.smooth import Smoothed, SmoothOptions, smooth
-from prism_gguf.text import Score, first_half
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.recipe import Recipe
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import Score, first_half
+from prism_gguf.results.options import SENSITIVITY_TYPES, CompareOptions, RunOptions, SensitivityOptions, SmoothOptions
+from prism_gguf.results.smoothing import Smoothed
+from prism_gguf.workflows.advise import advise
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.imatrix import imatrix
+from prism_gguf.workflows.quantize import quantize
+from prism_gguf.workflows.sensitivity import sensitivity
+from prism_gguf.workflows.smooth import smooth
 
 FILES = ("default", "imatrix", "recipe", "smoothed", "smoothed+recipe")
 
@@ -33,7 +34,7 @@ FILES = ("default", "imatrix", "recipe", "smoothed", "smoothed+recipe")
 def advised(of: Subject, base: Path, matrix: Path, ftype: str, work: Path, checks: int) -> Recipe:
     """The recipe of an ftype's size for a base, smoothed or not."""
     # The weights of smollm2-original lie on Q4_1's grid, where quantizing them again costs nothing: no finding.
-    types = tuple(t for t in TYPES if t != "Q4_1" or of.is_fair)
+    types = tuple(t for t in SENSITIVITY_TYPES if t != "Q4_1" or of.is_fair)
     smoothed = None if base == of.f16 else base
     found = sensitivity(
         of.checkpoint,

@@ -22,17 +22,17 @@ from pathlib import Path
 from bench_sensitivity import Subject, subject
 from transformers import AutoTokenizer
 
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.advisor.calibrate import imatrix
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.make import quantize
-from prism_gguf.mix import Mix
-from prism_gguf.reading import Reading
-from prism_gguf.recipe import recipe_of
-from prism_gguf.reference import RunOptions
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.recipe import recipe_of
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import Score, first_half
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.results.options import CompareOptions, RunOptions
 from prism_gguf.testbed.gguf_export import llama_tensors, rewrite_f16
-from prism_gguf.text import Score, first_half
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.imatrix import imatrix
+from prism_gguf.workflows.quantize import quantize
 
 N_CTX = 256
 

@@ -21,20 +21,21 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.advisor.calibrate import imatrix
-from prism_gguf.advisor.sensitivity import SensitivityOptions, sensitivity
-from prism_gguf.advisor.weight_errors import WeightErrors
-from prism_gguf.comparison import Candidate, CompareOptions, compare_candidates
-from prism_gguf.imatrix import read_imatrix
-from prism_gguf.isolation import NativeWorker
-from prism_gguf.mix import Mix
-from prism_gguf.quantizer import quantize_gguf
-from prism_gguf.reading import Reading
-from prism_gguf.reference import RunOptions, no_steps
-from prism_gguf.tensor_names import quantizable_tensors
+from prism_gguf.formats.imatrix import read_imatrix
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import EvaluationText, Score, calibration_texts, default_texts, second_half
+from prism_gguf.measure.calibrate.weight_errors import WeightErrors
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.models.tensor_names import quantizable_tensors
+from prism_gguf.results.options import CompareOptions, RunOptions, SensitivityOptions
+from prism_gguf.system.progress import no_steps
+from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import EvaluationText, Score, calibration_texts, default_texts, second_half
+from prism_gguf.workflows.compare import Candidate, compare_candidates
+from prism_gguf.workflows.imatrix import imatrix
+from prism_gguf.workflows.sensitivity import sensitivity
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.demo import build_ladder
-from prism_gguf.environment import environment
-from prism_gguf.reference import no_steps
+from prism_gguf.results.options import CompareOptions, RunOptions
+from prism_gguf.system.environment import environment
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.demo import build_ladder
 
 SPINNING, SLEEPING = {"GOMP_SPINCOUNT": "300000"}, {"OMP_WAIT_POLICY": "passive"}
 
@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="prism-gguf-bench-") as temporary:
         folder = Path(temporary)
-        files = [arguments.candidate] if arguments.candidate else build_ladder(folder, steps=no_steps, cache=folder)
+        files = [arguments.candidate] if arguments.candidate else build_ladder(folder, RunOptions(cache=folder))
         options = CompareOptions(windows=arguments.windows, attribution=False, cache=folder / "cache", fresh=True)
         which = (arguments.reference, files[-1], options)
         seconds(*which, SLEEPING)  # the reference is captured, and files are hashed

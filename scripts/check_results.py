@@ -50,9 +50,9 @@ def take(out: Path, older: Path | None) -> None:
         f16, q4 = work / "ladder" / "testbed-F16.gguf", work / "ladder" / "testbed-Q4_K_M.gguf"
         demo = ["--windows", 6, "--keep", work / "ladder", "--layers", "--baselines", "--json", work / "demo.json"]
         command("demo", *demo, "--quiet", *cache, cwd=work)
-        few = ["--windows", 4, "--n-ctx", 128, "--quiet", *cache]
+        few = ["--windows", 5, "--n-ctx", 128, "--quiet", *cache]
         command("head", MODEL, q4, "--json", work / "head.json", *few, cwd=work)
-        learned = ["--windows", 4, "--n-ctx", 64, "--quiet", *cache]
+        learned = ["--windows", 5, "--n-ctx", 64, "--quiet", *cache]
         types = [word for kind in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K") for word in ("--type", kind)]
         command("sensitivity", MODEL, "-o", work / "sensitivity.json", *types, *learned, cwd=work)
         budget = ["--base", f16, "--budget", "same-as:Q4_K_M", "--sensitivity", work / "sensitivity.json"]

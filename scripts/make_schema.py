@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from prism_gguf.results import SCHEMA, Comparison
+from prism_gguf.results.comparison import SCHEMA, Comparison
 
-OUT = Path(__file__).parent.parent / "prism_gguf" / "report" / "comparison.schema.json"
+OUT = Path(__file__).parent.parent / "prism_gguf" / "reports" / "comparison.schema.json"
 
 
 def schema() -> dict[str, Any]:
@@ -25,7 +25,8 @@ def schema() -> dict[str, Any]:
     for part in (made, *made["$defs"].values()):
         if part.get("type") == "object" and "properties" in part:
             part["additionalProperties"] = False
-            part["required"] = list(part["properties"])  # a result has every key, null where there is no value
+            # A result has every key, null where there is no value; further metrics only where there are any.
+            part["required"] = [name for name in part["properties"] if name != "metrics"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 
 

@@ -63,9 +63,9 @@ def make(out: Path, spread: float = SPREAD) -> tuple[Path, Path]:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from prism_gguf.isolation import NativeWorker
-    from prism_gguf.mix import Mix
-    from prism_gguf.quantizer import quantize_gguf
+    from prism_gguf.formats.mix import Mix
+    from prism_gguf.models.llama_quantizer import quantize_gguf
+    from prism_gguf.system.worker import NativeWorker
     from prism_gguf.testbed.gguf_export import llama_tensors, rewrite_f16
 
     out.mkdir(parents=True, exist_ok=True)

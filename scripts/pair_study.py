@@ -4,7 +4,7 @@
 python scripts/pair_study.py --reference hf --base SmolLM2-135M-F16.gguf --imatrix imatrix.gguf --work DIR
 
 Prints the sample's bytes; for files that quantization alone makes, the largest alignment of a matrix, which has to stay
-below ``kinship._ALIGNED``; and for each rank, size and type of a merged change how many of the sampled matrices differ.
+below ``same_weights._ALIGNED``; for each rank, size and type of a merged change how many of the sampled matrices differ.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from prism_gguf import kinship
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.imatrix import read_imatrix
-from prism_gguf.mix import Mix
-from prism_gguf.quantizer import quantize_gguf
-from prism_gguf.reference import RunOptions, open_model
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.imatrix import read_imatrix
+from prism_gguf.formats.mix import Mix
+from prism_gguf.measure import same_weights
+from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.models.opening import open_model
+from prism_gguf.results.options import RunOptions
 from prism_gguf.testbed.gguf_export import rewrite_f16
 
 ROLES = ("attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -71,16 +72,16 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     with open_model(arguments.reference, 64, RunOptions()) as model:
         started = time.monotonic()
-        sample = kinship.sample_of(model)
+        sample = same_weights.sample_of(model)
         took = time.monotonic() - started
     sample.save(arguments.work / "weights.safetensors")
     print(f"sample: {(arguments.work / 'weights.safetensors').stat().st_size} bytes, {took:.2f} s")
     for file in honest(arguments.base, arguments.work, arguments.imatrix):
         started, found = time.monotonic(), GgufFile(file)
-        other, note = kinship.compare_weights(sample, found)
+        other, note = same_weights.compare_weights(sample, found)
         took = time.monotonic() - started
-        differences = [kinship._rows(found, name) - rows.float().numpy() for name, rows in sample.rows.items()]
-        alignment = max(kinship._alignment(difference) for difference in differences if difference.any())
+        differences = [same_weights._rows(found, name) - rows.float().numpy() for name, rows in sample.rows.items()]
+        alignment = max(same_weights._alignment(difference) for difference in differences if difference.any())
         verdict = "other weights" if other else "known again"
         print(f"{file.stem:15} {verdict}; alignment {alignment:.3f}, {took:.2f} s {note or ''}", flush=True)
     for rank in (8, 64):
@@ -90,7 +91,7 @@ def main() -> None:
                 file = base if kind == "F16" else arguments.work / "quantized.gguf"
                 if kind != "F16":
                     quantize_gguf(base, file, Mix(kind))
-                other, _ = kinship.compare_weights(sample, GgufFile(file))
+                other, _ = same_weights.compare_weights(sample, GgufFile(file))
                 cells.append(f"{kind} {'–' if other is None else other.matrices_changed}")
             print(f"rank {rank:2} size {size:5}: {', '.join(cells)} of {len(sample.rows)} matrices")
 

@@ -24,20 +24,19 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from prism_gguf.advisor.calibrate import imatrix
-from prism_gguf.comparison import CompareOptions
-from prism_gguf.files import write_whole, written_whole
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.profiles import Profile, ProfileEntry
-from prism_gguf.reading import Reading
-from prism_gguf.reference import RunOptions
-from prism_gguf.report.progress import progress_bars
-from prism_gguf.result_file import read_result
-from prism_gguf.results import CandidateResult, Comparison
-from prism_gguf.sweep import sweep
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import EvaluationText, first_half
+from prism_gguf.formats.text.windows import Score as Scored
+from prism_gguf.quantization.profiles import Profile, ProfileEntry
+from prism_gguf.reports.progress import progress_bars
+from prism_gguf.results.comparison import CandidateResult, Comparison
+from prism_gguf.results.options import CompareOptions, RunOptions
+from prism_gguf.results.stored import read_result
+from prism_gguf.system.atomic_files import write_whole, written_whole
 from prism_gguf.testbed.gguf_export import rewrite_f16
-from prism_gguf.text import EvaluationText, first_half
-from prism_gguf.text import Score as Scored
+from prism_gguf.workflows.imatrix import imatrix
+from prism_gguf.workflows.sweep import sweep
 
 Score = Callable[[CandidateResult], float]
 

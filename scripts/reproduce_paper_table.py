@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from prism_gguf.metrics.bound import Bound
-from prism_gguf.metrics.geometry import FeatureGeometry, Squares, identity_geometry
+from prism_gguf.measure.metrics.bound import Bound
+from prism_gguf.measure.metrics.geometry import FeatureGeometry, Squares, identity_geometry
 
 Row = dict[str, str]
 WORDS = {"I": "identity", "W": "Procrustes"}

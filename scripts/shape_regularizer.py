@@ -27,15 +27,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from prism_gguf import ShapeRegularizer
-from prism_gguf.adapters import ggml
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.environment import environment
-from prism_gguf.metrics.divergence import token_divergence
-from prism_gguf.metrics.geometry import SquareAccumulator, identity_geometry
-from prism_gguf.mix import ggml_type
-from prism_gguf.output_head import paired_chunks
+from prism_gguf.formats.mix import ggml_type
+from prism_gguf.formats.text.windows import Score, TokenWindows, default_texts, make_windows
+from prism_gguf.measure.metrics.divergence import token_divergence
+from prism_gguf.measure.metrics.geometry import SquareAccumulator, identity_geometry
+from prism_gguf.models import ggml
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.output_head import HeadPair
+from prism_gguf.system.environment import environment
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import Score, TokenWindows, default_texts, make_windows
 
 PENALTY = ShapeRegularizer()
 # The packaged domains that the testbed can read: German costs it 6.9 nats a token, Chinese 14, more than guessing (8.3).
@@ -121,11 +121,7 @@ class Judge:
         g = identity_geometry(gathered.squares())
         omega_missing = g.shape / (2 * g.rho_reference * g.rho_candidate)
         z_t, z_p, head = torch.from_numpy(self._states), torch.from_numpy(states), self._head
-        pairs = (
-            (start, head.logits(z_t, start, stop, rows), head.logits(z_p, start, stop, rows))
-            for start, stop, rows, _ in paired_chunks(head, head, head.n_rows)
-        )
-        tokens = token_divergence(pairs, self.targets)
+        tokens = token_divergence(HeadPair(head, head, head.n_rows).logits(z_t, z_p), self.targets)
         gap = float((tokens.nll_candidate - tokens.nll_reference).mean())
         return Quality(float(tokens.kld.mean()), abs(gap), g.scale, omega_missing)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import psutil
 
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.demo import build_ladder
-from prism_gguf.environment import environment
-from prism_gguf.reference import no_steps
+from prism_gguf.results.options import CompareOptions, RunOptions
+from prism_gguf.system.environment import environment
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.demo import build_ladder
 
 SETTLED = 10  # comparisons, after which lazily loaded modules and pools are there
 TOLERANCE = 1.05
@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="prism-gguf-soak-") as temporary:
         folder = Path(temporary)
         tempfile.tempdir = temporary  # other runs on this machine have temporary folders too
-        ladder = {path.stem: path for path in build_ladder(folder / "files", steps=no_steps, cache=folder / "cache")}
+        ladder = {path.stem: path for path in build_ladder(folder / "files", RunOptions(cache=folder / "cache"))}
         broken = folder / "broken.gguf"
         broken.write_bytes(ladder["testbed-Q8_0"].read_bytes()[:5000])
         files = [ladder["testbed-F16"], ladder["testbed-Q3_K_M"], broken]

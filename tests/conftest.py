@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from warm_worker import close_all
 
-from prism_gguf.cache import ENVIRONMENT_VARIABLE
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.demo import build_ladder
-from prism_gguf.ranking import rank
-from prism_gguf.results import Comparison
+from prism_gguf.results.comparison import Comparison
+from prism_gguf.results.options import CompareOptions
+from prism_gguf.results.ranking import rank
+from prism_gguf.system.cache import ENVIRONMENT_VARIABLE
+from prism_gguf.system.worker import BACKENDS
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.demo import build_ladder
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the package's own processes: some tests run llama.cpp here
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -31,6 +34,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm_workers(cache: Path) -> Iterator[None]:
+    """Tests take over each other's processes (see ``warm_worker``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKENDS, "process", "warm_worker:open_warm")
+        yield
+    close_all()
+
+
+@pytest.fixture
+def cold_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at processes: each worker is a new one, and ends; no other waits."""
+    close_all()
+    monkeypatch.setitem(BACKENDS, "process", "prism_gguf.system.worker:NativeWorker")
+
+
 @dataclass(frozen=True)
 class Reference:
     """A checkpoint and its own F16 GGUF."""
@@ -42,7 +61,7 @@ class Reference:
 @pytest.fixture(scope="session")
 def ladder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The testbed's GGUFs by type: F16, Q8_0, … made once."""
-    paths = build_ladder(tmp_path_factory.mktemp("ladder"), steps=lambda *_: None)
+    paths = build_ladder(tmp_path_factory.mktemp("ladder"))
     return {path.stem.removeprefix("testbed-"): path for path in paths}
 
 

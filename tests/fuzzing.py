@@ -19,10 +19,13 @@ from typing import Any
 
 import psutil
 
-from prism_gguf.comparison import CompareOptions, measure_candidate, read_header
-from prism_gguf.errors import PrismGgufError
-from prism_gguf.isolation import NativeWorker, Progress, no_progress
-from prism_gguf.results import CandidateResult
+from prism_gguf.measure.candidate import measure_candidate
+from prism_gguf.measure.headers import read_header
+from prism_gguf.results.comparison import CandidateResult
+from prism_gguf.results.options import CompareOptions
+from prism_gguf.system.errors import PrismGgufError
+from prism_gguf.system.progress import Progress, no_progress
+from prism_gguf.system.worker import NativeWorker
 
 STALL = 30.0  # seconds; an intact file takes 0.1
 MEMORY = 2**30  # bytes of address space beyond what a worker has once its libraries are loaded
@@ -104,15 +107,17 @@ def _read(path: str) -> None:
     """What ``inspect`` and ``compare`` do with a file before anything runs."""
     from rich.console import Console
 
-    from prism_gguf.gguf_file import GgufFile
-    from prism_gguf.recipe import recipe_of
-    from prism_gguf.report.terminal import print_inspection
+    from prism_gguf.formats.gguf_file import GgufFile
+    from prism_gguf.formats.recipe import recipe_of
+    from prism_gguf.reports.inspection import print_inspection
+    from prism_gguf.results.inspection import Inspection
 
     read_header(path, N_CTX)
     gguf = GgufFile(path)
-    json.dumps(gguf.to_dict(), allow_nan=False)
+    found = Inspection.of(gguf)
+    json.dumps(found.to_dict(), allow_nan=False)
     out = io.StringIO()
-    print_inspection(gguf, Console(file=out, width=100))
+    print_inspection(found, Console(file=out, width=100))
     assert len(out.getvalue()) < 20_000, f"inspect prints {len(out.getvalue())} characters"
     recipe_of(gguf).formatted("yaml")
     assert sum(gguf.metadata_bytes.values()) < gguf.file_bytes
@@ -165,7 +170,9 @@ class Fuzzer:
 
     def __init__(self, capture: Path, folder: Path) -> None:
         self.capture, self.folder, self.tally = capture, folder, Tally()
-        self._worker = NativeWorker(stall_limit=STALL, preload=("prism_gguf.measure", "prism_gguf.report.terminal"))
+        self._worker = NativeWorker(
+            stall_limit=STALL, preload=("prism_gguf.measure.candidate", "prism_gguf.reports.terminal")
+        )
         self.options = CompareOptions(n_ctx=N_CTX, windows=WINDOWS, threads=1)
 
     def _run(self, function: Any, *args: Any) -> Any:

@@ -9,8 +9,8 @@ import torch
 from make_smollm2 import regauge
 from transformers import AutoModelForCausalLM
 
-from prism_gguf.smoothing.factors import Factors
-from prism_gguf.tensor_names import copied_vectors, quantizable_tensors
+from prism_gguf.models.factors import Factors
+from prism_gguf.models.tensor_names import copied_vectors, quantizable_tensors
 from prism_gguf.testbed import MODEL
 from prism_gguf.testbed.gguf_export import write_f16
 

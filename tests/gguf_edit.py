@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from prism_gguf.gguf_reader import metadata_entries
+from prism_gguf.formats.gguf_reader import metadata_entries
 from prism_gguf.testbed.gguf_export import finish
 
 Edit = Callable[[str, np.ndarray], np.ndarray]

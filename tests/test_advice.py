@@ -7,21 +7,26 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from prism_gguf.advisor.advice import advise
-from prism_gguf.advisor.collect import collect_imatrix
-from prism_gguf.advisor.sensitivity import Sensitivity, SensitivityOptions, ensure_sensitivity
-from prism_gguf.budget import Budget
 from prism_gguf.cli import main
-from prism_gguf.comparison import CompareOptions
-from prism_gguf.errors import IncompatibleModelsError, InfeasibleBudgetError, InvalidModelError, InvalidSensitivityError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.imatrix import read_imatrix
-from prism_gguf.make import quantize
-from prism_gguf.reading import Reading
-from prism_gguf.recipe import read_recipe
-from prism_gguf.reference import RunOptions
+from prism_gguf.formats.budget import Budget
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.imatrix import read_imatrix
+from prism_gguf.formats.recipe import read_recipe
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import Score, first_half, second_half
+from prism_gguf.measure.calibrate.importance import collect_imatrix
+from prism_gguf.measure.calibrate.sensitivities import ensure_sensitivity
+from prism_gguf.results.options import CompareOptions, RunOptions, SensitivityOptions
+from prism_gguf.results.sensitivity import Sensitivity
+from prism_gguf.system.errors import (
+    IncompatibleModelsError,
+    InfeasibleBudgetError,
+    InvalidModelError,
+    InvalidSensitivityError,
+)
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import Score, first_half, second_half
+from prism_gguf.workflows.advise import advise
+from prism_gguf.workflows.quantize import quantize
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K")
 
@@ -35,7 +40,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The testbed's importance matrix, from the second halves of its held-out texts."""
     out = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
     reading = Reading([second_half(t) for t in held_out_texts()], 256, 20, Score.ALL)
-    assert collect_imatrix(str(MODEL), reading, out, RunOptions()) == {}
+    assert collect_imatrix(str(MODEL), reading, out, RunOptions()).left_out == {}
     return out
 
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from prism_gguf.advisor.allocation import Option, allocate, next_smaller
-from prism_gguf.errors import InfeasibleBudgetError
+from prism_gguf.quantization.allocation.allocate import Option, allocate, next_smaller
+from prism_gguf.system.errors import InfeasibleBudgetError
 
 Options = dict[str, dict[str, Option]]
 

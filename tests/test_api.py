@@ -11,10 +11,10 @@ import pytest
 
 import prism_gguf
 from prism_gguf import CaptureOptions, CompareOptions, PrismGgufError, Recipe, advise, capture, compare, quantize
-from prism_gguf.advisor.sensitivity import Cost, Sensitivity, TensorSensitivity
-from prism_gguf.errors import InvalidBudgetError, InvalidOutputError, InvalidProfileError, MissingPackageError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.results import Comparison
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.results.comparison import Comparison
+from prism_gguf.results.sensitivity import Cost, Sensitivity, TensorSensitivity
+from prism_gguf.system.errors import InvalidBudgetError, InvalidOutputError, InvalidProfileError, MissingPackageError
 from prism_gguf.testbed import MODEL
 
 PACKAGE = Path(prism_gguf.__file__).parent
@@ -61,7 +61,7 @@ def test_from_a_thread_without_a_main_guard_by_the_callers_own_path(ladder: dict
 import sys, threading
 sys.path.insert(0, {str(tmp_path / "lib")!r})
 from prism_gguf import quantize
-from prism_gguf.isolation import NativeWorker
+from prism_gguf.system.worker import NativeWorker
 import beside
 def work():
     with NativeWorker() as worker:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prism_gguf.metrics.attribution import AXES, Coalitions, ProductChunk, coalitions, shapley
-from prism_gguf.output_head import LogitTransform, OutputHead
+from prism_gguf.measure.metrics.attribution import AXES, Coalitions, ProductChunk, coalitions, shapley
+from prism_gguf.models.output_head import LogitTransform, OutputHead
 
 RNG = np.random.default_rng(2)
 N, D, V = 30, 16, 200

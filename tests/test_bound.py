@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from prism_gguf.errors import UndefinedMetricError
-from prism_gguf.metrics.bound import K_PRED, Bound, HeadMoments, head_divergence, head_moments
-from prism_gguf.metrics.diameter import diameter
-from prism_gguf.metrics.geometry import (
+from prism_gguf.measure.metrics.bound import K_PRED, Bound, HeadMoments, head_divergence, head_moments
+from prism_gguf.measure.metrics.diameter import diameter
+from prism_gguf.measure.metrics.geometry import (
     FeatureMoments,
     MomentAccumulator,
     identity_geometry,
     procrustes_geometry,
     scale_absorbed,
 )
+from prism_gguf.system.errors import UndefinedMetricError
 
 RNG = np.random.default_rng(11)
 N, D, V = 200, 12, 90

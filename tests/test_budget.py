@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from prism_gguf.budget import Budget
-from prism_gguf.errors import InvalidBudgetError
+from prism_gguf.formats.budget import Budget
+from prism_gguf.system.errors import InvalidBudgetError
 
 
 def size_of(ftype: str) -> int:

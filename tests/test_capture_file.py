@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import prism_gguf.reference
-from prism_gguf.adapters import WindowStates
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.cache import model_fingerprint
-from prism_gguf.capture_file import read_capture, write_capture
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.errors import IncompatibleModelsError, InvalidCaptureError
-from prism_gguf.reading import Reading, TokenSource
-from prism_gguf.reference import CaptureOptions, ensure_capture
+import prism_gguf.measure.capture.ensure
+from prism_gguf.formats.fingerprint import model_fingerprint
+from prism_gguf.formats.text.selection import Reading, TokenSource
+from prism_gguf.formats.text.windows import Score
+from prism_gguf.measure.capture.capture_file import read_capture, write_capture
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.protocol import WindowStates
+from prism_gguf.results.options import CaptureOptions, CompareOptions
+from prism_gguf.system.errors import IncompatibleModelsError, InvalidCaptureError
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import Score
+from prism_gguf.workflows.compare import compare
 
 READING = Reading(held_out_texts(), 512, 6)
 
@@ -71,7 +72,9 @@ def test_a_capture_holds_what_the_model_computed(tmp_path: Path) -> None:
 def test_it_is_made_once_for_the_same_content_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = CaptureOptions(cache=tmp_path)
     made = ensure_capture(str(MODEL), READING, options)
-    monkeypatch.setattr(prism_gguf.reference, "open_model", lambda *_: pytest.fail("the reference was opened again"))
+    monkeypatch.setattr(
+        prism_gguf.measure.capture.ensure, "open_model", lambda *_: pytest.fail("the reference was opened again")
+    )
     assert ensure_capture(str(MODEL), READING, options) == made
     assert ensure_capture(str(checkpoint(tmp_path)), READING, options) == made  # the same content elsewhere
 
@@ -144,7 +147,7 @@ def _done(checksums: Path) -> int:
 
 
 def prism_gguf_texts(path: Path) -> list:
-    from prism_gguf.text import read_texts
+    from prism_gguf.formats.text.windows import read_texts
 
     return read_texts([str(path)])
 

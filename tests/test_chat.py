@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.adapters.llama_cpp import LlamaCppModel
-from prism_gguf.chat import read_chat
-from prism_gguf.errors import InvalidModelError, InvalidTextError
-from prism_gguf.reading import Reading
+from prism_gguf.formats.text.chat import read_chat
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.system.errors import InvalidModelError, InvalidTextError
 from prism_gguf.testbed import MODEL
 
 TALK = [

@@ -14,15 +14,16 @@ import psutil
 import pytest
 from gguf_edit import edited
 
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.details import HeadInfo
-from prism_gguf.errors import InvalidModelError, InvalidTextError
-from prism_gguf.isolation import NativeWorker
-from prism_gguf.mix import Mix
-from prism_gguf.quantizer import quantize_gguf
-from prism_gguf.results import CandidateResult, Comparison
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.text.windows import EvaluationText
+from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.results.comparison import CandidateResult, Comparison
+from prism_gguf.results.details import HeadInfo
+from prism_gguf.results.options import CompareOptions
+from prism_gguf.system.errors import InvalidModelError, InvalidTextError
+from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import EvaluationText
+from prism_gguf.workflows.compare import compare
 
 FEW = CompareOptions(windows=4)
 TEXTS = held_out_texts()
@@ -217,6 +218,7 @@ def test_pure_quantization_of_a_head_with_another_type(ladder: dict[str, Path], 
     assert candidate.head is not None and candidate.head.type == "Q4_K"
 
 
+@pytest.mark.usefixtures("cold_workers")
 @pytest.mark.parametrize(
     "how", ["SIGABRT", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGSEGV", "SIGKILL", "SIGSTOP"))]
 )
@@ -245,7 +247,7 @@ def test_a_candidate_whose_process_dies_or_hangs_is_a_row_and_the_others_finish(
 def test_the_caller_loads_neither_torch_nor_llama_cpp(ladder: dict[str, Path]) -> None:
     """What they cost in time and memory, only the children pay; and nothing of theirs can take the caller down."""
     code = (
-        "import sys; from prism_gguf import compare; from prism_gguf.comparison import CompareOptions\n"
+        "import sys; from prism_gguf import compare; from prism_gguf.workflows.compare import CompareOptions\n"
         "from prism_gguf.testbed import held_out_texts\n"
         "compare(*sys.argv[1:2], sys.argv[2:], held_out_texts(), CompareOptions(windows=4))\n"
         "assert not {'torch', 'llama_cpp', 'transformers'} & set(sys.modules)"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist, squareform
 
-from prism_gguf.errors import UndefinedMetricError
-from prism_gguf.metrics import diameter as module
-from prism_gguf.metrics.diameter import Diameter, RowChunks, diameter
+from prism_gguf.measure.metrics import diameter as module
+from prism_gguf.measure.metrics.diameter import Diameter, RowChunks, diameter
+from prism_gguf.system.errors import UndefinedMetricError
 
 
 def chunked(rows: np.ndarray, size: int = 100) -> RowChunks:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from prism_gguf.errors import UndefinedMetricError
-from prism_gguf.metrics.divergence import TokenDivergence, clustered_mean, token_divergence
+from prism_gguf.measure.metrics.divergence import TokenDivergence, clustered_mean, token_divergence
+from prism_gguf.system.errors import UndefinedMetricError
 
 RNG = np.random.default_rng(5)
 N, V = 60, 1000

@@ -14,16 +14,17 @@ from fuzzing import N_CTX, WINDOWS, Fuzzer, Tally, listing
 from gguf_mutations import boundaries, mutation, pack, parse
 from tiny_gguf import TEXT, write_tiny
 
-from prism_gguf.errors import PrismGgufError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.imatrix import read_imatrix, write_imatrix
-from prism_gguf.isolation import NativeWorker
-from prism_gguf.lora import AdapterFile
-from prism_gguf.mix import Mix
-from prism_gguf.quantizer import quantize_gguf
-from prism_gguf.reference import CaptureOptions, capture
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
+from prism_gguf.formats.lora import AdapterFile
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.text.windows import EvaluationText
+from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.results.options import CaptureOptions
+from prism_gguf.system.errors import PrismGgufError
+from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed.gguf_export import finish
-from prism_gguf.text import EvaluationText
+from prism_gguf.workflows.capture import capture
 
 # Seeds that found a defect, and what it was.
 FOUND = {

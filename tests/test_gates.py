@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prism_gguf.errors import InvalidGateError
-from prism_gguf.gates import Gate
-from prism_gguf.metrics.divergence import TokenDivergence
-from prism_gguf.metrics.statistics import divergence_statistics
-from prism_gguf.parts import split_parts
-from prism_gguf.results import Attribution, CandidateResult, Divergence, NoiseFloor, Risk, Status
-from prism_gguf.text import TokenWindows
-from prism_gguf.verdict import judge
+from prism_gguf.formats.text.windows import TokenWindows
+from prism_gguf.measure.breakdown import break_down
+from prism_gguf.measure.metrics.divergence import TokenDivergence
+from prism_gguf.measure.metrics.statistics import divergence_statistics
+from prism_gguf.results.comparison import Attribution, CandidateResult, Divergence, NoiseFloor, Risk, Status
+from prism_gguf.results.gates import Gate
+from prism_gguf.results.verdict import judge
+from prism_gguf.system.errors import InvalidGateError
 
 RNG = np.random.default_rng(8)
 WINDOWS = TokenWindows(RNG.integers(0, 9, (6, 32)).astype(np.int32), ("a.b",) * 3 + ("code",) * 3)
@@ -32,7 +32,7 @@ def attribution(**shares: float) -> Attribution:
 
 def candidate(**changes: object) -> CandidateResult:
     divergence = Divergence(**divergence_statistics(TOKENS, WINDOWS.window_of_token))
-    values = {"divergence": divergence, "parts": split_parts(TOKENS, WINDOWS), "risk": Risk(2.0, 2.1, 0.1, 0.01)}
+    values = {"divergence": divergence, "parts": break_down(TOKENS, WINDOWS), "risk": Risk(2.0, 2.1, 0.1, 0.01)}
     return CandidateResult("x.gguf", **{**values, **changes})  # type: ignore[arg-type]
 
 

@@ -5,14 +5,14 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
-from prism_gguf.errors import UndefinedMetricError
-from prism_gguf.metrics.geometry import (
+from prism_gguf.measure.metrics.geometry import (
     FeatureMoments,
     MomentAccumulator,
     identity_geometry,
     procrustes_geometry,
     scale_absorbed,
 )
+from prism_gguf.system.errors import UndefinedMetricError
 
 RNG = np.random.default_rng(7)
 Z = (RNG.normal(size=(300, 24)) * RNG.lognormal(size=24)).astype(np.float32)

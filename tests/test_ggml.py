@@ -9,8 +9,8 @@ import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize as by_gguf_py
 
-from prism_gguf.adapters import ggml
-from prism_gguf.adapters.llama_cpp import LlamaCppModel, emulated_head
+from prism_gguf.models import ggml
+from prism_gguf.models.llama_cpp import LlamaCppModel, emulated_head
 from prism_gguf.testbed import held_out_texts
 
 

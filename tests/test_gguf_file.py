@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gguf_edit import edited, split
 
-from prism_gguf.errors import InvalidModelError
-from prism_gguf.gguf_file import GgufFile
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.system.errors import InvalidModelError
 
 
 def test_reads_the_testbed(ladder: dict[str, Path]) -> None:
@@ -41,9 +41,9 @@ def test_head_rows_are_the_tensor(ladder: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 def test_fallbacks_are_named(smollm2, tmp_path: Path) -> None:
-    from prism_gguf.isolation import NativeWorker
-    from prism_gguf.mix import Mix
-    from prism_gguf.quantizer import quantize_gguf
+    from prism_gguf.formats.mix import Mix
+    from prism_gguf.models.llama_quantizer import quantize_gguf
+    from prism_gguf.system.worker import NativeWorker
 
     out = tmp_path / "SmolLM2-Q4_K_M.gguf"
     with NativeWorker() as worker:

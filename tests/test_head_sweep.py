@@ -15,22 +15,24 @@ from click.testing import CliRunner, Result
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from prism_gguf.advisor.cross_score import decode_body, score_heads
-from prism_gguf.advisor.head_results import HeadReport, HeadRow
-from prism_gguf.advisor.head_sweep import TYPES, HeadOptions, sweep_heads
 from prism_gguf.cli import main
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.gguf_writer import NewTensor, write_copy
-from prism_gguf.imatrix import ImportanceMatrix
-from prism_gguf.isolation import NativeWorker
-from prism_gguf.mix import Mix
-from prism_gguf.quantizer import quantize_gguf
-from prism_gguf.reading import Reading
-from prism_gguf.reference import CaptureOptions, ensure_capture
-from prism_gguf.results import GateResult
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.gguf_writer import NewTensor, write_copy
+from prism_gguf.formats.imatrix import ImportanceMatrix
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.quantization.heads import settings
+from prism_gguf.quantization.heads.cross_score import decode_body, score_heads
+from prism_gguf.results.comparison import GateResult
+from prism_gguf.results.heads import HeadReport, HeadRow
+from prism_gguf.results.options import HEAD_TYPES, CaptureOptions, CompareOptions, HeadOptions
+from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed import FOLDER, MODEL, held_out_texts
 from prism_gguf.testbed.gguf_export import write_f16
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.head import head
 
 TEXTS = held_out_texts()
 WINDOWS = 2
@@ -61,7 +63,7 @@ def by_type(report: HeadReport) -> dict[str, HeadRow]:
 
 @pytest.fixture(scope="module")
 def swept(ladder: dict[str, Path]) -> HeadReport:
-    return sweep_heads(MODEL, [ladder["Q4_K_M"]], TEXTS, HeadOptions(windows=WINDOWS))
+    return head(MODEL, [ladder["Q4_K_M"]], TEXTS, HeadOptions(windows=WINDOWS))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_cross_scored_is_what_the_real_files_serve(
 def test_prices_climb_from_the_cheapest(swept: HeadReport) -> None:
     rows = swept.candidates[0].rows
     sizes = [row.head_bytes or 0 for row in rows]
-    assert sizes == sorted(sizes, reverse=True) and len(rows) == len(TYPES)
+    assert sizes == sorted(sizes, reverse=True) and len(rows) == len(HEAD_TYPES)
     assert rows[-1].type == "Q2_K" and rows[-1].nats_per_mib is None and rows[-1].beaten_by is None
     useful = [row for row in reversed(rows) if row.beaten_by is None]
     for cheaper, row in pairwise(useful):
@@ -115,12 +117,11 @@ def test_prices_climb_from_the_cheapest(swept: HeadReport) -> None:
 
 
 @pytest.mark.slow
-def test_an_imatrix_weighs_the_columns(measured: dict[str, float], ladder: dict[str, Path], tmp_path: Path) -> None:
-    class Weighed(HeadOptions):
-        def column_weights(self) -> dict[str, np.ndarray]:
-            return WEIGHTS
-
-    options = Weighed(windows=WINDOWS, types=("Q2_K",))
+def test_an_imatrix_weighs_the_columns(
+    measured: dict[str, float], ladder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "column_weights", lambda options: WEIGHTS)
+    options = HeadOptions(windows=WINDOWS, types=("Q2_K",))
     folder = ensure_capture(str(MODEL), Reading(TEXTS, 512, WINDOWS), CaptureOptions())
     body = decode_body(str(ladder["Q4_K_M"]), folder, tmp_path / "body", options)
     (row,) = score_heads(folder, [body], options)[body.path].rows
@@ -151,7 +152,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_tied_head_is_run_as_input_too(tied: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, candidate = tied
     types = ("Q8_0", "Q6_K", "Q4_K", "Q2_K")
-    everything = sweep_heads(checkpoint, [candidate], TEXTS, HeadOptions(windows=WINDOWS, types=types, run_all=True))
+    everything = head(checkpoint, [candidate], TEXTS, HeadOptions(windows=WINDOWS, types=types, run_all=True))
     other = tmp_path / "tied-other.gguf"
     with NativeWorker() as worker:
         mix = Mix("Q4_K_M", embedding_type="Q2_K")
@@ -167,7 +168,7 @@ def test_a_tied_head_is_run_as_input_too(tied: tuple[Path, Path], tmp_path: Path
     assert q4.run is not None
     limit = (q2.run.divergence.kld_mean + q4.run.divergence.kld_mean) / 2
     options = HeadOptions(windows=WINDOWS, types=types, fail_on=(f"kld_mean>{limit}",))
-    report = sweep_heads(checkpoint, [candidate], TEXTS, options)
+    report = head(checkpoint, [candidate], TEXTS, options)
     assert report.candidates[0].cheapest == "Q4_K" and report.passed
     assert by_type(report)["Q4_K"].run == replace(q4.run, gates=report_gates(report), passed=True)
     assert by_type(report)["Q8_0"].run is None

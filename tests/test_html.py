@@ -16,9 +16,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from test_result_file import stored
 
 from prism_gguf.cli import main
-from prism_gguf.details import Failure, Guess, LayerDrift, Layers
-from prism_gguf.report.html import page
-from prism_gguf.results import Comparison
+from prism_gguf.reports.html import page
+from prism_gguf.results.comparison import Comparison
+from prism_gguf.results.details import Failure, Guess, LayerDrift, Layers
 
 FIGURES = ["size", "causes", "bound", "position", "domain", "layers"]
 HOSTILE = "<script>document.title='owned'</script>$x^2$\x1b[31m{{ 7*7 }}\u202e\"'>|`<img src=x onerror=alert(1)>"

@@ -9,9 +9,9 @@ import torch
 import transformers as T
 from transformers import AutoModelForCausalLM
 
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.errors import InvalidModelError, RuntimeFailureError
-from prism_gguf.output_head import LogitTransform
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.output_head import LogitTransform
+from prism_gguf.system.errors import InvalidModelError, RuntimeFailureError
 from prism_gguf.testbed import MODEL
 
 SMALL = {
@@ -79,7 +79,7 @@ def test_states_and_logits_are_those_of_the_model_in_float32(name: str, dtype: t
 
 def test_a_transform_it_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(CONFIGS["granite"](), tmp_path / "model", torch.float16)
-    monkeypatch.setattr("prism_gguf.adapters.huggingface._logit_transform", lambda config: LogitTransform())
+    monkeypatch.setattr("prism_gguf.models.huggingface._logit_transform", lambda config: LogitTransform())
     with pytest.raises(InvalidModelError, match=r"miss the model's own logits by .*GraniteForCausalLM"):
         HuggingFaceModel(folder)
 
@@ -131,7 +131,7 @@ def test_long_windows_go_through_the_cache(name: str, tmp_path: Path, monkeypatc
     folder = save(CONFIGS[name](), tmp_path / "model", torch.float16)
     with HuggingFaceModel(folder) as model:
         (whole,) = model.window_states(TOKENS, 10)
-        monkeypatch.setattr("prism_gguf.adapters.huggingface._LONGEST_PASS", 7)
+        monkeypatch.setattr("prism_gguf.models.huggingface.LONGEST_PASS", 7)
         parts = list(model.window_states(TOKENS, 10))
     assert len(parts) > 2 and (parts[0].start, parts[-1].stop) == (10, len(TOKENS) - 1)
     hidden = np.concatenate([part.hidden for part in parts])

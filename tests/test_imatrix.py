@@ -7,8 +7,8 @@ import gguf
 import numpy as np
 import pytest
 
-from prism_gguf.errors import InvalidImatrixError
-from prism_gguf.imatrix import read_imatrix, write_imatrix
+from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
+from prism_gguf.system.errors import InvalidImatrixError
 
 SUMS = {
     "blk.0.ffn_up.weight": np.array([2.0, 4.0, 0.0, 7.0], np.float32),

@@ -17,19 +17,25 @@ from gguf_edit import edited
 from scipy.linalg import block_diag, expm
 from scipy.stats import ortho_group
 
-from prism_gguf.adapters import ggml
-from prism_gguf.capture_file import read_capture
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.make import quantize
-from prism_gguf.metrics.attribution import ProductChunk, coalitions, shapley
-from prism_gguf.metrics.bound import head_divergence, head_moments
-from prism_gguf.metrics.geometry import FeatureGeometry, MomentAccumulator, identity_geometry, procrustes_geometry
-from prism_gguf.mix import Mix, ggml_type
-from prism_gguf.reading import Reading
-from prism_gguf.reference import CaptureOptions, ensure_capture
-from prism_gguf.results import CandidateResult, Geometry, Status
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.mix import Mix, ggml_type
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.measure.capture.capture_file import read_capture
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.measure.metrics.attribution import ProductChunk, coalitions, shapley
+from prism_gguf.measure.metrics.bound import head_divergence, head_moments
+from prism_gguf.measure.metrics.geometry import (
+    FeatureGeometry,
+    MomentAccumulator,
+    identity_geometry,
+    procrustes_geometry,
+)
+from prism_gguf.models import ggml
+from prism_gguf.results.comparison import CandidateResult, Geometry, Status
+from prism_gguf.results.options import CaptureOptions, CompareOptions
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.quantize import quantize
 
 TEXTS, WINDOWS = held_out_texts(), 2
 EPS = float(np.finfo(np.float64).eps)

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prism_gguf.errors import InvalidTextError, OutOfMemoryError, RuntimeFailureError, StorageError
-from prism_gguf.isolation import NativeWorker
-from prism_gguf.scratch import scratch_folder
+from prism_gguf.system.errors import InvalidTextError, OutOfMemoryError, RuntimeFailureError, StorageError
+from prism_gguf.system.scratch import scratch_folder
+from prism_gguf.system.worker import NativeWorker
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_each_renewed_child_is_a_process_of_its_own() -> None:
 
 
 def test_without_forks_each_renewed_child_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import prism_gguf.child; prism_gguf.child._FORKS = False")
+    (tmp_path / "sitecustomize.py").write_text("import prism_gguf.system.worker_child as child; child._FORKS = False")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
     with NativeWorker() as worker:
         first = worker.run(_process_and_modules)

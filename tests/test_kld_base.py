@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from prism_gguf.capture_file import read_capture
-from prism_gguf.errors import InvalidCaptureError, InvalidTextError
-from prism_gguf.kld_base import export_kld_base, read_tokens
-from prism_gguf.reading import Reading
-from prism_gguf.reference import CaptureOptions, ensure_capture
+from prism_gguf.formats.kld_base import read_tokens
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import Score
+from prism_gguf.measure.capture.capture_file import read_capture
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.measure.capture.kld_base import export_kld_base
+from prism_gguf.results.options import CaptureOptions
+from prism_gguf.system.errors import InvalidCaptureError, InvalidTextError
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import Score
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,8 @@ def test_captures_of_all_tokens_do_not_fit_the_format(tmp_path: Path) -> None:
 
 
 def test_a_flat_distribution_is_stored(tmp_path: Path) -> None:
-    from prism_gguf.kld_base import _records
-    from prism_gguf.output_head import OutputHead
+    from prism_gguf.measure.capture.kld_base import _records
+    from prism_gguf.models.output_head import OutputHead
 
     head = OutputHead("output.weight", "F32", 11, 4, lambda a, b: np.zeros((b - a, 4), dtype=np.float32))
     record = _records(head, np.ones((1, 4), dtype=np.float32), 11)

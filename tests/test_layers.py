@@ -13,19 +13,21 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from prism_gguf.adapters import Model, ggml
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.adapters.llama_cpp import LlamaCppModel
-from prism_gguf.capture_file import read_capture
 from prism_gguf.cli import main
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.details import LayerDrift
-from prism_gguf.errors import InvalidCaptureError, InvalidModelError, RuntimeFailureError
-from prism_gguf.layers import ensure_layers
-from prism_gguf.reading import Reading
-from prism_gguf.reference import CaptureOptions, ensure_capture
-from prism_gguf.results import Comparison
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.measure.capture.capture_file import read_capture
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.measure.drift import ensure_layers
+from prism_gguf.models import ggml
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.models.protocol import Model
+from prism_gguf.results.comparison import Comparison
+from prism_gguf.results.details import LayerDrift
+from prism_gguf.results.options import CaptureOptions, CompareOptions
+from prism_gguf.system.errors import InvalidCaptureError, InvalidModelError, RuntimeFailureError
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.compare import compare
 
 TEXTS = held_out_texts()
 OPTIONS = CompareOptions(n_ctx=256, windows=6, layers=True, attribution=False, threads=1)
@@ -76,7 +78,7 @@ def test_the_checkpoint_s_stream_is_what_transformers_calls_hidden_states(
         (final,) = model.window_states(tokens, 50)
         with torch.no_grad():
             normed = network.model.norm(torch.from_numpy(found[-1])).numpy()
-        monkeypatch.setattr("prism_gguf.adapters.huggingface._LONGEST_PASS", 60)
+        monkeypatch.setattr("prism_gguf.models.huggingface.LONGEST_PASS", 60)
         in_pieces = streams(model, tokens, 50)
     # hidden_states begins with the embedding, and transformers norms the last.
     for block in range(N_BLOCKS - 1):
@@ -100,7 +102,7 @@ def test_llama_cpp_s_stream_is_the_checkpoint_s(
     for block in range(N_BLOCKS):
         assert relative(found[block], expected[block]) < 1e-3
     # Three batches: the first has no scored token, the second some; llama.cpp drops the others in its last block.
-    monkeypatch.setattr("prism_gguf.adapters.llama_cpp._MAX_BATCH", 40)
+    monkeypatch.setattr("prism_gguf.models.llama_cpp.MAX_BATCH", 40)
     with LlamaCppModel(ladder["F16"], n_ctx=200) as model:
         assert relative(streams(model, tokens, 50), found) < 3e-3  # batches round apart; a wrong position is far off
 
@@ -187,7 +189,7 @@ def test_models_whose_blocks_are_not_found(ladder: dict[str, Path], tokens: np.n
         patch.setattr(model.network.config, "num_hidden_layers", 7)
         with pytest.raises(InvalidModelError, match="LlamaForCausalLM has 0 lists of 7 blocks"):
             list(model.layer_states(tokens, 50))
-    monkeypatch.setattr("prism_gguf.adapters.llama_cpp._BLOCK_OUTPUT", "no_such_node-")
+    monkeypatch.setattr("prism_gguf.models.llama_cpp._BLOCK_OUTPUT", "no_such_node-")
     with (
         LlamaCppModel(ladder["F16"], n_ctx=200) as gguf,
         pytest.raises(RuntimeFailureError, match="graph of architecture 'llama' has no nodes no_such_node-0"),

@@ -16,17 +16,16 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
 from prism_gguf import CaptureOptions, CompareOptions, Estimate, LimitError, capture, compare, sensitivity
-from prism_gguf.advisor.sensitivity import SensitivityOptions
 from prism_gguf.cli import main
-from prism_gguf.limits import admit
-from prism_gguf.limits.costs import Costs, Work
-from prism_gguf.limits.estimate import duration
-from prism_gguf.limits.headers import model_header
-from prism_gguf.limits.machine import Speed, allocated, mapping_limit, memory, speed
-from prism_gguf.profiles import load_profile
-from prism_gguf.reference import export_base
-from prism_gguf.sweep import sweep
+from prism_gguf.models.costs import Costs, Work
+from prism_gguf.models.header import model_header
+from prism_gguf.quantization.profiles import load_profile
+from prism_gguf.results.options import SensitivityOptions
+from prism_gguf.system.estimate import admit, duration
+from prism_gguf.system.machine import Speed, allocated, mapping_limit, memory, speed
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.capture import export_kld_base
+from prism_gguf.workflows.sweep import sweep
 
 GIB = 2**30
 
@@ -74,7 +73,7 @@ def test_disk_is_as_estimated(tmp_path: Path, ladder: dict[str, Path]) -> None:
     folder = capture(MODEL, held_out_texts(), options, estimated=told.append)
     capture(MODEL, held_out_texts(), replace(options, out=tmp_path / "own", self_contained=True), estimated=told.append)
     capture(MODEL, held_out_texts(), options, estimated=told.append)
-    export_base(folder, tmp_path / "base.kld", estimated=told.append)
+    export_kld_base(folder, tmp_path / "base.kld", estimated=told.append)
     plain, own, again, base = told
     states = sum(f.stat().st_size for f in folder.glob("*.npy"))
     assert plain.disk[folder] == pytest.approx(states, rel=0.02)

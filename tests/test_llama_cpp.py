@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from gguf_edit import edited
 
-from prism_gguf.adapters import ggml
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.adapters.llama_cpp import LlamaCppModel, RuntimeOptions
-from prism_gguf.errors import InvalidModelError, RuntimeFailureError
+from prism_gguf.models import ggml
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.results.options import RuntimeOptions
+from prism_gguf.system.errors import InvalidModelError, RuntimeFailureError
 from prism_gguf.testbed import MODEL, held_out_texts
 
 TEXT = held_out_texts()[0].text[:4000]
@@ -59,7 +60,7 @@ def test_states_times_head_are_the_runtime_s_logits(ladder: dict[str, Path], typ
 def test_batches_of_a_window_fit_together(ladder: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with LlamaCppModel(ladder["F16"], n_ctx=128) as model:
         whole, _ = states(model, window(model), 64)
-    monkeypatch.setattr("prism_gguf.adapters.llama_cpp._MAX_BATCH", 48)
+    monkeypatch.setattr("prism_gguf.models.llama_cpp.MAX_BATCH", 48)
     with LlamaCppModel(ladder["F16"], n_ctx=128) as model:
         parts = [(s.start, s.stop, s.hidden) for s in model.window_states(window(model), 64)]
     assert [(start, stop) for start, stop, _ in parts] == [(64, 96), (96, 127)]

@@ -12,8 +12,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from prism_gguf.cli import main
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.recipe import Recipe, read_recipe, write_recipe
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.recipe import Recipe, read_recipe, write_recipe
 
 
 def run(*args: str | Path | int) -> Result:

@@ -10,8 +10,8 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from prism_gguf.report.markdown import card, write_card
-from prism_gguf.results import Comparison
+from prism_gguf.reports.markdown import card, write
+from prism_gguf.results.comparison import Comparison
 
 HOSTILE = "a|b`c</td><script>x</script>*d*_e_\n# f ```\x1b![x](http://y)"
 
@@ -22,7 +22,7 @@ def rendered(text: str) -> str:
 
 def test_the_table_has_what_a_downloader_needs(compared: Comparison, tmp_path: Path) -> None:
     path = tmp_path / "card.md"
-    write_card(compared, path)
+    write(compared, path)
     html = rendered(path.read_text(encoding="utf-8"))
     rows = re.findall(r"<tr>\s*(.*?)\s*</tr>", html, re.S)
     assert len(rows) == 1 + len(compared.candidates)

@@ -13,18 +13,21 @@ from click.testing import CliRunner
 from gguf_edit import edited
 from make_schema import OUT, schema
 
-import prism_gguf.decode
-from prism_gguf.adapters.llama_cpp import LlamaCppModel
-from prism_gguf.capture_file import read_capture
+import prism_gguf.measure.decode
 from prism_gguf.cli import main
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.isolation import no_progress
-from prism_gguf.ranking import rank
-from prism_gguf.reading import Reading
-from prism_gguf.reference import CaptureOptions, ensure_capture
-from prism_gguf.results import Comparison, Status
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import Score
+from prism_gguf.measure.capture.capture_file import read_capture
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.measure.pair import Pair
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.models.output_head import HeadPair
+from prism_gguf.results.comparison import Comparison, Status
+from prism_gguf.results.options import CaptureOptions, CompareOptions
+from prism_gguf.results.ranking import rank
+from prism_gguf.system.progress import no_progress
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import Score
+from prism_gguf.workflows.compare import compare
 
 TEXTS = held_out_texts()
 FEW = CompareOptions(windows=4)
@@ -52,9 +55,10 @@ def test_runtime_logits_give_the_same_numbers(
     """The slow path, which other backends take."""
     folder = ensure_capture(str(MODEL), Reading(TEXTS, 512, 4), CaptureOptions())
     capture = read_capture(folder)
-    monkeypatch.setattr(prism_gguf.decode, "_MAX_EMULATION_KLD", -1.0)
+    monkeypatch.setattr(prism_gguf.measure.decode, "_MAX_EMULATION_KLD", -1.0)
     with LlamaCppModel(ladder["Q4_K_M"], n_ctx=512) as model:
-        decoded = prism_gguf.decode.decode_windows(capture, model, tmp_path, 4096, no_progress)
+        pair = Pair(capture, HeadPair(capture.head, model.output_head(), 4096))
+        decoded = prism_gguf.measure.decode.decode_windows(pair, model, tmp_path, no_progress)
     assert decoded.logits.source == "runtime"
     expected = compared.candidates[2].divergence
     assert expected is not None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from prism_gguf.output_head import LogitTransform, OutputHead
+from prism_gguf.models.output_head import LogitTransform, OutputHead
 
 RNG = np.random.default_rng(3)
 ROWS = RNG.normal(size=(50, 8)).astype(np.float32)

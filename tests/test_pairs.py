@@ -20,22 +20,23 @@ from safetensors.torch import load_file, save_file
 from variants import Updates, fine_tuned, merged_gguf, random_updates, write_adapter
 
 from prism_gguf import CompareOptions, compare
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.adapters.llama_cpp import LlamaCppModel
-from prism_gguf.capture_file import read_capture
 from prism_gguf.cli import main
-from prism_gguf.comparison import open_candidate
-from prism_gguf.errors import IncompatibleModelsError, InvalidModelError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.imatrix import ImportanceMatrix
-from prism_gguf.kinship import WeightSample, compare_weights, other_architecture, read_sample, sample_of
-from prism_gguf.mix import Mix
-from prism_gguf.quantizer import quantize_gguf
-from prism_gguf.reading import Reading
-from prism_gguf.reference import CaptureOptions, ensure_capture
-from prism_gguf.report.html import page
-from prism_gguf.report.markdown import card
-from prism_gguf.report.terminal import print_comparison
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.imatrix import ImportanceMatrix
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.measure.capture.capture_file import read_capture
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.measure.pair import open_candidate
+from prism_gguf.measure.same_weights import WeightSample, compare_weights, other_architecture, read_sample, sample_of
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.reports.html import page
+from prism_gguf.reports.markdown import card
+from prism_gguf.reports.terminal import print_comparison
+from prism_gguf.results.options import CaptureOptions
+from prism_gguf.system.errors import IncompatibleModelsError, InvalidModelError
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.testbed.gguf_export import rewrite_f16, write_f16
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prism_gguf.errors import InvalidProfileError, InvalidRecipeError, InvalidTextError, RuntimeFailureError
-from prism_gguf.isolation import NativeWorker
-from prism_gguf.mix import Mix
-from prism_gguf.profiles import Profile, load_profile, profile_names
-from prism_gguf.quantizer import quantize_gguf
+from prism_gguf.formats.mix import Mix
+from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.quantization.profiles import Profile, load_profile, profile_names
+from prism_gguf.system.errors import InvalidProfileError, InvalidRecipeError, InvalidTextError, RuntimeFailureError
+from prism_gguf.system.worker import NativeWorker
 
 FOLDER = Path(__file__).parent.parent / "quant_profiles"
 SHIPPED = ["demo", "full-ladder", "head-safe", "k-ladder", "machine-16gb", "machine-8gb", "publish"]

@@ -96,7 +96,7 @@ def test_verbose_shows_the_log_instead(ladder: dict[str, Path], tmp_path: Path) 
 def test_slow_steps_are_counted_down() -> None:
     from rich.progress import Progress
 
-    from prism_gguf.report.progress import _TimeLeft
+    from prism_gguf.reports.progress import _TimeLeft
 
     now = 0.0
     bars = Progress(get_time=lambda: now)

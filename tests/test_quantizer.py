@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 from gguf_edit import edited
 
-from prism_gguf.adapters.ggml import quantize_rows
-from prism_gguf.errors import (
+from prism_gguf.formats.gguf_file import GgufFile, Imatrix
+from prism_gguf.formats.gguf_reader import metadata_entries
+from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.recipe import Recipe, recipe_of
+from prism_gguf.models.ggml import quantize_rows
+from prism_gguf.models.llama_quantizer import planned_types, quantize_gguf
+from prism_gguf.quantization.plan import check_types, plan
+from prism_gguf.quantization.writing import check_output, make
+from prism_gguf.results.options import RunOptions
+from prism_gguf.system.errors import (
     InvalidImatrixError,
     InvalidModelError,
     InvalidOutputError,
@@ -17,15 +26,7 @@ from prism_gguf.errors import (
     InvalidRecipeError,
     RuntimeFailureError,
 )
-from prism_gguf.gguf_file import GgufFile, Imatrix
-from prism_gguf.gguf_reader import metadata_entries
-from prism_gguf.imatrix import read_imatrix, write_imatrix
-from prism_gguf.isolation import NativeWorker
-from prism_gguf.make import check_output, make
-from prism_gguf.mix import Mix
-from prism_gguf.plan import check_types, plan
-from prism_gguf.quantizer import planned_types, quantize_gguf
-from prism_gguf.recipe import Recipe, recipe_of
+from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed.gguf_export import finish
 
 
@@ -113,7 +114,7 @@ def test_the_plan_is_what_is_made(
     out = tmp_path / "out.gguf"
     with NativeWorker() as worker:
         planned = plan(ladder["F16"], what, imatrix=imatrix, worker=worker)
-        make(planned, out, worker=worker)
+        make(planned, out, RunOptions(), worker)
     made = GgufFile(out)
     assert out.stat().st_size == planned.file_bytes
     assert {t.name: (t.type, t.n_bytes) for t in made.tensors} == {t.name: (t.type, t.n_bytes) for t in planned.tensors}
@@ -131,7 +132,7 @@ def test_importance_weights_reach_the_quantizer(ladder: dict[str, Path], tmp_pat
     imatrix = imatrix_of(ladder["F16"], tmp_path / "imatrix.gguf")
     out, name = tmp_path / "out.gguf", "blk.1.ffn_up.weight"
     with NativeWorker() as worker:
-        make(plan(ladder["F16"], Mix("Q4_K_S", pure=True), imatrix=imatrix, worker=worker), out, worker=worker)
+        make(plan(ladder["F16"], Mix("Q4_K_S", pure=True), imatrix=imatrix, worker=worker), out, RunOptions(), worker)
     base, made = ({t.name: t for t in gguf.GGUFReader(path).tensors}[name] for path in (ladder["F16"], out))
     weights = read_imatrix(imatrix).weights[name]
     rows = base.data.astype(np.float32)
@@ -165,7 +166,7 @@ def test_other_alignments_and_split_bases(ladder: dict[str, Path], tmp_path: Pat
         for base in ("8.gguf", "40.gguf", "split-00001-of-00004.gguf"):
             out = tmp_path / f"out-{base.split('-')[0]}.gguf"
             planned = plan(tmp_path / base, Mix("Q8_0"), worker=worker)
-            make(planned, out, worker=worker)
+            make(planned, out, RunOptions(), worker)
             assert out.stat().st_size == planned.file_bytes
             assert {t.name: bytes(t.data) for t in gguf.GGUFReader(out).tensors} == kept
 
@@ -238,9 +239,11 @@ def test_rows_that_do_not_divide(ladder: dict[str, Path], tmp_path: Path) -> Non
 def test_requantizing_says_so(ladder: dict[str, Path], tmp_path: Path) -> None:
     imatrix = imatrix_of(ladder["F16"], tmp_path / "imatrix.gguf")
     with NativeWorker() as worker:
-        make(plan(ladder["F16"], Mix("Q8_0"), imatrix=imatrix, worker=worker), tmp_path / "a.gguf", worker=worker)
+        make(
+            plan(ladder["F16"], Mix("Q8_0"), imatrix=imatrix, worker=worker), tmp_path / "a.gguf", RunOptions(), worker
+        )
         again = plan(tmp_path / "a.gguf", Mix("Q4_K_M"), requantize=True, worker=worker)
-        make(again, tmp_path / "b.gguf", worker=worker)
+        make(again, tmp_path / "b.gguf", RunOptions(), worker)
     first, second = GgufFile(tmp_path / "a.gguf"), GgufFile(tmp_path / "b.gguf")
     assert (first.provenance["requantized"], second.provenance["requantized"]) == (False, True)
     assert second.provenance["base_types"] == "Q8_0 30, F32 9"

@@ -42,7 +42,10 @@ def test_python_examples_are_well_typed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path / "cache", script]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    assert '"prism_gguf.results.Comparison"' in result.stdout and '"prism_gguf.recipe.Recipe"' in result.stdout
+    assert (
+        '"prism_gguf.results.comparison.Comparison"' in result.stdout
+        and '"prism_gguf.formats.recipe.Recipe"' in result.stdout
+    )
     assert "-> pathlib.Path" in result.stdout
 
 

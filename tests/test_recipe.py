@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from prism_gguf.errors import InvalidOutputError, InvalidRecipeError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.patterns import expand, group, listed
-from prism_gguf.recipe import Recipe, read_recipe, recipe_of, write_recipe
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.patterns import expand, group, listed
+from prism_gguf.formats.recipe import Recipe, read_recipe, recipe_of, write_recipe
+from prism_gguf.system.errors import InvalidOutputError, InvalidRecipeError
 
 ROLES = ("attn_q", "attn_output", "ffn_down", "ffn_down_exps", "ffn_gate.3", "ssm_in-proj")
 NAMES = ["output.weight", "token_embd.weight", *(f"blk.{i}.{role}.weight" for i in range(112) for role in ROLES)]

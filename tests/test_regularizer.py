@@ -6,11 +6,11 @@ import torch
 from shape_regularizer import Arm, Judge, final_states, quantized_body, train
 
 from prism_gguf import PrismGgufError, ShapeRegularizer
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.errors import UndefinedMetricError
-from prism_gguf.metrics.geometry import SquareAccumulator, identity_geometry
+from prism_gguf.formats.text.windows import Score, make_windows
+from prism_gguf.measure.metrics.geometry import SquareAccumulator, identity_geometry
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.system.errors import UndefinedMetricError
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import Score, make_windows
 
 PENALTY = ShapeRegularizer()
 GENERATOR = torch.Generator().manual_seed(0)

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from prism_gguf.cli import main
-from prism_gguf.details import Failure
-from prism_gguf.errors import InvalidResultError
-from prism_gguf.result_file import merge_results, read_result
-from prism_gguf.results import Comparison
+from prism_gguf.results.comparison import Comparison
+from prism_gguf.results.details import Failure
+from prism_gguf.results.stored import merge_results, read_result
+from prism_gguf.system.errors import InvalidResultError
 
 
 def stored(comparison: Comparison, path: Path) -> Path:

@@ -19,12 +19,13 @@ from typing import Any
 import psutil
 import pytest
 
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.details import LayerCost
-from prism_gguf.files import written_whole
-from prism_gguf.isolation import no_progress
-from prism_gguf.kept import ensure_kept, find_kept
+from prism_gguf.results.details import LayerCost
+from prism_gguf.results.options import CompareOptions
+from prism_gguf.system.atomic_files import written_whole
+from prism_gguf.system.memo import ensure_kept, find_kept
+from prism_gguf.system.progress import no_progress
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.compare import compare
 
 COMMAND = [sys.executable, "-m", "prism_gguf.cli"]
 TEXT = ["--windows", "4", "--n-ctx", "256"]
@@ -196,7 +197,7 @@ def test_what_other_versions_have_kept_is_not_read(tmp_path: Path) -> None:
 def test_half_written_files_of_killed_processes_go(tmp_path: Path) -> None:
     target = tmp_path / "file.json"
     code = (
-        "import os, sys; from pathlib import Path; from prism_gguf.files import written_whole\n"
+        "import os, sys; from pathlib import Path; from prism_gguf.system.atomic_files import written_whole\n"
         "with written_whole(Path(sys.argv[1])) as path: path.write_text('half'); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(target)], check=False)

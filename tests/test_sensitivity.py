@@ -18,20 +18,22 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from prism_gguf.adapters.float32 import Float32Compute
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.advisor.fisher import FisherProducts
-from prism_gguf.advisor.gradients import backward, fisher_gradient
-from prism_gguf.advisor.sensitivity import SensitivityOptions, ensure_sensitivity, read_sensitivity
-from prism_gguf.advisor.weight_errors import WeightErrors
-from prism_gguf.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
-from prism_gguf.mix import Mix
-from prism_gguf.output_head import LogitTransform, OutputHead
-from prism_gguf.quantizer import planned_types
-from prism_gguf.reading import Reading
-from prism_gguf.tensor_names import quantizable_tensors
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import Score
+from prism_gguf.measure.calibrate.fisher import FisherProducts
+from prism_gguf.measure.calibrate.gradients import backward, fisher_gradient
+from prism_gguf.measure.calibrate.sensitivities import ensure_sensitivity
+from prism_gguf.measure.calibrate.weight_errors import WeightErrors
+from prism_gguf.models.float32 import Float32Compute
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.llama_quantizer import planned_types
+from prism_gguf.models.output_head import LogitTransform, OutputHead
+from prism_gguf.models.tensor_names import quantizable_tensors
+from prism_gguf.results.options import SensitivityOptions
+from prism_gguf.results.sensitivity import read_sensitivity
+from prism_gguf.system.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.text import Score
 
 SMALL: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=1, tie_word_embeddings=True)

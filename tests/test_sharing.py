@@ -16,12 +16,13 @@ import pytest
 from click.testing import CliRunner
 from test_resume import TWO_FILES, finish, start, without_times
 
-from prism_gguf.cache import model_fingerprint
 from prism_gguf.cli import main
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.errors import InvalidCaptureError
-from prism_gguf.reference import CaptureOptions, capture
+from prism_gguf.formats.fingerprint import model_fingerprint
+from prism_gguf.results.options import CaptureOptions, CompareOptions
+from prism_gguf.system.errors import InvalidCaptureError
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.capture import capture
+from prism_gguf.workflows.compare import compare
 
 FEW: dict[str, Any] = {"windows": 2, "n_ctx": 128, "attribution": False}
 SWEEP = f"{TWO_FILES}windows: 2\nn_ctx: 128\n"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy.stats import ortho_group
 
-from prism_gguf.details import Similarity, Spread
-from prism_gguf.errors import UndefinedMetricError
-from prism_gguf.metrics.similarity import SimilarityAccumulator, SpreadAccumulator
-from prism_gguf.report.html import page
-from prism_gguf.report.terminal import console, print_comparison
-from prism_gguf.results import Comparison
+from prism_gguf.measure.metrics.similarity import SimilarityAccumulator, SpreadAccumulator
+from prism_gguf.reports.html import page
+from prism_gguf.reports.terminal import console, print_comparison
+from prism_gguf.results.comparison import Comparison
+from prism_gguf.results.details import Similarity, Spread
+from prism_gguf.system.errors import UndefinedMetricError
 
 RNG = np.random.default_rng(17)
 N, D = 400, 12

@@ -17,30 +17,33 @@ from gguf_edit import edited
 from test_resume import finish, start
 from variants import fine_tuned
 
-from prism_gguf.adapters.huggingface import HuggingFaceModel
-from prism_gguf.advisor.collect import collect_imatrix
-from prism_gguf.advisor.sensitivity import SensitivityOptions, ensure_sensitivity
 from prism_gguf.cli import main
-from prism_gguf.comparison import CompareOptions, compare
-from prism_gguf.errors import InvalidOutputError, PrismGgufError, RuntimeFailureError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.imatrix import read_imatrix
-from prism_gguf.kinship import compare_weights, sample_of
-from prism_gguf.limits import Estimate
-from prism_gguf.make import quantize, recorded_made_of
-from prism_gguf.mix import Mix
-from prism_gguf.plan import MADE_OF
-from prism_gguf.quantizer import quantize_gguf
-from prism_gguf.reading import Reading
-from prism_gguf.reference import RunOptions
-from prism_gguf.results import Comparison
-from prism_gguf.smoothing.apply import write_smoothed
-from prism_gguf.smoothing.factors import SMOOTHED, Factors, factors_file, read_factors
-from prism_gguf.smoothing.find import Found, find_factors
-from prism_gguf.smoothing.smooth import MAX_CONTROL_KLD, Smoothed, SmoothOptions, _make, check_base, smooth
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.imatrix import read_imatrix
+from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import Score, first_half, second_half
+from prism_gguf.measure.calibrate.importance import collect_imatrix
+from prism_gguf.measure.calibrate.sensitivities import ensure_sensitivity
+from prism_gguf.measure.same_weights import compare_weights, sample_of
+from prism_gguf.models.factors import SMOOTHED, Factors, factors_file, read_factors
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.quantization.smoothing.apply import write_smoothed
+from prism_gguf.quantization.smoothing.find import Found, find_factors
+from prism_gguf.quantization.writing import recorded_made_of
+from prism_gguf.results.comparison import Comparison
+from prism_gguf.results.options import CompareOptions, RunOptions, SensitivityOptions, SmoothOptions
+from prism_gguf.results.quantized import MADE_OF
+from prism_gguf.results.smoothing import Smoothed
+from prism_gguf.system.errors import InvalidOutputError, PrismGgufError, RuntimeFailureError
+from prism_gguf.system.estimate import Estimate
+from prism_gguf.system.watch import UNWATCHED
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.testbed.gguf_export import write_f16
-from prism_gguf.text import Score, first_half, second_half
+from prism_gguf.workflows.compare import compare
+from prism_gguf.workflows.quantize import quantize
+from prism_gguf.workflows.smooth import MAX_CONTROL_KLD, _make, check_base, smooth
 
 SEEN, UNSEEN = ([half(text) for text in held_out_texts()] for half in (second_half, first_half))
 OPTIONS = SmoothOptions(windows=6, refinements=2)
@@ -212,7 +215,7 @@ def test_a_changed_function_is_refused(subject: Subject, factors: Factors, cache
     broken.save(factors_file(cache, broken.digest))
     out, base, found = tmp_path / "out-F16.gguf", check_base(subject.f16), Found(broken.digest, "0" * 32, [], {})
     with OPTIONS.worker() as worker, pytest.raises(RuntimeFailureError, match="smoothing changed the function, by"):
-        _make(base, out, found, "Q4_K_M", OPTIONS, worker, lambda *_: None)
+        _make(base, out, found, "Q4_K_M", OPTIONS, worker, UNWATCHED)
     assert list(tmp_path.iterdir()) == []
 
 

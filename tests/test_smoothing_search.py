@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from prism_gguf.smoothing.search import Choice, Follower, SiteSearch, sampled_rows
-from prism_gguf.smoothing.sites import Site
+from prism_gguf.models.symmetries import Site
+from prism_gguf.quantization.smoothing.search import Follower, SiteSearch, sampled_rows
+from prism_gguf.results.smoothing import SiteChoice
 
 Q4_K, Q4_0, Q8_0 = (GGMLQuantizationType[name] for name in ("Q4_K", "Q4_0", "Q8_0"))
 
@@ -18,7 +19,7 @@ def site(size: int, matrices: int = 1, **more: int) -> Site:
 
 def choose(
     at: Site, rows: np.ndarray, inputs: np.ndarray, kind: GGMLQuantizationType = Q4_K, refinements: int = 0
-) -> tuple[np.ndarray, Choice]:
+) -> tuple[np.ndarray, SiteChoice]:
     """The search with rows (matrices, rows, columns) and root mean squares of inputs (matrices, columns).
 
     Every second row is held out; a matrix without inputs is an expert that no token reached.
@@ -47,7 +48,7 @@ def test_what_is_balanced_gains_nothing_and_loses_nothing() -> None:
     _, choice = choose(site(512), rows, inputs, refinements=4)
     assert 0.93 * choice.before < choice.after <= choice.before
     scales, choice = choose(site(512), 0 * rows, inputs, refinements=4)
-    assert (scales == 1).all() and choice == Choice("blk.0.x", None, 0.0, 0.0)
+    assert (scales == 1).all() and choice == SiteChoice("blk.0.x", None, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("kind", [Q4_K, Q4_0])

@@ -16,13 +16,14 @@ from random_gguf import BLOCKS, CONTEXT, MODELS, write_random
 from scipy.special import log_softmax
 from tiny_gguf import N_VOCAB
 
-from prism_gguf.adapters import ggml
-from prism_gguf.adapters.llama_cpp import LlamaCppModel, RuntimeOptions
-from prism_gguf.errors import IncompatibleModelsError, RuntimeFailureError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.smoothing.apply import write_smoothed
-from prism_gguf.smoothing.factors import Factors, make_factors
-from prism_gguf.smoothing.sites import ARCHITECTURES, Site, find_sites
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.models import ggml
+from prism_gguf.models.factors import Factors, make_factors
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.models.symmetries import ARCHITECTURES, Site, find_sites
+from prism_gguf.quantization.smoothing.apply import write_smoothed
+from prism_gguf.results.options import RuntimeOptions
+from prism_gguf.system.errors import IncompatibleModelsError, RuntimeFailureError
 
 SAME, OTHER = 1e-9, 1e-3  # nats per token
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prism_gguf.errors import UndefinedMetricError
-from prism_gguf.state_file import StateFile, decode, encode
+from prism_gguf.formats.state_file import StateFile, decode, encode
+from prism_gguf.system.errors import UndefinedMetricError
 
 RNG = np.random.default_rng(11)
 # Uneven channels and a few outliers, as final hidden states have them.

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prism_gguf.metrics.divergence import TokenDivergence
-from prism_gguf.metrics.statistics import divergence_statistics
+from prism_gguf.measure.metrics.divergence import TokenDivergence
+from prism_gguf.measure.metrics.statistics import divergence_statistics
 
 RNG = np.random.default_rng(4)
 N, WINDOWS = 600, 12

@@ -20,12 +20,12 @@ from gguf_mutations import STRING, Entry, Gguf, pack, parse
 from markdown_it import MarkdownIt
 from tiny_gguf import TEXT, write_tiny
 
-from prism_gguf.adapters.llama_cpp import LlamaCppModel
-from prism_gguf.capture_file import read_capture
-from prism_gguf.chat import ChatSource
 from prism_gguf.cli import main
-from prism_gguf.errors import InvalidCaptureError, InvalidModelError, InvalidTextError, PrismGgufError
-from prism_gguf.gguf_file import GgufFile
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.text.chat import ChatSource
+from prism_gguf.measure.capture.capture_file import read_capture
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.system.errors import InvalidCaptureError, InvalidModelError, InvalidTextError, PrismGgufError
 from prism_gguf.testbed import MODEL
 
 NASTY = (
@@ -179,7 +179,7 @@ def test_chat_templates_stay_in_their_sandbox(
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from prism_gguf.adapters.huggingface import HuggingFaceModel
+    from prism_gguf.models.huggingface import HuggingFaceModel
 
     monkeypatch.chdir(tmp_path)
     made = parse(tiny.read_bytes())
@@ -281,7 +281,7 @@ def test_damaged_safetensors_are_one_line(damage: bytes, tmp_path: Path) -> None
 
 def refusal_of(folder: Path) -> str:
     """The line that a checkpoint is refused with."""
-    from prism_gguf.adapters.huggingface import HuggingFaceModel, check_checkpoint
+    from prism_gguf.models.huggingface import HuggingFaceModel, check_checkpoint
 
     with pytest.raises(PrismGgufError) as error:
         check_checkpoint(str(folder), 64)

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from prism_gguf.cli import main
-from prism_gguf.comparison import CompareOptions
-from prism_gguf.errors import InvalidModelError, InvalidProfileError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.imatrix import write_imatrix
-from prism_gguf.profiles import Profile, load_profile
-from prism_gguf.results import CandidateResult
-from prism_gguf.sweep import profile_options, sweep
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.imatrix import write_imatrix
+from prism_gguf.quantization.profiles import Profile, load_profile
+from prism_gguf.results.comparison import CandidateResult
+from prism_gguf.results.options import CompareOptions
+from prism_gguf.system.errors import InvalidModelError, InvalidProfileError
 from prism_gguf.testbed import MODEL, held_out_texts
+from prism_gguf.workflows.sweep import profile_options, sweep
 
 TEXTS = held_out_texts()[:1]
 FEW = CompareOptions(n_ctx=128, windows=2, attribution=False, threads=1)

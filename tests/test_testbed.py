@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prism_gguf.adapters.huggingface import HuggingFaceModel
+from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.testbed import FOLDER, MODEL, held_out_texts
 
 FIGURES = json.loads((FOLDER / "training.json").read_text())

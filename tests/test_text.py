@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prism_gguf.errors import IncompatibleModelsError, InvalidTextError
-from prism_gguf.text import EvaluationText, Vocabulary, check_same_reading, make_windows, read_texts
+from prism_gguf.formats.text.windows import EvaluationText, Vocabulary, check_same_reading, make_windows, read_texts
+from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
 
 
 def letters(bos: int | None = None, shift: int = 0) -> Vocabulary:

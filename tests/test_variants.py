@@ -19,22 +19,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from variants import Updates, fine_tuned, merged_checkpoint, merged_gguf, random_updates, write_adapter
 
 from prism_gguf import CompareOptions, LoraAdapter, compare
-from prism_gguf.adapters.huggingface import check_checkpoint
 from prism_gguf.cli import main
-from prism_gguf.comparison import _control, measure_candidate, read_candidate
-from prism_gguf.errors import InvalidAdapterError, InvalidModelError, InvalidResultError
-from prism_gguf.gguf_file import GgufFile
-from prism_gguf.lora import AdapterFile, adapters
-from prism_gguf.reading import Reading
-from prism_gguf.reference import CaptureOptions, ensure_capture
-from prism_gguf.report.html import page
-from prism_gguf.report.markdown import card
-from prism_gguf.report.terminal import print_comparison
-from prism_gguf.result_file import merge_results, read_result
-from prism_gguf.results import CandidateResult, Comparison, Status
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.lora import AdapterFile, adapters
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.measure.candidate import measure_candidate
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.measure.headers import Headers, read_candidate
+from prism_gguf.models.huggingface import check_checkpoint
+from prism_gguf.reports.html import page
+from prism_gguf.reports.markdown import card
+from prism_gguf.reports.terminal import print_comparison
+from prism_gguf.results.comparison import CandidateResult, Comparison, Status
+from prism_gguf.results.options import CaptureOptions
+from prism_gguf.results.stored import merge_results, read_result
+from prism_gguf.results.verdict import judge
+from prism_gguf.system.errors import InvalidAdapterError, InvalidModelError, InvalidResultError
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.testbed.gguf_export import rewrite_f16, write_f16
-from prism_gguf.verdict import judge
+from prism_gguf.workflows.compare import _control
 
 TEXTS = held_out_texts()
 FEW = CompareOptions(windows=2)
@@ -131,14 +134,14 @@ def test_at_scale_zero_it_is_not_there(ladder: dict[str, Path], adapter: Path) -
 
 
 def test_a_control_is_named_where_files_may_differ_on_purpose(adapter: Path) -> None:
-    headers = {"a.gguf": "Q8_0", "b.gguf": "F16"}
+    headers = Headers({"a.gguf": "Q8_0", "b.gguf": "F16"})
     assert _control(headers, FEW) == "b.gguf"
     assert _control(headers, replace(FEW, control="none")) is None
     assert _control(headers, replace(FEW, lora=(adapter,))) is None
     assert _control(headers, replace(FEW, lora=(adapter,), control="b.gguf")) == "b.gguf"
-    assert _control({**headers, str(MODEL): None}, FEW) is None
+    assert _control(Headers({**headers.ftypes, str(MODEL): None}), FEW) is None
     with pytest.raises(InvalidModelError, match="a control is F32, F16 or BF16; this is a checkpoint"):
-        _control({str(MODEL): None}, replace(FEW, control=MODEL))
+        _control(Headers({str(MODEL): None}), replace(FEW, control=MODEL))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-import prism_gguf.report.terminal as terminal
-from prism_gguf.details import Failure
-from prism_gguf.ranking import rank
-from prism_gguf.report.words import (
+import prism_gguf.reports.terminal as terminal
+from prism_gguf.reports.words import (
     LEVELS,
     LOSSLESS,
     label,
@@ -21,7 +19,9 @@ from prism_gguf.report.words import (
     purpose,
     verdict_in_words,
 )
-from prism_gguf.results import CandidateResult, Comparison, GateResult
+from prism_gguf.results.comparison import CandidateResult, Comparison, GateResult
+from prism_gguf.results.details import Failure
+from prism_gguf.results.ranking import rank
 
 HOSTILE = "/x/[red]a\x1b[31m\x07b\u202ec\n[/red]:smile:\\.gguf"
 

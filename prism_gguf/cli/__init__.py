@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
-from prism_gguf.cli import advising, heads, making, measuring, reporting, smoothing, sweeping
+from prism_gguf.cli import (
+    advise,
+    capture,
+    compare,
+    demo,
+    export_kld_base,
+    head,
+    imatrix,
+    inspect,
+    profiles,
+    quantize,
+    report,
+    sensitivity,
+    smooth,
+    sweep,
+)
 from prism_gguf.cli.group import main
 
-__all__ = ["advising", "heads", "main", "making", "measuring", "reporting", "smoothing", "sweeping"]
+__all__ = [
+    "advise",
+    "capture",
+    "compare",
+    "demo",
+    "export_kld_base",
+    "head",
+    "imatrix",
+    "inspect",
+    "main",
+    "profiles",
+    "quantize",
+    "report",
+    "sensitivity",
+    "smooth",
+    "sweep",
+]

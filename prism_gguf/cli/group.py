@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from prism_gguf import __version__
-from prism_gguf.errors import known
-from prism_gguf.inert import one_line
+from prism_gguf.system.errors import known
+from prism_gguf.system.sanitize import one_line
+from prism_gguf.system.version import __version__
 
 EXIT_GATE, EXIT_BAD, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
-    from prism_gguf.reading import Source
+    from prism_gguf.formats.text.selection import Source
+    from prism_gguf.results.options import CompareOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound="CompareOptions")
 _CACHE_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 
 
@@ -199,19 +201,48 @@ json_option = click.option(
 )
 
 
+def calibration_options(what: str, windows: int, n_ctx: int) -> Callable[[F], F]:
+    """Text that something is learned from, which is best not the text that it is then judged by."""
+    default = "the second halves of the packaged texts, which `compare` does not reach by default"
+    return source_options(f"Text for {what}", default, windows=windows, n_ctx=n_ctx, least=2)
+
+
+types_option = click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="TYPE",
+    help="ggml type to try, such as Q4_K; repeatable. Default: thirteen, Q8_0 to Q2_K.",
+)
+
+
+def compare_options(kind: type[C] | None = None, *, score: str, fail_on: tuple[str, ...] = (), **options: Any) -> C:
+    """``CompareOptions``, or what is built on them, of a command's options."""
+    from prism_gguf.formats.text.windows import Score
+    from prism_gguf.results.options import CompareOptions
+
+    chosen = CompareOptions if kind is None else kind
+    return cast("C", chosen(score=Score(score), fail_on=tuple(fail_on), **options))
+
+
+def given_options() -> list[str]:
+    """Names of the options that stand on the command line."""
+    context = click.get_current_context()
+    return [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
 def sources(text: tuple[str, ...], chat: tuple[Path, ...]) -> list[Source] | None:
-    from prism_gguf.chat import read_chat
-    from prism_gguf.text import read_texts
+    from prism_gguf.formats.text.chat import read_chat
+    from prism_gguf.formats.text.windows import read_texts
 
     return [*read_texts(text), *(read_chat(path) for path in chat)] or None
 
 
 def check_capture_options(reference: str) -> None:
     """A capture has its windows; options that would cut others are a misunderstanding."""
-    from prism_gguf.cache import is_capture
+    from prism_gguf.system.cache import is_capture
 
-    context = click.get_current_context()
-    given = [n for n in ("n_ctx", "windows", "score") if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    given = [name for name in ("n_ctx", "windows", "score") if name in given_options()]
     if given and is_capture(Path(reference)):
         raise click.UsageError(
             f"{reference} is a capture, which has its own windows; leave out --{given[0].replace('_', '-')}"

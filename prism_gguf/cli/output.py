@@ -1,45 +1,60 @@
-"""Where a comparison goes: to files, to the terminal, into the exit code."""
+"""Where a result goes: to files, to the terminal, into the exit code; and what is shown while it is being made."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain
-from prism_gguf.cli.options import json_option, options, quiet_option
+from prism_gguf.cli.options import options, quiet_option
+from prism_gguf.reports.formats import FORMATS, JSON
 
 if TYPE_CHECKING:
-    from prism_gguf.limits import Estimate, Estimated
-    from prism_gguf.results import Comparison
-
+    from prism_gguf.results.comparison import Comparison
+    from prism_gguf.system.estimate import Estimate
 
 # Shorter steps are over before one has read what they take.
 _WORTH_TELLING = 20.0
 
 
-def told(quiet: bool) -> Estimated:
-    """What shows an estimate before its step begins: one line on stderr."""
+@contextmanager
+def watching(quiet: bool, options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """``steps`` and ``estimated`` for a workflow: progress bars, and one line on stderr before a long step."""
+    from prism_gguf.reports.progress import progress_bars
 
-    def tell(estimate: Estimate) -> None:
+    def estimated(estimate: Estimate) -> None:
         if not quiet and (estimate.seconds >= _WORTH_TELLING or estimate.warnings):
             click.echo(f"estimated: {estimate}", err=True)
 
-    return tell
+    with progress_bars(shown=not (quiet or (options or {}).get("verbose", False))) as steps:
+        yield {"steps": steps, "estimated": estimated}
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a result that is no comparison."""
+    from prism_gguf.system.atomic_files import write_whole
+
+    write_whole(path, json.dumps(data, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the output options say."""
+    """What the output options say.
 
-    json_file: Path | None
-    html_file: Path | None
-    markdown_file: Path | None
+    Attributes:
+        files: format (see ``reports.formats``) → file.
+        details: print every statistic.
+        quiet: print no table and no note.
+    """
+
+    files: dict[str, Path]
     details: bool
     quiet: bool
 
@@ -50,37 +65,43 @@ class Output:
         Raises:
             click.BadParameter: one of them cannot, or two are the same.
         """
-        output = cls(**{field.name: given.pop(field.name) for field in fields(cls)})
+        asked = {name: given.pop(f"{name}_file") for name in FORMATS}
+        files = {name: path for name, path in asked.items() if path is not None}
         taken: set[Path] = set()
-        for path, hint in output._files:
-            check_writable(path, hint)
-            if path.resolve() in taken:
-                raise click.BadParameter(f"{path} is named twice", param_hint=hint)
-            taken.add(path.resolve())
-        return output
+        for name, path in files.items():
+            for file in FORMATS[name].files(path):
+                check_writable(file, f"--{name}")
+                if file.resolve() in taken:
+                    raise click.BadParameter(f"{file} is named twice", param_hint=f"--{name}")
+                taken.add(file.resolve())
+        return cls(files, given.pop("details"), given.pop("quiet"))
 
     @property
-    def _files(self) -> list[tuple[Path, str]]:
-        files = [(self.json_file, "--json"), (self.html_file, "--html"), (self.markdown_file, "--markdown")]
-        if self.markdown_file is not None:
-            files.append((self.markdown_file.with_suffix(".png"), "--markdown"))
-        return [(path, hint) for path, hint in files if path is not None]
+    def json_file(self) -> Path | None:
+        return self.files.get(JSON)
 
     @property
     def report_files(self) -> bool:
         """Whether a page or a model card's section was asked for."""
-        return self.html_file is not None or self.markdown_file is not None
+        return bool(self.files.keys() - {JSON})
+
+    def without_json(self) -> Output:
+        """The same, where the JSON is written already."""
+        return replace(self, files={name: path for name, path in self.files.items() if name != JSON})
 
     def write(self, comparison: Comparison, footer: str = "") -> None:
         """The result first, which nothing else can give again; then what is made of it."""
-        from prism_gguf.files import write_whole
+        from prism_gguf.reports.formats import write_reports
 
-        if self.json_file is not None:
-            write_whole(self.json_file, json.dumps(comparison.to_dict(), indent=2) + "\n")
-        if self.report_files:
-            self._write_report(comparison)
+        with watching(self.quiet or not self.report_files) as watched:
+            watched["steps"]("report", 0, 0, "drawing")  # a few seconds
+            write_reports(comparison, self.files)
+        self.show(comparison, footer)
+
+    def show(self, comparison: Comparison, footer: str = "") -> None:
+        """What the terminal says."""
         if not self.quiet:
-            from prism_gguf.report.terminal import console, print_comparison
+            from prism_gguf.reports.terminal import console, print_comparison
 
             print_comparison(comparison, console(), details=self.details)
             if footer:
@@ -90,19 +111,6 @@ class Output:
             complain(candidate.error.message)
             for line in candidate.error.log if self.details else ():
                 click.echo(f"  {line}", err=True)
-
-    def _write_report(self, comparison: Comparison) -> None:
-        from prism_gguf.files import write_whole
-        from prism_gguf.report.html import page
-        from prism_gguf.report.markdown import write_card
-        from prism_gguf.report.progress import progress_bars
-
-        with progress_bars(shown=not self.quiet) as steps:
-            steps("report", 0, 0, "drawing")  # a few seconds
-            if self.html_file is not None:
-                write_whole(self.html_file, page(comparison))
-            if self.markdown_file is not None:
-                write_card(comparison, self.markdown_file)
 
     def finish(self, comparison: Comparison, footer: str = "") -> None:
         """``write``, and exit as the comparison went."""
@@ -115,17 +123,15 @@ class Output:
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
+
+def format_options() -> Callable[[Any], Any]:
+    """An option for each report format."""
+    made = (click.option(f"--{name}", f"{name}_file", type=_FILE, help=form.help) for name, form in FORMATS.items())
+    return options(*made)
+
+
 output_options: Callable[[Any], Any] = options(
-    json_option,
-    click.option(
-        "--html", "html_file", type=_FILE, help="Write a page with figures to FILE: standalone, nothing is fetched."
-    ),
-    click.option(
-        "--markdown",
-        "markdown_file",
-        type=_FILE,
-        help="Write a section for a model card to FILE, and its figure beside it as PNG.",
-    ),
+    format_options(),
     click.option(
         "--details",
         is_flag=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prism_gguf.text import EvaluationText, read_folder
+from prism_gguf.formats.text.windows import EvaluationText, read_folder
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"

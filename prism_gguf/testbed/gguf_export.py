@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from prism_gguf.errors import InvalidModelError
-from prism_gguf.gguf_reader import metadata_entries
+from prism_gguf.formats.gguf_reader import metadata_entries
+from prism_gguf.system.errors import InvalidModelError
 
 
 def _permute(weight: torch.Tensor, n_heads: int) -> torch.Tensor:

@@ -1,0 +1,116 @@
+"""The command `advise`: the best type for each tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.options import (
+    base_option,
+    compare_options,
+    imatrix_option,
+    json_option,
+    quiet_option,
+    runtime_options,
+    smooth_option,
+    sources,
+    text_options,
+    trust_option,
+    types_option,
+)
+from prism_gguf.cli.output import watching, write_json
+
+
+@main.command()
+@click.argument("reference")
+@base_option
+@click.option("--budget", required=True, metavar="SIZE", help="Largest file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Recipe to write: .yaml, .json, or .txt for a tensor-type-file.",
+)
+@click.option(
+    "--sensitivity",
+    "measured",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What `prism-gguf sensitivity` wrote. Default: measure it, or take it from the cache.",
+)
+@imatrix_option
+@types_option
+@click.option(
+    "--checks",
+    "n_checks",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=6,
+    show_default=True,
+    help="The N most expensive choices are measured one by one.",
+)
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Make the file, and the default mix, and measure both.",
+)
+@smooth_option
+@click.option(
+    "--make",
+    "make",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="OUT.gguf",
+    help="Make the file by the recipe at once, and compare it with REFERENCE.",
+)
+@json_option
+@text_options
+@runtime_options
+@trust_option
+@quiet_option
+def advise(
+    reference: str,
+    base: Path,
+    budget: str,
+    out: Path,
+    measured: Path | None,
+    types: tuple[str, ...],
+    json_file: Path | None,
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Find the best type for each tensor within a budget.
+
+    REFERENCE is a checkpoint directory or hub id. Says which tensors to keep at higher precision, and what that buys.
+    Allocated from sensitivities, checked by measuring files made with it, and held against llama.cpp's own mix of the
+    same size. Text options say what is measured on; sensitivities are measured on other text (`prism-gguf
+    sensitivity`). With --smooth and --make, one command from a checkpoint and its F16 file to the finished one.
+    """
+    from prism_gguf.reports.advice import print_advice, print_made
+    from prism_gguf.reports.smoothing import print_smoothed
+    from prism_gguf.reports.terminal import console
+    from prism_gguf.results.options import SENSITIVITY_TYPES, AdviseOptions
+    from prism_gguf.workflows.advise import advise as run_advise
+
+    check_writable(out, "--out")
+    check_writable(json_file)
+    types = types or SENSITIVITY_TYPES
+    chosen = compare_options(AdviseOptions, types=types, folder=out.parent, recipe_file=out, **options)
+    with watching(quiet, options) as watched:
+        advice = run_advise(reference, base, budget, measured, sources(text, chat), chosen, **watched)
+    if json_file is not None:
+        write_json(json_file, advice.to_dict())
+    shown = console()
+    shown.quiet = quiet
+    if advice.smoothing is not None:
+        print_smoothed(advice.smoothing, shown)
+        base = advice.smoothing.out
+    print_advice(advice, out, shown, base=None if advice.made is not None else base)
+    if advice.made is not None:
+        print_made(advice.made, shown)

@@ -1,0 +1,59 @@
+"""The command `imatrix`: an importance matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.options import (
+    calibration_options,
+    quiet_option,
+    sources,
+    stall_option,
+    threads_option,
+    trust_option,
+    verbose_option,
+)
+from prism_gguf.cli.output import watching
+
+
+@main.command()
+@click.argument("reference")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Importance matrix to write, .gguf.",
+)
+@calibration_options("the activations", windows=100, n_ctx=512)
+@threads_option
+@verbose_option
+@stall_option
+@trust_option
+@quiet_option
+def imatrix(
+    reference: str,
+    out: Path,
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Write the importance matrix of REFERENCE over a text.
+
+    REFERENCE is a checkpoint directory or hub id. The file is what llama-quantize and `prism-gguf quantize` take, with an
+    entry for the output head too.
+    """
+    from prism_gguf.results.options import ImatrixOptions
+    from prism_gguf.workflows.imatrix import imatrix as collect
+
+    check_writable(out, "--out")
+    with watching(quiet, options) as watched:
+        found = collect(reference, out, sources(text, chat), ImatrixOptions(**options), steps=watched["steps"])
+    if not quiet:
+        for parameter, reason in found.left_out.items():
+            click.echo(f"left out: {parameter} ({reason})", err=True)

@@ -1,0 +1,40 @@
+"""The command `inspect`: what a file is made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from prism_gguf.cli.group import main
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option(
+    "--recipe", "as_recipe", is_flag=True, help="Print the recipe that FILE was made by, as its tensors show."
+)
+@click.option(
+    "--format",
+    "recipe_format",
+    type=click.Choice(["yaml", "json", "tensor-types", "command"]),
+    help="Of the recipe: YAML (default), JSON, a tensor-type-file, or llama-quantize's command line.",
+)
+def inspect(file: Path, as_json: bool, as_recipe: bool, recipe_format: str | None) -> None:
+    """Show what FILE is made of, without running it.
+
+    Types, bits per weight, head, imatrix, and tensors that fell back to another type, from the header of a GGUF.
+    """
+    from prism_gguf.reports.inspection import print_inspection
+    from prism_gguf.reports.terminal import console
+    from prism_gguf.workflows.inspect import inspect as run_inspect
+
+    found = run_inspect(file)
+    if as_recipe or recipe_format:
+        click.echo(found.recipe().formatted(recipe_format or ("json" if as_json else "yaml")), nl=False)
+    elif as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_inspection(found, console())

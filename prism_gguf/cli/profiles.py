@@ -1,0 +1,28 @@
+"""The command `profiles`: the packaged ladders."""
+
+from __future__ import annotations
+
+import click
+
+from prism_gguf.cli.group import main
+
+
+@main.command()
+@click.argument("name", required=False)
+def profiles(name: str | None) -> None:
+    """List the profiles, or show the YAML of the one called NAME.
+
+    That YAML is there to copy and change: `prism-gguf profiles publish > mine.yaml`.
+    """
+    from prism_gguf.formats.text.windows import read_utf8
+    from prism_gguf.quantization.profiles import load_profile, profile_names
+
+    if name is not None:
+        path = load_profile(name).path
+        click.echo(f"# {path}\n{read_utf8(path)}", nl=False)
+        return
+    names = profile_names()
+    width = max(map(len, names))
+    for known in names:
+        profile = load_profile(known)
+        click.echo(f"{known:<{width}}  {len(profile.entries):>2} files  {profile.description}")

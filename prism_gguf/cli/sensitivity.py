@@ -1,0 +1,75 @@
+"""The command `sensitivity`: what each tensor costs in each type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.options import (
+    cache_option,
+    calibration_options,
+    force_option,
+    imatrix_option,
+    quiet_option,
+    sources,
+    stall_option,
+    threads_option,
+    trust_option,
+    types_option,
+    verbose_option,
+)
+from prism_gguf.cli.output import watching
+
+
+@main.command()
+@click.argument("reference")
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Sensitivities to write, JSON."
+)
+@imatrix_option
+@click.option(
+    "--smoothed",
+    type=click.Path(path_type=Path),
+    metavar="SMOOTH-F16.gguf",
+    help="Of this file, which `prism-gguf smooth` made of REFERENCE; --imatrix is then the one beside it.",
+)
+@types_option
+@calibration_options("the gradients", windows=40, n_ctx=256)
+@threads_option
+@cache_option
+@verbose_option
+@stall_option
+@force_option
+@trust_option
+@quiet_option
+def sensitivity(
+    reference: str,
+    out: Path,
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    types: tuple[str, ...],
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Predict what each tensor costs in each type, in nats.
+
+    Measured once on REFERENCE, a checkpoint directory or hub id, for any budget of `prism-gguf advise`. Killed at any
+    moment, the next run goes on where this one was.
+    """
+    from prism_gguf.reports.advice import print_sensitivity
+    from prism_gguf.reports.terminal import console
+    from prism_gguf.results.options import SENSITIVITY_TYPES, SensitivityOptions
+    from prism_gguf.system.atomic_files import write_whole
+    from prism_gguf.workflows.sensitivity import sensitivity as measure
+
+    check_writable(out, "--out")
+    chosen = SensitivityOptions(types=types or SENSITIVITY_TYPES, **options)
+    with watching(quiet, options) as watched:
+        found = measure(reference, sources(text, chat), chosen, **watched)
+    write_whole(out, json.dumps(found.to_dict()) + "\n")
+    if not quiet:
+        print_sensitivity(found, console())

@@ -1,0 +1,104 @@
+"""The command `smooth`: a file that quantizes better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.options import (
+    base_option,
+    cache_option,
+    calibration_options,
+    imatrix_option,
+    json_option,
+    quiet_option,
+    sources,
+    stall_option,
+    threads_option,
+    trust_option,
+    verbose_option,
+)
+from prism_gguf.cli.output import watching, write_json
+
+
+@main.command()
+@click.argument("reference")
+@base_option
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    metavar="SMOOTH-F16.gguf",
+    help="File to write; its importance matrix goes beside it, as SMOOTH-F16.imatrix.gguf.",
+)
+@click.option(
+    "--type",
+    "ftype",
+    metavar="FTYPE",
+    help="llama.cpp's own mix that it will be quantized to. Default: Q4_K_M; neighbours gain nearly as much.",
+)
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Or the recipe that it will be quantized by."
+)
+@imatrix_option
+@click.option(
+    "--refine",
+    "refinements",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=8,
+    show_default=True,
+    help="Random steps that refine the scales of each site, once their exponents are chosen.",
+)
+@calibration_options("the activations", windows=40, n_ctx=256)
+@threads_option
+@cache_option
+@verbose_option
+@stall_option
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace SMOOTH-F16.gguf if it exists, and go on where memory or disk will clearly not do.",
+)
+@trust_option
+@json_option
+@quiet_option
+def smooth(
+    reference: str,
+    base: Path,
+    out: Path,
+    ftype: str | None,
+    recipe: Path | None,
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    force: bool,
+    json_file: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Rescale F16.gguf so that quantizing it costs less.
+
+    REFERENCE is the checkpoint directory or hub id that it was converted from. Scales are moved between norms and matrices
+    along symmetries that leave the function alone: no byte more, and every llama.cpp runs the result. They are searched
+    under the rounding of the types to come, and nothing is written unless llama.cpp computes the same with them (KLD below
+    1e-4 nats). Killed at any moment, the next run goes on where this one was.
+    """
+    from prism_gguf.quantization.types import types_to_come
+    from prism_gguf.reports.smoothing import print_smoothed
+    from prism_gguf.reports.terminal import console
+    from prism_gguf.results.options import SmoothOptions
+    from prism_gguf.workflows.smooth import smooth as run_smooth
+
+    check_writable(out, "--out")
+    check_writable(json_file)
+    what, chosen = types_to_come(base, ftype, recipe), SmoothOptions(force=force, overwrite=force, **options)
+    with watching(quiet, options) as watched:
+        smoothed = run_smooth(reference, base, out, what, sources(text, chat), chosen, **watched)
+    if json_file is not None:
+        write_json(json_file, smoothed.to_dict())
+    if not quiet:
+        print_smoothed(smoothed, console())

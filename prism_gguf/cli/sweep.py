@@ -1,0 +1,95 @@
+"""The command `sweep`: a profile's files, made and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.options import (
+    check_capture_options,
+    compare_options,
+    evaluation_options,
+    given_options,
+    imatrix_option,
+    judging_options,
+    runtime_options,
+    smooth_option,
+    sources,
+    trust_option,
+)
+from prism_gguf.cli.output import Output, output_options, watching
+
+
+@main.command()
+@click.argument("base", type=click.Path(path_type=Path), metavar="BASE.gguf")
+@click.option(
+    "--reference",
+    required=True,
+    metavar="REFERENCE",
+    help="Checkpoint directory, hub id, GGUF or capture to compare with.",
+)
+@click.option(
+    "--profile",
+    "profile_name",
+    required=True,
+    metavar="NAME|FILE.yaml",
+    help="Profile to make: see `prism-gguf profiles`.",
+)
+@imatrix_option
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the files. Default: that of BASE.gguf."
+)
+@click.option("--delete", is_flag=True, help="Delete each file that was made once it is measured.")
+@click.option(
+    "--budget", metavar="SIZE", help="Largest file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M. Default: the profile's."
+)
+@smooth_option
+@click.option(
+    "--allow-requantize", is_flag=True, help="Let BASE.gguf be quantized already; its loss adds to each file's."
+)
+@evaluation_options("the profile's, else the packaged text")
+@judging_options
+@runtime_options
+@trust_option
+@output_options
+def sweep(
+    base: Path,
+    reference: str,
+    profile_name: str,
+    out: Path | None,
+    delete: bool,
+    budget: str | None,
+    text: tuple[str, ...],
+    chat: tuple[Path, ...],
+    **options: Any,
+) -> None:
+    """Make a profile's files from BASE.gguf and compare them.
+
+    Each is compared with the reference as soon as it is made. BASE.gguf is F16, BF16 or F32, and the control. The
+    profile's gates, text, windows and budget count where the command line gives none. Files that an earlier sweep
+    made of the same base are not made again.
+
+    Exit code: 0 if all is well, 1 if a limit is broken, the conversion is, or no file fits the budget; 2 if something could
+    not be done.
+    """
+    from prism_gguf.formats.budget import Budget
+    from prism_gguf.quantization.profiles import load_profile
+    from prism_gguf.results.options import SweepOptions
+    from prism_gguf.workflows.sweep import profile_options
+    from prism_gguf.workflows.sweep import sweep as run_sweep
+
+    output = Output.taken_from(options)
+    folder = out or base.parent
+    check_writable(folder / "x" if folder.is_dir() else folder, "--out")
+    check_capture_options(reference)
+    profile = load_profile(profile_name)
+    if budget is not None:
+        profile = profile.model_copy(update={"budget": Budget.parse(budget)})
+    chosen = compare_options(SweepOptions, folder=out, keep=not delete, **options)
+    running = profile_options(profile, chosen, given_options())
+    with watching(output.quiet, options) as watched:
+        comparison = run_sweep(base, reference, profile, sources(text, chat), running, **watched)
+    output.finish(comparison)

@@ -1,0 +1,240 @@
+"""gguf-py's reader for files of strangers: no count, length or offset is believed before it is held against the file.
+
+What reading costs is bounded by that: some 50 µs and 4 kB for each tensor and metadata entry, of which a file may have
+16,384, and 200 bytes for each text of an array, of which it may have two million. What llama.cpp (ggml/src/gguf.cpp)
+refuses without saying why is refused here, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, ReaderField
+from gguf.constants import GGML_QUANT_SIZES
+
+from prism_gguf.system.errors import InvalidModelError
+from prism_gguf.system.sanitize import one_line
+
+_MAX_ENTRIES = 2**14  # tensors, and metadata entries; the largest models have some thousand tensors
+_MAX_TEXTS = 2**21  # in arrays; the largest vocabularies have 262,144 tokens and twice as many merges
+_MAX_KEY = 2**16 - 1  # bytes, by GGUF's own rules
+_MAX_TEXT = 2**24  # bytes of one value; chat templates have some thousand
+_MAX_NAME = 63  # ggml.h: GGML_MAX_NAME with its final zero
+_MAX_DIMS = 4
+
+MetadataEntry = tuple[str, Any, GGUFValueType, GGUFValueType | None]
+
+
+class _Damaged(ValueError):
+    """What is wrong with a file, in our own words."""
+
+
+class _BoundedReader(GGUFReader):
+    """gguf-py's reader, which sees no byte behind the file's end, and reads arrays in one pass.
+
+    The original makes several numpy views for each token, merge and score of a vocabulary: seconds for 50,000 tokens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._texts_left = _MAX_TEXTS
+        super().__init__(path)
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._data = np.asarray(mapped)  # a memmap's views cost ten times an array's
+
+    def _get(
+        self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Literal["I", "S", "<"] | None = None
+    ) -> npt.NDArray[Any]:
+        offset = int(offset)  # numpy's numbers wrap around
+        wanted = int(count) * np.dtype(dtype).itemsize
+        if wanted > len(self.data) - offset:
+            raise _Damaged(f"{_bytes(wanted)} are due at byte {offset}, and it has {len(self.data)}")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        self._check_count(offs, count, 13, "metadata entries")
+        return super()._build_fields(offs, count)
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[ReaderField]]:
+        self._check_count(offs, count, 32, "tensors")
+        return super()._build_tensor_info(offs, count)
+
+    def _check_count(self, offs: int, count: int, least_bytes: int, what: str) -> None:
+        count = int(count)
+        if count > _MAX_ENTRIES or count * least_bytes > len(self.data) - offs:
+            raise _Damaged(f"it says that it has {count} {what}")
+
+    def _get_str(self, offset: int, limit: int = _MAX_KEY) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
+        length = int(self._get(offset, np.uint64)[0])
+        if length > limit:
+            raise _Damaged(f"the text at byte {offset} has {length} bytes, where {limit} are the most")
+        return super()._get_str(offset)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+        if raw_type == GGUFValueType.STRING:
+            length, text = self._get_str(orig_offs, _MAX_TEXT)
+            return 8 + len(text), [length, text], [1], [GGUFValueType.STRING]
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        item_type, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        kind = GGUFValueType(int(item_type[0]))
+        if kind in self.gguf_scalar_to_np:
+            values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], int(count[0]))
+            return 12 + values.nbytes, [item_type, count, values], [2], [GGUFValueType.ARRAY, kind]
+        if kind != GGUFValueType.STRING:
+            raise _Damaged("it has an array of arrays, which llama.cpp does not read")
+        texts, end = self._get_texts(orig_offs + 12, int(count[0]))
+        parts = [item_type, count, *texts]
+        return end - orig_offs, parts, list(range(2, len(parts))), [GGUFValueType.ARRAY, GGUFValueType.STRING]
+
+    def _get_texts(self, at: int, count: int) -> tuple[list[memoryview], int]:
+        """The texts of an array whose first begins at byte ``at``, and where the last one ends."""
+        data = self.data.data  # as memory: slices of it are cheap
+        if count * 8 > len(data) - at:
+            raise _Damaged(f"an array of {count} texts runs past its end")
+        self._texts_left -= count
+        if self._texts_left < 0:
+            raise _Damaged(f"it has more than {_MAX_TEXTS} texts in arrays")
+        read_length = struct.Struct("<Q" if self.endianess == GGUFEndian.LITTLE else ">Q").unpack_from
+        texts = []
+        for left in range(count, 0, -1):
+            (length,) = read_length(data, at)
+            at += 8 + length
+            if at + 8 * (left - 1) > len(data):
+                raise _Damaged("an array of texts runs past its end")
+            texts.append(data[at - length : at])
+        return texts, at
+
+    def _get_tensor_info_field(self, orig_offs: int) -> ReaderField:
+        length, name = self._get_str(orig_offs)
+        if not 0 < len(name) <= _MAX_NAME:
+            raise _Damaged(f"it has a tensor whose name has {length[0]} bytes; ggml takes 1 to {_MAX_NAME}")
+        if _quoted(name) != bytes(name).decode("utf-8", "replace"):
+            raise _Damaged(f"the tensor name {_quoted(name)} has characters in it that cannot be printed")
+        n_dims = int(self._get(orig_offs + 8 + len(name), np.uint32)[0])
+        if not 0 < n_dims <= _MAX_DIMS:
+            raise _Damaged(f"tensor {_quoted(name)} has {n_dims} dimensions; ggml has 1 to {_MAX_DIMS}")
+        return super()._get_tensor_info_field(orig_offs)
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        due, begin = 0, int(start_offs)
+        for field in fields:
+            _, name, _, dims, raw_type, offset = field.parts
+            n_bytes = _tensor_bytes(_quoted(name), [int(n) for n in dims], int(raw_type[0]))
+            # llama.cpp takes tensors only where they follow each other.
+            if int(offset[0]) != due:
+                raise _Damaged(f"tensor {_quoted(name)} begins at byte {offset[0]} of the data, where {due} is due")
+            if n_bytes > len(self.data) - begin - due:
+                raise _Damaged(f"tensor {_quoted(name)} has {_bytes(n_bytes)}, and the file ends before")
+            due += GGUFWriter.ggml_pad(n_bytes, int(self.alignment))
+        super()._build_tensors(begin, fields)
+
+
+def _tensor_bytes(name: str, dims: list[int], raw_type: int) -> int:
+    n_elements = math.prod(dims)
+    if not 0 < n_elements < 2**63:
+        raise _Damaged(f"tensor {name} has dimensions {dims}")
+    if raw_type not in GGMLQuantizationType.__members__.values():
+        raise _Damaged(f"tensor {name} is of type {raw_type}, which the installed gguf package does not know")
+    kind = GGMLQuantizationType(raw_type)
+    block, size = GGML_QUANT_SIZES[kind]
+    if dims[0] % block:
+        raise _Damaged(f"tensor {name} has rows of {dims[0]}, which are no multiple of {kind.name}'s block of {block}")
+    return n_elements // block * size
+
+
+def _bytes(n: int) -> str:
+    return f"{n} byte{'' if n == 1 else 's'}"
+
+
+def _quoted(name: npt.NDArray[np.uint8]) -> str:
+    """A tensor's name in a message."""
+    return one_line(bytes(name).decode("utf-8", "replace"), 80)
+
+
+def open_reader(path: Path) -> GGUFReader:
+    """gguf-py's reader of one file, memory-mapped.
+
+    Raises:
+        InvalidModelError: not a GGUF, truncated or damaged.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InvalidModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+    try:
+        return _BoundedReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, RuntimeError) as error:
+        # What we do not check ourselves, numpy and gguf-py say in their own words.
+        reason = str(error) if isinstance(error, _Damaged) else f"{type(error).__name__}: {error}"
+        raise InvalidModelError(
+            f"{path}: cannot be read as GGUF, probably truncated or damaged: download or make it again "
+            f"({one_line(reason, 300)})"
+        ) from error
+
+
+def value_of(field: ReaderField | None) -> Any:
+    """A metadata value: number, bool, text or list; None for no field. Bytes that are not UTF-8 become U+FFFD."""
+    if field is None:
+        return None
+    if field.types == [GGUFValueType.STRING]:
+        return bytes(field.parts[-1]).decode("utf-8", "replace")
+    if field.types[-1] == GGUFValueType.STRING:
+        return [bytes(field.parts[i]).decode("utf-8", "replace") for i in field.data]
+    return field.contents()
+
+
+def metadata_entries(reader: GGUFReader) -> Iterator[MetadataEntry]:
+    """(key, value, type, item type of an array) of all metadata but the architecture, which a writer is made with.
+
+    Texts that are not UTF-8 come as bytes, so that a copy has them as they are.
+    """
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            try:
+                value = field.contents()
+            except UnicodeDecodeError:
+                texts = [bytes(field.parts[i]) for i in field.data]
+                value = texts if sub_type else texts[0]
+            yield key, value, field.types[0], sub_type
+
+
+def entry_bytes(field: ReaderField) -> int:
+    """Bytes of a metadata entry: key, type, for an array its items' type and number, and values; lengths go with texts."""
+    is_array, is_text = field.types[0] == GGUFValueType.ARRAY, field.types[-1] == GGUFValueType.STRING
+    values = sum(field.parts[i].nbytes for i in field.data) + (8 * len(field.data) if is_text else 0)
+    return 8 + len(field.name.encode()) + 4 + (12 if is_array else 0) + values
+
+
+def split_parts(path: Path) -> list[Path]:
+    """All files of a split GGUF in order (``NAME-00001-of-00003.gguf`` …), or ``[path]`` for a whole one.
+
+    Raises:
+        InvalidModelError: ``path`` is not the first part, or a part is missing.
+    """
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None:
+        return [path]
+    prefix, number, count = match[1], int(match[2]), int(match[3])
+    if number > count:
+        raise InvalidModelError(f"{path}: part {number} of {count}, by its name; rename it")
+    if number != 1:
+        raise InvalidModelError(f"{path}: part {number} of a split GGUF; name the first part ({prefix}-00001-of-…)")
+    parts = [path.with_name(f"{prefix}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    missing = [p.name for p in parts if not p.is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InvalidModelError(f"{path}: split GGUF with missing parts: {', '.join(missing[:3])}{more}")
+    return parts

@@ -1,0 +1,235 @@
+"""Importance matrices: how much each input column of a tensor counts when it is quantized."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prism_gguf.system.atomic_files import written_whole
+from prism_gguf.system.errors import InvalidImatrixError, InvalidModelError
+from prism_gguf.system.sanitize import one_line
+
+# llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
+_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """Mean squared activations at the input of each tensor.
+
+    Attributes:
+        weights: GGUF tensor name → (columns,) float32; (experts · columns,) for merged experts.
+        file, datasets, n_chunks: where it comes from, for the quantized file's metadata; None, empty or 0 where unknown.
+    """
+
+    weights: Mapping[str, np.ndarray]
+    file: str | None = None
+    datasets: tuple[str, ...] = ()
+    n_chunks: int = 0
+
+
+def imatrix_digest(imatrix: ImportanceMatrix | None) -> str | None:
+    """SHA-256 over the weights: where they come from does not change what is made of them. None for no matrix."""
+    if imatrix is None:
+        return None
+    digest = hashlib.sha256()
+    for name, weights in sorted(imatrix.weights.items()):
+        digest.update(f"{name} {weights.dtype.str} ".encode() + weights.tobytes())
+    return digest.hexdigest()
+
+
+def read_imatrix(path: Path) -> ImportanceMatrix:
+    """An importance matrix that llama-imatrix wrote, as GGUF or in its legacy format; what the file is decides.
+
+    The means are llama-quantize's, to the bit: an expert that no token reached weighs all columns by one.
+
+    Raises:
+        InvalidImatrixError: no such file, no importance matrix, cut short, or with values that are no mean squares.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+    except OSError as error:
+        raise InvalidImatrixError(f"{path}: cannot be read ({error.strerror})") from error
+    found = _read_gguf(path) if is_gguf else _read_legacy(path)
+    for name, weights in found.weights.items():
+        _check_values(path, name, weights)
+    return found
+
+
+def _check_values(path: Path, name: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise InvalidImatrixError(f"{path}: {name} has values that are not finite; make the matrix again")
+    if values.min(initial=0) < 0:
+        raise InvalidImatrixError(f"{path}: {name} has negative values, which mean squares cannot be; make it again")
+
+
+def _read_gguf(path: Path) -> ImportanceMatrix:
+    from prism_gguf.formats.gguf_reader import open_reader, value_of
+
+    try:
+        reader = open_reader(path)
+    except InvalidModelError as error:
+        raise InvalidImatrixError(str(error)) from error
+    fields = {key: value_of(field) for key in (*_KEYS, "general.type") if (field := reader.get_field(key))}
+    tensors = {t.name: t for t in reader.tensors}
+    names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
+    if fields.get("general.type", "imatrix") != "imatrix" or not names:
+        raise InvalidImatrixError(f"{path}: a GGUF, but no importance matrix; make one with llama-imatrix")
+    if missing := [key for key in _KEYS if key not in fields]:
+        raise InvalidImatrixError(f"{path}: has no {missing[0]}, without which llama-quantize refuses it")
+    if not isinstance(fields[_DATASETS], list) or not isinstance(fields[_CHUNK_COUNT], int):
+        raise InvalidImatrixError(f"{path}: {_DATASETS} or {_CHUNK_COUNT} is of another type; make the matrix again")
+    weights = {}
+    for name in names:
+        sums, counts = tensors[name + _SUMS], tensors.get(name + _COUNTS)
+        if counts is None or {sums.tensor_type.name, counts.tensor_type.name} != {"F32"}:
+            raise InvalidImatrixError(f"{path}: {name} needs sums and counts, both F32")
+        if counts.n_elements < 1 or sums.n_elements % counts.n_elements:
+            raise InvalidImatrixError(f"{path}: {name} has {sums.n_elements} sums for {counts.n_elements} counts")
+        weights[name] = _means(path, name, np.asarray(sums.data), np.asarray(counts.data))
+    datasets = tuple(one_line(str(name)) for name in fields[_DATASETS])
+    return ImportanceMatrix(weights, str(path), datasets, fields[_CHUNK_COUNT])
+
+
+_KEYS = (_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE)
+
+
+def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums of squares by their own count of tokens, in float32 as llama-quantize divides them: (experts · columns,)."""
+    _check_values(path, f"{name}{_COUNTS}", counts)
+    tokens = np.floor(counts.reshape(-1, 1).astype(np.float64) + 0.5).astype(np.float32)
+    sums = sums.reshape(len(tokens), -1).astype(np.float32)
+    with np.errstate(all="ignore"):  # what is not finite is found afterwards
+        return np.where(tokens > 0, sums / np.maximum(tokens, 1), np.float32(1)).reshape(-1)
+
+
+class _Bytes:
+    """Reads little-endian numbers from the bytes of a legacy file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._data, self._at = path, path.read_bytes(), 0
+
+    def take(self, n: int) -> bytes:
+        if not 0 <= n <= self.left:
+            raise InvalidImatrixError(f"{self.path}: no importance matrix, or one that was cut short")
+        self._at += n
+        return self._data[self._at - n : self._at]
+
+    def int32(self) -> int:
+        return int(struct.unpack("<i", self.take(4))[0])
+
+    def text(self) -> str:
+        return self.take(self.int32()).decode("utf-8", "replace")
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self._at
+
+
+def _read_legacy(path: Path) -> ImportanceMatrix:
+    source = _Bytes(path)
+    weights: dict[str, np.ndarray] = {}
+    n_entries = source.int32()
+    if n_entries < 1:
+        raise InvalidImatrixError(f"{path}: no importance matrix (it names {n_entries} tensors)")
+    for _ in range(n_entries):
+        name, n_calls, n_values = source.text(), source.int32(), source.int32()
+        values = np.frombuffer(source.take(4 * n_values), np.dtype("<f4")).astype(np.float32)
+        if not n_values:
+            raise InvalidImatrixError(f"{path}: {name} has no values; make the matrix again")
+        weights[name] = values / np.float32(n_calls) if n_calls > 0 else values
+    # What follows was added over the years: first nothing, then the number of chunks, then the data's name.
+    n_chunks = source.int32() if source.left else 0
+    dataset = source.text() if source.left else ""
+    if source.left:
+        raise InvalidImatrixError(f"{path}: no importance matrix: {source.left} bytes follow where it should end")
+    return ImportanceMatrix(weights, str(path), (dataset,) if dataset else (), n_chunks)
+
+
+def write_imatrix(
+    path: Path,
+    sums: Mapping[str, np.ndarray],
+    counts: Mapping[str, np.ndarray | float],
+    *,
+    datasets: Sequence[str],
+    n_chunks: int,
+    chunk_size: int,
+) -> None:
+    """Write an importance matrix as llama-imatrix does: GGUF, or its legacy format where ``path`` ends in ``.dat``.
+
+    Args:
+        sums: GGUF tensor name → sums of squared activations, (columns,) or (experts, columns).
+        counts: tensor name → tokens that each sum is over, a number or (experts,).
+        datasets: names of the texts, at least one; the legacy format keeps the last.
+        n_chunks, chunk_size: windows that were read, and tokens in each.
+
+    Raises:
+        InvalidImatrixError: sums or counts are missing, of other shapes, negative or not finite; or no dataset is named.
+    """
+    path = Path(path)
+    if not datasets or not sums or sums.keys() != counts.keys():
+        raise InvalidImatrixError(f"{path}: needs a dataset's name, and sums and counts for the same tensors")
+    entries = {name: _entry(path, name, sums[name], counts[name]) for name in sorted(sums)}
+    with written_whole(path) as partial:
+        write = _write_legacy if path.suffix == ".dat" else _write_gguf
+        write(partial, entries, datasets, n_chunks, chunk_size)
+
+
+def _entry(path: Path, name: str, sums: np.ndarray, counts: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """Sums (experts, columns) and counts (experts, 1), float32."""
+    tokens = np.asarray(counts, dtype=np.float32).reshape(-1, 1)
+    squares = np.atleast_2d(np.asarray(sums, dtype=np.float32))
+    if squares.ndim != 2 or squares.shape[1] < 1 or len(squares) != len(tokens):
+        raise InvalidImatrixError(f"{path}: {name} has sums {np.shape(sums)} for {len(tokens)} counts")
+    for values in (squares, tokens):
+        _check_values(path, name, values)
+    return squares, tokens
+
+
+def _write_gguf(
+    path: Path, entries: Mapping[str, tuple[np.ndarray, np.ndarray]], datasets: Sequence[str], n_chunks: int, size: int
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.kv_data[0].clear()  # it is no model, and has no architecture
+    writer.add_type("imatrix")
+    writer.add_array(_DATASETS, list(datasets))
+    writer.add_uint32(_CHUNK_COUNT, n_chunks)
+    writer.add_uint32(_CHUNK_SIZE, size)
+    for name, (sums, counts) in entries.items():
+        single = len(sums) == 1  # ggml drops dimensions of 1
+        writer.add_tensor(name + _SUMS, sums[0] if single else sums)
+        writer.add_tensor(name + _COUNTS, counts[0] if single else counts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_legacy(
+    path: Path, entries: Mapping[str, tuple[np.ndarray, np.ndarray]], datasets: Sequence[str], n_chunks: int, size: int
+) -> None:
+    # As llama-imatrix: what no token reached at all is left out, an expert that none reached weighs everything by one.
+    reached = {name: entry for name, entry in entries.items() if entry[1].any()}
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", len(reached)))
+        for name, (sums, counts) in reached.items():
+            n_calls = -(-int(counts.max()) // size)
+            means = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
+            file.write(_packed(name) + struct.pack("<ii", n_calls, means.size))
+            file.write((means * np.float32(n_calls)).astype("<f4").tobytes())
+        file.write(struct.pack("<i", n_chunks) + _packed(datasets[-1]))
+
+
+def _packed(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<i", len(data)) + data

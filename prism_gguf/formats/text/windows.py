@@ -1,0 +1,329 @@
+"""Evaluation text into token windows, made once and read by every model of a comparison."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+
+from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
+
+# A first guess of how much of a long text the windows will need.
+_CHARACTERS_PER_TOKEN = 8
+_OTHER_TOKENIZER = (
+    "probably made of another model, of a fine-tune with another tokenizer, or converted with another pre-tokenizer"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How a model reads text.
+
+    Attributes:
+        tokenize: (text, special) to token ids (n,) int32, without special tokens of its own accord; markup of special
+            tokens in the text is read as those tokens where ``special``, else as plain text.
+        piece: the text of one token id, for messages.
+        n_tokens: real tokens, padding rows of the embedding not counted.
+        bos: id that begins a window, or None where the vocabulary asks for none.
+    """
+
+    tokenize: Callable[[str, bool], np.ndarray]
+    piece: Callable[[int], str]
+    n_tokens: int
+    bos: int | None
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Text of one domain, such as code or prose; ``special`` where markup in it stands for special tokens."""
+
+    domain: str
+    text: str
+    special: bool = False
+
+    def read(self, vocabulary: Vocabulary) -> np.ndarray:
+        """Token ids (n,) int32, BOS first where the vocabulary asks for one."""
+        tokens = vocabulary.tokenize(self.text, self.special)
+        return tokens if vocabulary.bos is None else np.concatenate([[vocabulary.bos], tokens]).astype(np.int32)
+
+
+class Score(str, Enum):
+    """Which tokens of a window are scored."""
+
+    HALF = "half"  # llama-perplexity's way: the second half, so that each has at least n_ctx / 2 tokens of context
+    ALL = "all"
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """What both models read.
+
+    The protocol is llama-perplexity's (tools/perplexity/perplexity.cpp): each domain's tokens are cut into windows of
+    ``n_ctx``, the first token of each is replaced by BOS where the vocabulary asks for one, and the tokens of the second
+    half (or all) are scored: positions ``first_scored`` … n_ctx − 2 each predict the token that follows.
+
+    Attributes:
+        tokens: (n_windows, n_ctx) int32.
+        domains: name of each window's domain, n_windows of them.
+        score: which of their tokens are scored.
+    """
+
+    tokens: np.ndarray
+    domains: tuple[str, ...]
+    score: Score = Score.HALF
+
+    @property
+    def n_windows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def n_ctx(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def first_scored(self) -> int:
+        return self.n_ctx // 2 if self.score is Score.HALF else 0
+
+    @property
+    def scored_per_window(self) -> int:
+        return self.n_ctx - 1 - self.first_scored
+
+    @property
+    def n_scored(self) -> int:
+        return self.n_windows * self.scored_per_window
+
+    def rows(self, window: int, start: int, stop: int) -> slice:
+        """Where positions ``[start, stop)`` of a window stand among all scored positions."""
+        first = window * self.scored_per_window - self.first_scored
+        return slice(first + start, first + stop)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The token that follows each scored position, (n_scored,) int32, in window order."""
+        return self.tokens[:, self.first_scored + 1 :].reshape(-1)
+
+    @property
+    def window_of_token(self) -> np.ndarray:
+        """Number of the window of each scored position, (n_scored,) int64."""
+        return np.repeat(np.arange(self.n_windows), self.scored_per_window)
+
+    @property
+    def position_of_token(self) -> np.ndarray:
+        """Position within its window of each scored position, (n_scored,) int64."""
+        return np.tile(np.arange(self.first_scored, self.n_ctx - 1), self.n_windows)
+
+    @property
+    def domain_names(self) -> list[str]:
+        return list(dict.fromkeys(self.domains))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the token ids, their shape, their domains, and which are scored."""
+        digest = hashlib.sha256(f"{self.tokens.shape} {self.domains} {self.score.value} ".encode())
+        digest.update(np.ascontiguousarray(self.tokens, dtype="<i4").tobytes())
+        return digest.hexdigest()
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        InvalidTextError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidTextError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
+    """Read ``FILE`` or ``NAME=FILE`` arguments; a file without a name gives its stem to its domain.
+
+    Raises:
+        InvalidTextError: a file is missing, empty, or not UTF-8, or two of them claim one name.
+    """
+    texts: dict[str, EvaluationText] = {}
+    for source in sources:
+        name, _, rest = source.partition("=")
+        # A path may itself contain "=": only what is not a file as it stands is taken for NAME=FILE.
+        path = Path(rest) if rest and not Path(source).is_file() else Path(source)
+        domain = name if rest and path != Path(source) else path.stem
+        if not path.is_file():
+            raise InvalidTextError(f"{path}: no such text file")
+        text = read_utf8(path)
+        if not text.strip():
+            raise InvalidTextError(f"{path}: the text is empty")
+        if domain in texts:
+            raise InvalidTextError(f"two texts are named '{domain}'; give one another name with NAME=FILE")
+        texts[domain] = EvaluationText(domain, text)
+    return list(texts.values())
+
+
+def first_half(text: EvaluationText) -> EvaluationText:
+    """What lies before the line in the middle: to judge by, where ``second_half`` was learned from."""
+    return replace(text, text=text.text[: _middle(text)])
+
+
+def second_half(text: EvaluationText) -> EvaluationText:
+    """What lies behind the line in the middle."""
+    return replace(text, text=text.text[_middle(text) :])
+
+
+def _middle(text: EvaluationText) -> int:
+    return text.text.find("\n", len(text.text) // 2) + 1
+
+
+def read_folder(folder: Path) -> list[EvaluationText]:
+    """All ``*.txt`` files of a folder, one domain each."""
+    return read_texts([str(path) for path in sorted(folder.glob("*.txt"))])
+
+
+def default_texts() -> list[EvaluationText]:
+    """The packaged text: technical prose, code, dialogue, German, Chinese."""
+    return read_folder(Path(__file__).parent / "default_text")
+
+
+def calibration_texts() -> list[EvaluationText]:
+    """The second halves of the packaged texts, for what is learned from text: comparisons do not reach them by default."""
+    return [second_half(text) for text in default_texts()]
+
+
+def _cut(vocabulary: Vocabulary, text: EvaluationText, n_ctx: int, most: int | None) -> np.ndarray:
+    """Whole windows of one text, at most ``most`` of them: (windows, n_ctx) int32."""
+    length = len(text.text) if most is None else most * n_ctx * _CHARACTERS_PER_TOKEN
+    tokens = replace(text, text=text.text[:length]).read(vocabulary)
+    while most is not None and len(tokens) < most * n_ctx and length < len(text.text):
+        length *= 2
+        tokens = replace(text, text=text.text[:length]).read(vocabulary)
+    n_windows = len(tokens) // n_ctx if most is None else min(len(tokens) // n_ctx, most)
+    if n_windows == 0:
+        raise InvalidTextError(
+            f"text '{text.domain}' has {len(tokens)} tokens, less than one window of {n_ctx}: "
+            "give a longer text or a smaller --n-ctx"
+        )
+    windows = tokens[: n_windows * n_ctx].reshape(n_windows, n_ctx)
+    if vocabulary.bos is not None:
+        windows[:, 0] = vocabulary.bos
+    return windows
+
+
+def make_windows(
+    texts: Sequence[EvaluationText],
+    vocabulary: Vocabulary,
+    *,
+    n_ctx: int,
+    max_windows: int | None,
+    score: Score = Score.HALF,
+) -> TokenWindows:
+    """Cut texts into token windows, at most ``max_windows`` of them, shared evenly between the domains.
+
+    Raises:
+        InvalidTextError: a text is shorter than one window, or ``n_ctx`` is too small to score anything.
+    """
+    if n_ctx < 8:
+        raise InvalidTextError(f"--n-ctx {n_ctx}: a window needs at least 8 tokens")
+    if max_windows is not None and max_windows < len(texts):
+        raise InvalidTextError(f"--windows {max_windows}: {len(texts)} texts need at least one window each")
+    cut = [_cut(vocabulary, text, n_ctx, max_windows) for text in texts]
+    shares = _shares([len(windows) for windows in cut], max_windows)
+    return TokenWindows(
+        tokens=np.concatenate([windows[:share] for windows, share in zip(cut, shares, strict=True)]),
+        domains=tuple(text.domain for text, share in zip(texts, shares, strict=True) for _ in range(share)),
+        score=score,
+    )
+
+
+def covered(texts: Sequence[EvaluationText], windows: TokenWindows, vocabulary: Vocabulary) -> list[EvaluationText]:
+    """The texts without what lies well behind their windows: what another reader needs to check its tokenizer."""
+    kept = []
+    for text in texts:
+        expected = _expected(text, windows)
+        pieces = sum(len(vocabulary.piece(int(token))) for token in expected)
+        short = replace(text, text=text.text[: pieces + pieces // 20 + 64])
+        kept.append(short if np.array_equal(_as_windows(short, windows, vocabulary), expected) else text)
+    return kept
+
+
+def _shares(available: list[int], total: int | None) -> list[int]:
+    """How many windows each domain gives: as even as their lengths allow."""
+    if total is None or total >= sum(available):
+        return available
+    shares = [0] * len(available)
+    while sum(shares) < total:
+        open_domains = [i for i, have in enumerate(available) if shares[i] < have]
+        shares[min(open_domains, key=lambda i: shares[i])] += 1
+    return shares
+
+
+def check_same_pieces(pieces: Mapping[int, str], candidate: Vocabulary, name: str) -> None:
+    """Check that the token ids in use mean the same text to the candidate, where there is no text to read again.
+
+    Runtimes differ in how they show a leading space and a part of a character; neither counts here.
+
+    Raises:
+        IncompatibleModelsError: naming the first id that means another text.
+    """
+    for token, piece in pieces.items():
+        found = candidate.piece(token)
+        if found.strip() != piece.strip() and "\ufffd" not in found + piece:
+            raise IncompatibleModelsError(
+                f"{name}: token {token} is {found!r:.80}, in the reference {piece!r:.80}; {_OTHER_TOKENIZER}"
+            )
+
+
+def check_same_reading(
+    texts: Sequence[EvaluationText],
+    windows: TokenWindows,
+    bos: int | None,
+    pieces: Mapping[int, str],
+    candidate: Vocabulary,
+    name: str,
+) -> None:
+    """Check that the candidate's own tokenizer reads the text as the reference's did.
+
+    Args:
+        bos: what the reference's windows begin with, or None.
+        pieces: the text of each token id in the windows, as the reference's vocabulary has it.
+        name: the candidate, for the message.
+
+    Raises:
+        IncompatibleModelsError: naming the first piece that differs.
+    """
+    for text in texts:
+        expected = _expected(text, windows)
+        found = _as_windows(text, windows, replace(candidate, bos=bos))
+        if np.array_equal(found, expected):
+            continue
+        common = min(len(found), len(expected))
+        different = np.flatnonzero(found[:common] != expected[:common])
+        at = int(different[0]) if different.size else common
+        raise IncompatibleModelsError(
+            f"{name}: its tokenizer reads text '{text.domain}' differently from token {at} on: "
+            f"{_context(pieces.__getitem__, expected, at)} in the reference, "
+            f"{_context(candidate.piece, found, at)} in the candidate; "
+            f"{_OTHER_TOKENIZER}"
+        )
+
+
+def _expected(text: EvaluationText, windows: TokenWindows) -> np.ndarray:
+    return windows.tokens[[d == text.domain for d in windows.domains]].reshape(-1)
+
+
+def _as_windows(text: EvaluationText, windows: TokenWindows, vocabulary: Vocabulary) -> np.ndarray:
+    """The text's tokens as far as the windows reach, BOS put where each window begins: (n,) int32."""
+    found = text.read(vocabulary)[: len(_expected(text, windows))].copy()
+    if vocabulary.bos is not None:
+        found[:: windows.n_ctx] = vocabulary.bos
+    return found
+
+
+def _context(piece: Callable[[int], str], tokens: np.ndarray, at: int) -> str:
+    if at >= len(tokens):
+        return "the end of the text"
+    before = "".join(piece(int(t)) for t in tokens[max(0, at - 3) : at])
+    return f"{before!r:.80} then {piece(int(tokens[at]))!r:.80} ({int(tokens[at])})"

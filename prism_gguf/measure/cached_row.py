@@ -1,0 +1,113 @@
+"""A candidate's row of a comparison: what an earlier run has kept of it, or what measuring it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from prism_gguf.formats.fingerprint import model_fingerprint
+from prism_gguf.formats.lora import LoraAdapter, adapters
+from prism_gguf.measure.drift import ReferenceLayers, measure_layers
+from prism_gguf.results.comparison import CandidateResult
+from prism_gguf.results.details import Layers
+from prism_gguf.results.options import CompareOptions, RunOptions
+from prism_gguf.system.cache import recorded_key
+from prism_gguf.system.errors import PrismGgufError
+from prism_gguf.system.memo import ensure_kept, find_kept, kept_key
+from prism_gguf.system.progress import Progress, no_progress, stage
+from prism_gguf.system.worker import Worker
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Makes rows.
+
+    Attributes:
+        folder: the reference's capture.
+        layers: its residual streams, where drift by block is wanted.
+        worker: runs the candidates.
+    """
+
+    folder: Path
+    layers: ReferenceLayers | None
+    options: CompareOptions
+    worker: Worker
+
+    def content(self, path: str, progress: Progress) -> str:
+        """What tells a candidate from others: its content, and its name, which says what it should be."""
+        return f"{self._fingerprint(path, progress)} {Path(path).name}"
+
+    def _fingerprint(self, path: str, progress: Progress) -> str:
+        return self.worker.run(model_fingerprint, path, self.options.cache_folder, progress=stage(progress, "hashing"))
+
+    def is_known(self, content: str) -> bool:
+        """Whether an earlier run has kept everything about a candidate."""
+        cache, (row, drift) = self.options.cache_folder, self._keys(content)
+        known = not self.options.fresh and find_kept(cache, row, CandidateResult) is not None
+        return known and (self.layers is None or find_kept(cache, drift, Layers) is not None)
+
+    def row(self, path: str, content: str, progress: Progress) -> CandidateResult:
+        """The row of a candidate; one without drift by block, and a note that says why, where only that fails.
+
+        Raises:
+            PrismGgufError: it cannot be measured.
+        """
+        row_key, drift_key = self._keys(content)
+        row = self.worker.run(ensure_row, row_key, path, self.folder, self.options, progress=progress, of=path)
+        row = replace(row, path=path, lora=list(self._lora))  # they may have been measured under other names
+        if self.layers is None:
+            return row
+        job = (drift_key, path, row.lora, self.folder, self.layers, self.options)
+        try:
+            drift = self.worker.run(ensure_drift, *job, progress=stage(progress, "layers"), of=path)
+        except PrismGgufError as error:
+            return replace(row, notes=[*row.notes, f"no drift by block: {error}"])
+        return replace(row, layers=drift, seconds=round((row.seconds or 0.0) + drift.seconds, 3))
+
+    @cached_property
+    def _lora(self) -> tuple[LoraAdapter, ...]:
+        return adapters(self.options.lora)
+
+    @cached_property
+    def _loaded(self) -> list[tuple[str, float]]:
+        """The adapters by their content."""
+        return [(self._fingerprint(str(one.path), no_progress), one.scale) for one in self._lora]
+
+    def _keys(self, content: str) -> tuple[str, str]:
+        """The keys of a row, and of its drift by block: all that each depends on."""
+        capture, running = recorded_key(self.folder), RunOptions.of(self.options).measuring()
+        drift = () if self.layers is None else (self.layers.folder.name, self.layers.numbers)
+        return (
+            kept_key("prism_gguf.measure.candidate", content, capture, self._loaded, self.options.measuring()),
+            kept_key("prism_gguf.measure.drift", content, capture, self._loaded, running, drift),
+        )
+
+
+def ensure_row(key: str, path: str, folder: Path, options: CompareOptions, *, progress: Progress) -> CandidateResult:
+    """A candidate's row, kept or measured. Runs in the worker."""
+    from prism_gguf.measure.candidate import measure_candidate
+
+    def measured(place: Path) -> CandidateResult:
+        return measure_candidate(path, folder, options, place, progress=progress)
+
+    return ensure_kept(options.cache_folder, key, CandidateResult, measured, fresh=options.fresh, progress=progress)
+
+
+def ensure_drift(
+    key: str,
+    path: str,
+    lora: Sequence[LoraAdapter],
+    folder: Path,
+    reference: ReferenceLayers,
+    options: CompareOptions,
+    *,
+    progress: Progress,
+) -> Layers:
+    """A candidate's drift by block, kept or measured. Runs in the worker."""
+
+    def measured(_: Path) -> Layers:
+        return measure_layers(path, lora, folder, reference, options, progress=progress)
+
+    return ensure_kept(options.cache_folder, key, Layers, measured, fresh=options.fresh, progress=progress)

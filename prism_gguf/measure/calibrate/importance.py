@@ -1,0 +1,96 @@
+"""The importance matrix of a reference: mean squared activations at the input of every matrix that llama.cpp quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prism_gguf.formats.fingerprint import is_gguf
+from prism_gguf.formats.imatrix import write_imatrix
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.measure.calibrate.gradients import linear_arguments, products_by_weight
+from prism_gguf.models.float32 import Float32Compute
+from prism_gguf.models.huggingface import HuggingFaceModel
+from prism_gguf.models.tensor_names import QuantizableTensor, quantizable_tensors
+from prism_gguf.results.imatrix import CollectedImatrix
+from prism_gguf.results.options import RunOptions
+from prism_gguf.system.errors import InvalidModelError
+from prism_gguf.system.progress import Progress, no_progress
+
+
+class _Observed(Float32Compute):
+    """Computes as the reference does, and adds up the squared inputs of the products asked for.
+
+    Attributes:
+        sums: tensor → (matrices, columns) float64.
+        counts: tensor → (matrices,) tokens that went through each.
+    """
+
+    def __init__(self, tensors: Sequence[QuantizableTensor]) -> None:
+        super().__init__()
+        self._uses = products_by_weight(tensors)
+        self.sums = {t.name: np.zeros((t.rows.shape[0], t.rows.shape[2])) for t in tensors}
+        self.counts = {t.name: np.zeros(t.rows.shape[0]) for t in tensors}
+
+    def add(self, tensor: QuantizableTensor, matrix: int, x: torch.Tensor) -> None:
+        flat = x.flatten(0, -2)
+        self.sums[tensor.name][matrix] += flat.square().sum(0).double().numpy()
+        self.counts[tensor.name][matrix] += len(flat)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.nn.functional.linear:
+            x, weight, _ = linear_arguments(*args, **(kwargs or {}))
+            for tensor, matrix in self._uses.get((weight.data_ptr(), tuple(weight.shape)), ()):
+                self.add(tensor, matrix, x.float())
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def collect_imatrix(
+    reference: str, reading: Reading, out: Path, options: RunOptions, *, progress: Progress = no_progress
+) -> CollectedImatrix:
+    """Run a checkpoint over a text and write its importance matrix as ``imatrix.gguf``. Runs in the worker.
+
+    Unlike llama-imatrix it has an entry for the output head (for tied embeddings, ``token_embd.weight``).
+
+    Raises:
+        InvalidModelError: the reference is a GGUF, or nothing in it can be mapped.
+    """
+    if is_gguf(reference):
+        raise InvalidModelError(
+            f"{reference}: activations are taken from the Hugging Face checkpoint; name its folder or hub id, not a GGUF"
+        )
+    options.limit_threads()
+    progress(0, 0, "loading")
+    with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model, torch.no_grad():
+        windows, _ = reading.windows(model)
+        tensors, left_out = quantizable_tensors(model.network)
+        if not tensors:
+            raise InvalidModelError(f"{reference}: no tensor has a name: {next(iter(left_out.values()), 'none found')}")
+        observed = _Observed(tensors)
+        head = next((t for t in tensors if t.products[0] is model.head_weight), None)
+        for number, tokens in enumerate(windows.tokens):
+            progress(number, windows.n_windows, "running")
+            states = model.traced_states(torch.from_numpy(tokens[None].astype(np.int64)), observed)
+            if head is not None:
+                observed.add(head, 0, states)
+    seen = {name for name, counts in observed.counts.items() if counts.any()}  # not an embedding that is no head
+    write_imatrix(
+        out,
+        {name: observed.sums[name] for name in seen},
+        {name: observed.counts[name] for name in seen},
+        datasets=windows.domain_names,
+        n_chunks=windows.n_windows,
+        chunk_size=windows.n_ctx,
+    )
+    return CollectedImatrix(
+        out,
+        {name: int(observed.counts[name].min()) for name in sorted(seen)},
+        windows.n_windows,
+        windows.n_ctx,
+        windows.domain_names,
+        left_out,
+    )

@@ -1,0 +1,276 @@
+"""A capture: a reference's hidden states, token windows, identity and K_feat in a folder, made once and read ever after."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from prism_gguf.formats.state_file import StateFile
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import EvaluationText, Score, TokenWindows
+from prism_gguf.measure.metrics.diameter import diameter
+from prism_gguf.measure.same_weights import WeightSample, read_sample, sample_of
+from prism_gguf.models.output_head import LogitTransform, OutputHead
+from prism_gguf.models.protocol import Model
+from prism_gguf.results.model import ModelIdentity
+from prism_gguf.system.atomic_files import write_whole, written_whole
+from prism_gguf.system.cache import KEY, MANIFEST, is_capture, recorded_key
+from prism_gguf.system.environment import environment
+from prism_gguf.system.errors import InvalidCaptureError
+from prism_gguf.system.progress import Progress, no_progress, stage
+from prism_gguf.system.version import __version__
+
+SCHEMA = "prism-gguf/capture/1"
+_TOKENS = "tokens.npy"
+_HEAD = "head.safetensors"
+_WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a reference computed on token windows.
+
+    Attributes:
+        folder: where it lies.
+        identity: the reference.
+        windows: what it read.
+        texts: the texts behind the windows; empty where only token ids were given.
+        states: hidden states of the scored positions, in window order, read by slice.
+        head: its output head, read from disk chunk by chunk.
+        k_feat: see ``feature_constant``.
+        n_tokens: real tokens of its vocabulary.
+        bos: id that begins each window, or None.
+        pieces: the text of each token id in the windows, as the reference's vocabulary has it.
+        weights: a little of its weights, to know a candidate by; None in captures that were made without.
+    """
+
+    folder: Path
+    identity: ModelIdentity
+    windows: TokenWindows
+    texts: list[EvaluationText]
+    states: StateFile
+    head: OutputHead
+    k_feat: float
+    n_tokens: int
+    bos: int | None
+    pieces: dict[int, str]
+    weights: WeightSample | None
+
+
+def write_capture(
+    folder: Path,
+    key: str,
+    open_model: Callable[[], AbstractContextManager[Model]],
+    reading: Reading,
+    *,
+    fingerprint: str | None = None,
+    self_contained: bool = False,
+    progress: Progress = no_progress,
+) -> None:
+    """Run a model over what it shall read, and keep the result in ``folder``, going on where an earlier run was cut off.
+
+    Args:
+        key: what the capture depends on; windows that an earlier run left under the same key are kept.
+        fingerprint: the model's content (``formats.fingerprint.model_fingerprint``).
+        self_contained: keep the head's rows too, rather than where to find them in the model's own file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = _run(folder, key, open_model, reading, fingerprint, self_contained, progress)
+    # The model is gone by now: its weights and K_feat's rows are not in memory together.
+    head = _read_head(folder, ModelIdentity(**manifest["identity"]), manifest["head"])
+    manifest["k_feat"] = feature_constant(head, stage(progress, "diameter of the head"))
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _run(
+    folder: Path,
+    key: str,
+    open_model: Callable[[], AbstractContextManager[Model]],
+    reading: Reading,
+    fingerprint: str | None,
+    self_contained: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the states, token windows and, where it has to be, the head; the manifest, all but K_feat."""
+    progress(0, 0, "loading")
+    with open_model() as model:
+        windows, texts = reading.windows(model)
+        shape = (windows.n_windows, windows.scored_per_window, model.identity.hidden_size)
+        if recorded_key(folder) != key:
+            for leftover in folder.glob("*.npy"):
+                leftover.unlink()
+            write_whole(folder / KEY, key)
+        states = StateFile(folder, shape, writable=True)
+        missing = states.missing()
+        for left, number in zip(range(len(missing), 0, -1), missing, strict=True):
+            progress(windows.n_windows - left, windows.n_windows, "running")
+            parts = [s.hidden for s in model.window_states(windows.tokens[number], windows.first_scored)]
+            states.write_states(number, np.concatenate(parts))
+        progress(0, 0, "saving")
+        with written_whole(folder / _TOKENS) as partial, partial.open("wb") as stream:
+            np.save(stream, windows.tokens)
+        head, source = model.output_head(), None if self_contained else model.head_source()
+        if source is None:
+            _save_head(folder / _HEAD, head)
+        sample_of(model).save(folder / _WEIGHTS)
+        vocabulary = model.vocabulary
+        return {
+            "schema": SCHEMA,
+            "tool_version": __version__,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "identity": asdict(replace(model.identity, fingerprint=fingerprint)),
+            "windows": {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint},
+            "texts": [asdict(text) for text in texts],
+            "n_tokens": vocabulary.n_tokens,
+            "bos": vocabulary.bos,
+            "pieces": {int(t): vocabulary.piece(int(t)) for t in np.unique(windows.tokens)},
+            "head": {
+                "tensor": head.tensor,
+                "type": head.type,
+                "transform": asdict(head.transform),
+                "source": source,
+                "digest": _digest(head),
+            },
+        }
+
+
+def feature_constant(head: OutputHead, progress: Progress = no_progress) -> float:
+    """K_feat of a reference's head: how fast its loss can change with a hidden state, in nats per unit.
+
+    The loss's gradient is Σ_k (p_k − e_y,k) f'_k h_k. Without a soft cap f' is one constant and the gradient is a
+    difference of two averages of rows: at most the rows' diameter. A soft cap has f' between 0 and 1, row by row, which
+    adds the origin to what the averages are taken over.
+    """
+
+    def chunks() -> Iterator[tuple[int, int, torch.Tensor]]:
+        yield from head.chunks()
+        if head.transform.softcap is not None:
+            yield head.n_rows, head.n_rows + 1, torch.zeros(1, head.width)
+
+    return abs(head.transform.scale) * diameter(chunks, progress).value
+
+
+def _digest(head: OutputHead) -> str:
+    """SHA-256 over some rows from each part of a head: enough to know it again."""
+    digest = hashlib.sha256(f"{head.n_rows} {head.width}".encode())
+    for start in np.linspace(0, max(0, head.n_rows - 8), 16).astype(int):
+        digest.update(np.ascontiguousarray(head.read_rows(start, min(start + 8, head.n_rows)), dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _save_head(path: Path, head: OutputHead) -> None:
+    """The rows as the model stores them where that is a plain type, which is exact; float32 otherwise."""
+    dtype = _STORED.get(head.type, torch.float32)
+    rows = torch.empty(head.n_rows, head.width, dtype=dtype)
+    for start, stop, chunk in head.chunks():
+        rows[start:stop] = chunk.to(dtype)
+    tensors = {"rows": rows}
+    if head.bias is not None:
+        tensors["bias"] = torch.from_numpy(head.bias)
+    with written_whole(path) as partial:
+        save_file(tensors, partial)
+
+
+def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
+    """Open what ``write_capture`` wrote; hidden states and head stay on disk until they are used.
+
+    Raises:
+        InvalidCaptureError: it is none, a window in it is damaged, or the model file that its head is read from is gone
+            or another.
+    """
+    if not is_capture(folder):
+        raise InvalidCaptureError(
+            f"{folder}: not a capture, or one that was cut short; make it with `prism-gguf capture`"
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("schema") != SCHEMA:
+            raise InvalidCaptureError(
+                f"{folder}: a capture of prism-gguf {manifest.get('tool_version')} ({manifest.get('schema')}), and this "
+                f"version reads {SCHEMA}; update prism-gguf, or capture again into another folder"
+            )
+        identity = ModelIdentity(**manifest["identity"])
+        recorded = manifest["windows"]
+        windows = TokenWindows(np.load(folder / _TOKENS), tuple(recorded["domains"]), Score(recorded["score"]))
+        states = StateFile(folder, (windows.n_windows, windows.scored_per_window, identity.hidden_size))
+        head = _read_head(folder, identity, manifest["head"])
+        capture = Capture(
+            folder=folder,
+            identity=identity,
+            windows=windows,
+            texts=[EvaluationText(**text) for text in manifest["texts"]],
+            states=states,
+            head=head,
+            k_feat=manifest["k_feat"],
+            n_tokens=manifest["n_tokens"],
+            bos=manifest["bos"],
+            pieces={int(token): piece for token, piece in manifest["pieces"].items()},
+            weights=read_sample(folder / _WEIGHTS),
+        )
+    except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InvalidCaptureError(f"{folder}: damaged capture ({error}); delete it and capture again") from error
+    if windows.fingerprint != recorded["fingerprint"]:
+        raise InvalidCaptureError(f"{folder}: damaged capture (token windows); delete it and capture again")
+    for window in range(windows.n_windows):
+        progress(window, windows.n_windows, "checking the capture")
+        if not states.has(window):
+            raise InvalidCaptureError(
+                f"{folder}: damaged capture (states of window {window}); delete it and capture again"
+            )
+    return capture
+
+
+def adopt_head(folder: Path, model: Path) -> None:
+    """Point a capture whose model file is gone to the same content elsewhere: a GGUF or a checkpoint folder."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    source = manifest["head"]["source"]
+    if source is not None and not Path(source["file"]).is_file():
+        source["file"] = str((model if model.is_file() else model / Path(source["file"]).name).resolve())
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _read_head(folder: Path, identity: ModelIdentity, recorded: dict[str, Any]) -> OutputHead:
+    source = recorded["source"]
+    if source is not None and not Path(source["file"]).is_file():
+        raise InvalidCaptureError(
+            f"{folder}: its output head is read from {source['file']}, which is gone; "
+            "capture again, with --self-contained to hand a capture to someone without the model"
+        )
+    if source is not None and source["file"].endswith(".gguf"):
+        from prism_gguf.formats.gguf_file import GgufFile
+        from prism_gguf.models.llama_cpp import gguf_output_head
+
+        head = gguf_output_head(GgufFile(source["file"]))
+    else:
+        place = source or {"file": folder / _HEAD, "tensor": "rows", "bias": "bias"}
+        file = safe_open(place["file"], "pt")
+        rows, names = file.get_slice(place["tensor"]), set(file.keys())
+        head = OutputHead(
+            tensor=recorded["tensor"],
+            type=recorded["type"],
+            n_rows=identity.vocab_size,
+            width=identity.hidden_size,
+            read_rows=lambda start, stop: rows[start:stop].float().numpy(),
+            bias=file.get_tensor(place["bias"]).float().numpy() if place["bias"] in names else None,
+            transform=LogitTransform(**recorded["transform"]),
+        )
+    if _digest(head) != recorded["digest"]:
+        raise InvalidCaptureError(
+            f"{folder}: the head in {source['file'] if source else _HEAD} has changed; capture again"
+        )
+    return head

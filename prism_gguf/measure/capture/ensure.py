@@ -1,0 +1,74 @@
+"""A reference's capture: found in the cache, or made. For the worker."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from prism_gguf.formats.fingerprint import model_fingerprint
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.models.opening import open_model, runtime_of
+from prism_gguf.results.options import CaptureOptions
+from prism_gguf.system.cache import is_capture, key_of, locked, recorded_key
+from prism_gguf.system.errors import InvalidCaptureError
+from prism_gguf.system.progress import Progress, no_progress, stage
+
+
+class CapturePlace(NamedTuple):
+    """A model's fingerprint, what its capture depends on, and where that lies."""
+
+    fingerprint: str
+    key: str
+    folder: Path
+
+
+def capture_place(reference: str, reading: Reading, options: CaptureOptions, progress: Progress) -> CapturePlace:
+    """Where the capture of what ``reading`` says is, or will be."""
+    from prism_gguf.measure.capture.capture_file import SCHEMA
+
+    fingerprint = model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
+    key = key_of(
+        [
+            SCHEMA,
+            fingerprint,
+            reading.digest,
+            *runtime_of(reference, options),
+            *(["self-contained"] if options.self_contained else []),
+        ]
+    )
+    folder = options.cache_folder / "captures" / key if options.out is None else Path(options.out)
+    return CapturePlace(fingerprint, key, folder)
+
+
+def ensure_capture(
+    reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
+) -> Path:
+    """The folder of a whole capture of what ``reading`` says, made where there is none. Runs in the worker."""
+    from prism_gguf.measure.capture.capture_file import adopt_head, write_capture
+
+    cache, out = options.cache_folder, None if options.out is None else Path(options.out)
+    fingerprint, key, folder = capture_place(reference, reading, options, progress)
+    with locked(folder, cache, progress):
+        if recorded_key(folder) not in (None, key) or (out and _is_foreign(out)):
+            raise InvalidCaptureError(
+                f"{folder}: holds something else than a capture of this model, text and options; name another folder"
+            )
+        if is_capture(folder):
+            adopt_head(folder, Path(reference))
+        else:
+            options.limit_threads()
+            write_capture(
+                folder,
+                key,
+                partial(open_model, reference, reading.n_ctx, options),
+                reading,
+                fingerprint=fingerprint,
+                self_contained=options.self_contained,
+                progress=progress,
+            )
+    return folder
+
+
+def _is_foreign(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and recorded_key(folder) is None))

@@ -1,0 +1,65 @@
+"""A capture written as llama-perplexity's base-logits file (see ``formats.kld_base`` for its layout). For the worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from prism_gguf.formats.kld_base import MAGIC
+from prism_gguf.formats.text.windows import Score
+from prism_gguf.system.atomic_files import written_whole
+from prism_gguf.system.errors import InvalidCaptureError
+from prism_gguf.system.progress import Progress, no_progress
+
+if TYPE_CHECKING:  # torch is loaded where logits are made
+    from prism_gguf.models.output_head import OutputHead
+
+_RANGE = 16.0
+_STEPS = 65535
+# Tokens whose whole logits exist at a time.
+_BLOCK_BYTES = 64 * 2**20
+
+
+def export_kld_base(capture_folder: str, file: str, *, progress: Progress = no_progress) -> None:
+    """Write a capture as the file that ``llama-perplexity --kl-divergence-base`` reads. Runs in the worker.
+
+    Raises:
+        InvalidCaptureError: the capture scores other tokens than that format has.
+    """
+    from prism_gguf.measure.capture.capture_file import read_capture
+
+    capture = read_capture(Path(capture_folder), progress)
+    windows, n_vocab = capture.windows, capture.n_tokens
+    if windows.score is not Score.HALF:
+        raise InvalidCaptureError(
+            f"{capture_folder}: scores all tokens; llama-perplexity's format holds the second half"
+        )
+    block = max(1, _BLOCK_BYTES // (4 * n_vocab))
+    with written_whole(Path(file)) as partial, partial.open("wb") as stream:
+        stream.write(MAGIC)
+        np.array([windows.n_ctx, n_vocab, windows.n_windows], dtype="<i4").tofile(stream)
+        windows.tokens.astype("<i4").tofile(stream)
+        for at in range(0, windows.n_scored, block):
+            progress(at, windows.n_scored, "writing")
+            _records(capture.head, capture.states[at : at + block], n_vocab).tofile(stream)
+
+
+def _records(head: OutputHead, hidden: np.ndarray, n_vocab: int) -> np.ndarray:
+    """One record per token, (n, 4 + V made even) uint16."""
+    import torch
+
+    logits = torch.empty(len(hidden), n_vocab)
+    entered = head.enter(hidden)
+    for start, stop, rows in head.chunks(n_vocab):
+        logits[:, start:stop] = head.logits(entered, start, stop, rows)
+    highest = logits.max(dim=1, keepdim=True).values
+    lowest = torch.maximum(logits.min(dim=1, keepdim=True).values, highest - _RANGE)
+    scale = (highest - lowest) / _STEPS
+    lowest_log_p = lowest - torch.logsumexp(logits, dim=1, keepdim=True)
+    steps = ((logits.sub_(lowest)).clamp_(min=0.0) / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
+    records = np.zeros((len(hidden), 4 + n_vocab + n_vocab % 2), dtype="<u2")
+    records[:, :4] = torch.cat([scale, lowest_log_p], dim=1).numpy().astype("<f4").view("<u2")
+    records[:, 4 : 4 + n_vocab] = steps.numpy()
+    return records

@@ -1,0 +1,207 @@
+"""What candidates are compared with, and what it takes to have it: a model and its text, or a capture with its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prism_gguf.formats.text.selection import Reading, Source, TokenSource
+from prism_gguf.formats.text.windows import EvaluationText, Score
+from prism_gguf.measure.capture.ensure import capture_place, ensure_capture
+from prism_gguf.models.costs import Work, costs_of
+from prism_gguf.models.header import ModelHeader, model_header
+from prism_gguf.results.comparison import TextInfo
+from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.options import CaptureOptions, ReadOptions, RunOptions
+from prism_gguf.system.cache import MANIFEST, is_capture, is_hashed
+from prism_gguf.system.errors import InvalidCaptureError, InvalidTextError
+from prism_gguf.system.estimate import Estimate, admit
+from prism_gguf.system.machine import allocated
+from prism_gguf.system.progress import Progress, no_progress
+from prism_gguf.system.watch import Watch
+from prism_gguf.system.worker import Worker
+
+_BYTES_PER_TOKEN = 3.5  # of UTF-8: from 2.5 where a vocabulary is small or of another language, to 4.5
+
+
+@dataclass(frozen=True)
+class ReferenceSource:
+    """A reference, and what is read.
+
+    Attributes:
+        path: the model, or its capture.
+        capture: the folder, where it is a capture, which has its own text.
+        reading: what is read of the texts otherwise.
+        is_default: whether that is the packaged text.
+    """
+
+    path: str
+    capture: Path | None
+    reading: Reading
+    is_default: bool
+
+    @classmethod
+    def of(cls, reference: str | Path, texts: Sequence[Source] | None, options: ReadOptions) -> ReferenceSource:
+        """A reference as a caller names it.
+
+        Raises:
+            InvalidTextError: a capture, and texts beside its own.
+        """
+        capture = Path(reference) if is_capture(Path(reference)) else None
+        if capture is not None and texts is not None:
+            raise InvalidTextError(f"{reference}: a capture has its own text; leave out --text and --chat")
+        return cls(str(reference), capture, options.reading(texts), texts is None)
+
+    @property
+    def model(self) -> str | None:
+        """The model itself; None where there is only its capture."""
+        return None if self.capture is not None else self.path
+
+    @property
+    def n_ctx(self) -> int:
+        """Context that candidates need as far as it is known before the reference is opened; 0 where it is not."""
+        return 0 if self.capture is not None else self.reading.n_ctx
+
+    def place(self, options: ReadOptions, worker: Worker, progress: Progress) -> Path | None:
+        """The folder of a whole capture; None where there is none yet, without hashing a model that is new here."""
+        folder, header = self.capture, None if self.capture is not None else model_header(self.path)
+        if header is not None and not is_new(header, options):
+            running = CaptureOptions.of(options)
+            folder = worker.run(capture_place, self.path, self.reading, running, progress=progress).folder
+        return folder if folder is not None and is_capture(folder) else None
+
+    def open(self, options: ReadOptions, worker: Worker, watch: Watch) -> OpenReference:
+        """The capture, made where there is none, and what a result says of it."""
+        progress = watch.progress("reference")
+        progress(0, 0, "starting")
+        if self.capture is not None:
+            return OpenReference(self.capture, *worker.run(_describe, self.capture, False, progress=progress))
+        running = CaptureOptions.of(options)
+        folder = worker.run(ensure_capture, self.path, self.reading, running, progress=progress, of=self.path)
+        identity, text = worker.run(_describe, folder, self.is_default, progress=progress)
+        # A cached capture may have been made from the same content under another name.
+        return OpenReference(folder, replace(identity, path=self.path), text)
+
+
+@dataclass(frozen=True)
+class OpenReference:
+    """A reference's capture, the model that it is of, and the text that it has read."""
+
+    folder: Path
+    identity: ModelIdentity
+    text: TextInfo
+
+
+def _describe(folder: Path, is_default: bool, *, progress: Progress) -> tuple[ModelIdentity, TextInfo]:
+    """What a result says of its reference and text. Runs in the worker."""
+    from prism_gguf.measure.capture.capture_file import read_capture
+
+    capture = read_capture(folder, progress)
+    windows = capture.windows
+    text = TextInfo(
+        fingerprint=windows.fingerprint,
+        n_windows=windows.n_windows,
+        n_ctx=windows.n_ctx,
+        n_scored=windows.n_scored,
+        score=windows.score.value,
+        domains=windows.domain_names,
+        is_default=is_default,
+    )
+    return capture.identity, text
+
+
+def estimate_capture(
+    reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
+) -> Estimate:
+    """What capturing a reference still takes: nothing where that was done before."""
+    return _capturing(model_header(reference), reference, reading, options, progress)
+
+
+def _capturing(
+    model: ModelHeader | None, reference: str, reading: Reading, options: CaptureOptions, progress: Progress
+) -> Estimate:
+    """``estimate_capture`` of a model whose header was read."""
+    costs = costs_of(options)
+
+    def whole(folder: Path) -> Estimate:
+        assert model is not None
+        return costs.start() + costs.capture(model, work_of(reading), folder, self_contained=options.self_contained)
+
+    if model is not None and is_new(model, options):
+        admit(whole(Path(options.out or options.cache_folder)), force=options.force)
+    folder = capture_place(reference, reading, options, progress).folder
+    if model is None or is_capture(folder) or not work_of(reading).n_windows:  # too short: who reads it says so
+        return Estimate()
+    return resumed(whole(folder), folder, whole(folder).disk[folder])
+
+
+def estimate_reference(
+    source: ReferenceSource, options: ReadOptions, progress: Progress
+) -> tuple[Estimate, ModelHeader | None, Work]:
+    """What the reference's capture still takes, its header, and what is read."""
+    if source.capture is not None:
+        return Estimate(), None, captured_work(source.capture)[1]
+    model = model_header(source.path)
+    needed = _capturing(model, source.path, source.reading, CaptureOptions.of(options), progress)
+    return needed, model, work_of(source.reading)
+
+
+def estimate_export(folder: Path, file: Path, *, progress: Progress = no_progress) -> Estimate:
+    """What writing a capture as a base-logits file takes."""
+    manifest, work = captured_work(folder)
+    costs = costs_of(RunOptions())
+    width, vocab = manifest["identity"]["hidden_size"], manifest["n_tokens"]
+    return costs.start() + costs.exported(width, vocab, work, file.parent)
+
+
+def is_new(model: ModelHeader, options: RunOptions) -> bool:
+    """Whether nothing can be in the cache yet: then what does not fit is refused before all of a model is hashed."""
+    return not all(is_hashed(file, options.cache_folder) for file in model.files)
+
+
+def captured_work(folder: Path) -> tuple[dict[str, Any], Work]:
+    """The manifest of a capture, and what it has read.
+
+    Raises:
+        InvalidCaptureError: it cannot be read.
+    """
+    import numpy as np
+
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        n_windows, n_ctx = np.load(folder / "tokens.npy", mmap_mode="r").shape
+        return manifest, sized(n_windows, n_ctx, Score(manifest["windows"]["score"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidCaptureError(f"{folder}: damaged capture ({error}); delete it and capture again") from error
+
+
+def work_of(reading: Reading) -> Work:
+    """How much will be read; of texts that are shorter than what is asked for, as far as their bytes tell."""
+    if isinstance(reading.sources, TokenSource):
+        n_windows, n_ctx = reading.sources.tokens.shape
+    else:
+        n_ctx = reading.n_ctx
+        n_windows = sum(int(_bytes(s) / _BYTES_PER_TOKEN) // n_ctx for s in reading.sources)
+    most = n_windows if reading.max_windows is None else reading.max_windows
+    return sized(min(n_windows, most), n_ctx, reading.score)
+
+
+def _bytes(source: Source) -> int:
+    text = source.text if isinstance(source, EvaluationText) else json.dumps(source.conversations, ensure_ascii=False)
+    return len(text.encode("utf-8", "replace"))
+
+
+def sized(n_windows: int, n_ctx: int, score: Score) -> Work:
+    """Work on so many windows."""
+    return Work(n_windows, n_ctx, n_ctx - 1 - (n_ctx // 2 if score is Score.HALF else 0))
+
+
+def resumed(whole: Estimate, folder: Path, n_bytes: int) -> Estimate:
+    """What is left of a step that leaves so many bytes in ``folder``, by what an earlier run has left there."""
+    done = min(1.0, allocated(folder) / max(1, n_bytes))
+    left = {"disk": whole.disk, "temporary": whole.temporary}
+    shares = {k: {f: round(n * (1 - done)) for f, n in v.items()} for k, v in left.items()}
+    return replace(whole, seconds=whole.seconds * (1 - done), **shares)  # type: ignore[arg-type]

@@ -1,0 +1,176 @@
+"""A candidate over a capture's windows: its hidden states, and the logits that its runtime serves from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prism_gguf.formats.state_file import WindowFile
+from prism_gguf.measure.capture.capture_file import Capture
+from prism_gguf.measure.metrics.divergence import TokenDivergence, token_divergence
+from prism_gguf.measure.pair import BLOCK, Pair
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.models.output_head import OutputHead
+from prism_gguf.models.protocol import Model, WindowStates
+from prism_gguf.results.comparison import Logits
+from prism_gguf.system.progress import Progress, no_progress, part, stage
+
+# Nats. Measured: 1e-12 to 7e-12 where the kernel is the right one; the kernels themselves cost 1e-7 (F16) to 1e-3 (Q8_0).
+_MAX_EMULATION_KLD = 1e-9
+_PROOF_POSITIONS = 64  # of each window that the emulation is checked on
+_STATES, _RUNTIME, _WEIGHTS = "states", "runtime", "weights"  # folders of a candidate's windows
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a candidate computed on the windows.
+
+    Attributes:
+        hidden: (n_scored, d) float32, memory-mapped, in window order.
+        tokens: the served distribution's divergence from the reference's, token by token.
+        logits: where the served distribution comes from.
+    """
+
+    hidden: np.ndarray
+    tokens: TokenDivergence
+    logits: Logits
+
+
+def decode_windows(pair: Pair, model: Model, folder: Path, progress: Progress) -> Decoded:
+    """Run the candidate over the windows, in front of its head where what that makes of the states is known.
+
+    The emulation of llama.cpp's kernel is checked against the runtime's own logits on the first and the middle window of
+    this very run; where they differ (another backend, another kernel) the runtime's logits are used throughout. A
+    checkpoint's logits are its states times its head: nothing is emulated, and nothing is left to check.
+    """
+    served, capture = model.served_head(), pair.capture
+    disagreement: float | None = None
+    if served is not None:
+        exact = served.round_activations is None
+        hidden, disagreement = _states(capture, model, folder, None if exact else served, progress)
+        if disagreement is None or disagreement <= _MAX_EMULATION_KLD:
+            tokens = TokenDivergence.concatenate(list(_blocks(pair, hidden, served, stage(progress, "comparing"))))
+            return Decoded(hidden, tokens, Logits("computed" if exact else "emulated", disagreement))
+    hidden, tokens = _states_and_logits(pair, model, folder, progress)
+    return Decoded(hidden, tokens, Logits("runtime", disagreement))
+
+
+def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, progress: Progress) -> np.ndarray:
+    """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
+    from prism_gguf.formats.mix import Mix
+    from prism_gguf.models.llama_quantizer import quantize_gguf
+
+    windows, path, kept = capture.windows, folder / "weights-F16.gguf", _kept(capture, folder / _WEIGHTS)
+    missing = kept.missing()
+    if missing and not path.exists():
+        quantize_gguf(
+            model.gguf.path,
+            path,
+            Mix("F16"),
+            requantize=True,
+            threads=model.options.n_threads,
+            progress=stage(progress, "making F16 of it"),
+        )
+    if missing:
+        with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options, lora=model.lora) as unquantized:
+            for number in _counted(missing, windows.n_windows, stage(progress, "running as F16")):
+                parts = unquantized.window_states(windows.tokens[number], windows.first_scored)
+                kept.write(number, hidden=np.concatenate([states.hidden for states in parts]))
+    path.unlink(missing_ok=True)
+    return _flat(kept.arrays["hidden"])
+
+
+def stored_states(folder: Path) -> np.ndarray:
+    """The states (n_scored, d) float32 that ``decode_windows`` left in a folder, memory-mapped."""
+    place = next(p for p in (folder / _RUNTIME, folder / _STATES) if p.exists())
+    return _flat(np.load(place / "hidden.npy", mmap_mode="r"))
+
+
+def _kept(capture: Capture, folder: Path, **more: tuple[tuple[int, ...], type[np.generic]]) -> WindowFile:
+    """What is kept of each window: its states, and ``more``."""
+    states = ((capture.windows.scored_per_window, capture.identity.hidden_size), np.float32)
+    return WindowFile(folder, capture.windows.n_windows, {"hidden": states, **more}, writable=True)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1, *array.shape[2:])
+
+
+def _counted(missing: Sequence[int], n_windows: int, progress: Progress) -> Iterator[int]:
+    """The windows to run, with progress that counts those of an earlier run too."""
+    for left, number in zip(range(len(missing), 0, -1), missing, strict=True):
+        progress(n_windows - left, n_windows)
+        yield number
+
+
+def _states(
+    capture: Capture, model: Model, folder: Path, emulated: OutputHead | None, progress: Progress
+) -> tuple[np.ndarray, float | None]:
+    """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
+    windows = capture.windows
+    kept = _kept(capture, folder / _STATES, disagreement=((), np.float64))
+    proofs = set() if emulated is None else {0, windows.n_windows // 2}
+    missing = sorted(kept.missing(), key=lambda number: number not in proofs)
+    for number in _counted(missing, windows.n_windows, stage(progress, "running")):
+        if kept.arrays["disagreement"].max() > _MAX_EMULATION_KLD:
+            break
+        tokens, parts, worst = windows.tokens[number], [], 0.0
+        for states in model.window_states(tokens, windows.first_scored, logits=number in proofs):
+            parts.append(states.hidden)
+            if emulated is not None and states.logits is not None:
+                worst = max(worst, _disagreement(states, emulated, tokens))
+        kept.write(number, hidden=np.concatenate(parts), disagreement=np.float64(worst))
+    worst = float(kept.arrays["disagreement"].max())
+    return _flat(kept.arrays["hidden"]), None if emulated is None else worst
+
+
+def _disagreement(states: WindowStates, served: OutputHead, tokens: np.ndarray) -> float:
+    """Mean KLD(runtime ‖ emulated) of some positions, nats."""
+    assert states.logits is not None
+    some = np.linspace(0, len(states.hidden) - 1, min(len(states.hidden), _PROOF_POSITIONS)).astype(int)
+    entered, runtime = served.enter(states.hidden[some]), torch.from_numpy(states.logits[some])
+    # In float64: the sums' own rounding in float32 would be a thousand times what is looked for.
+    pairs = (
+        (start, runtime[:, start:stop].double(), served.logits(entered, start, stop, rows).double())
+        for start, stop, rows in served.chunks(runtime.shape[1])
+    )
+    return float(token_divergence(pairs, tokens[states.start + 1 + some]).kld.mean())
+
+
+def _blocks(pair: Pair, hidden: np.ndarray, served: OutputHead, progress: Progress) -> Iterator[TokenDivergence]:
+    """Divergence of the emulated logits, a block of tokens and a chunk of the vocabulary at a time."""
+    heads, targets = pair.heads.served_by(served), pair.capture.windows.targets
+    n_blocks = -(-len(hidden) // BLOCK)
+    for number, (block, reference, candidate) in enumerate(pair.blocks(hidden, no_progress)):
+        within = part(progress, number * heads.n_rows, n_blocks * heads.n_rows)
+        pairs = heads.logits(torch.from_numpy(reference), served.enter(candidate), within)
+        yield token_divergence(pairs, targets[block])
+
+
+def _states_and_logits(
+    pair: Pair, model: Model, folder: Path, progress: Progress
+) -> tuple[np.ndarray, TokenDivergence]:
+    """Hidden states, and the divergence of the runtime's own logits as they come."""
+    capture, head = pair.capture, pair.heads.reference
+    windows = capture.windows
+    kinds = {f.name: np.bool_ if f.name == "same_top" else np.float64 for f in fields(TokenDivergence)}
+    kept = _kept(capture, folder / _RUNTIME, **{name: ((windows.scored_per_window,), kinds[name]) for name in kinds})
+    for number in _counted(kept.missing(), windows.n_windows, stage(progress, "running, with logits")):
+        tokens, states_parts, parts = windows.tokens[number], [], []
+        for states in model.window_states(tokens, windows.first_scored, logits=True):
+            assert states.logits is not None
+            rows_of = windows.rows(number, states.start, states.stop)
+            reference, runtime = torch.from_numpy(capture.states[rows_of]), torch.from_numpy(states.logits)
+            pairs = (
+                (start, head.logits(reference, start, stop, rows), runtime[:, start:stop])
+                for start, stop, rows in head.chunks(pair.heads.n_rows)
+            )
+            states_parts.append(states.hidden)
+            parts.append(token_divergence(pairs, tokens[states.start + 1 : states.stop + 1]))
+        kept.write(number, hidden=np.concatenate(states_parts), **vars(TokenDivergence.concatenate(parts)))
+    divergence = TokenDivergence(**{name: _flat(np.array(kept.arrays[name])) for name in kinds})
+    return _flat(kept.arrays["hidden"]), divergence

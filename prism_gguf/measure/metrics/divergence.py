@@ -1,0 +1,180 @@
+"""Per-token divergence between the reference's and the candidate's next-token distributions, vocabulary chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from prism_gguf.system.errors import UndefinedMetricError
+
+
+@dataclass(frozen=True)
+class TokenDivergence:
+    """One value per scored token, n of each.
+
+    Attributes:
+        kld: KLD(reference ‖ candidate) over the vocabulary, nats, float64.
+        nll_reference, nll_candidate: −ln p of the token that follows, nats, float64.
+        same_top: whether both find the same token most likely.
+        confidence: the reference's probability of its most likely token, float64.
+    """
+
+    kld: np.ndarray
+    nll_reference: np.ndarray
+    nll_candidate: np.ndarray
+    same_top: np.ndarray
+    confidence: np.ndarray
+
+    @staticmethod
+    def concatenate(parts: list[TokenDivergence]) -> TokenDivergence:
+        return TokenDivergence(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(TokenDivergence)))
+
+    def where(self, chosen: np.ndarray) -> TokenDivergence:
+        """The same for some tokens: a mask or indices."""
+        return TokenDivergence(*(getattr(self, f.name)[chosen] for f in fields(self)))
+
+
+class Room:
+    """Memory for results of one shape, used again and again: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self._tensor = torch.empty(0)
+
+    def like(self, other: torch.Tensor) -> torch.Tensor:
+        """A tensor of that shape and type, with anything in it."""
+        if self._tensor.shape != other.shape or self._tensor.dtype != other.dtype:
+            self._tensor = torch.empty_like(other, memory_format=torch.contiguous_format)
+        return self._tensor
+
+
+class RunningSoftmax:
+    """A softmax over a vocabulary that arrives in chunks: running maximum, sum, best token and target logit per row.
+
+    ``top``, the best token, is kept only where asked for.
+    """
+
+    def __init__(self, targets: torch.Tensor, room: Room, *, keep_top: bool = False) -> None:
+        n = len(targets)
+        self._targets, self._room, self._keep_top = targets, room, keep_top
+        self.peak = torch.full((n,), -torch.inf)
+        self.sum = torch.zeros(n, dtype=torch.float64)
+        self.top = torch.zeros(n, dtype=torch.int64)
+        self._target_logit = torch.zeros(n, dtype=torch.float64)
+
+    def add(self, start: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take logits (n, c) of tokens from ``start`` on.
+
+        Returns:
+            Their exponentials over the new peak, in ``room`` and good until its next use, and the factor of old sums.
+        """
+        highest = logits.amax(dim=1)
+        if self._keep_top:
+            # Finding where a maximum lies costs ten times finding it, and few rows have a new one.
+            risen = torch.nonzero(highest > self.peak)[:, 0]
+            self.top[risen] = logits[risen].argmax(dim=1) + start
+        peak = torch.maximum(self.peak, highest)
+        factor = torch.exp((self.peak - peak).double())
+        self.peak = peak
+        exponentials = torch.sub(logits, peak[:, None], out=self._room.like(logits)).exp_()
+        self.sum = self.sum * factor + exponentials.sum(1)
+        here = self._targets - start
+        inside = (here >= 0) & (here < logits.shape[1])
+        picked = logits.gather(1, here.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
+        self._target_logit = torch.where(inside, picked, self._target_logit)
+        return exponentials, factor
+
+    @property
+    def log_sum(self) -> torch.Tensor:
+        return self.peak.double() + torch.log(self.sum)
+
+    @property
+    def nll(self) -> torch.Tensor:
+        return self.log_sum - self._target_logit
+
+
+class DivergenceStream:
+    """Divergence of n positions from logits that arrive in vocabulary chunks: several candidates against one reference.
+
+    KLD = Σ p_T (l_T − l_P) − (ln Σ exp l_T − ln Σ exp l_P), the sums kept in float64 relative to running maxima.
+
+    Args:
+        targets: token that follows each position, (n,) int.
+        n_candidates: how many candidates each chunk brings.
+        rooms: memory that streams which take turns may share.
+    """
+
+    def __init__(self, targets: np.ndarray, n_candidates: int = 1, rooms: tuple[Room, Room] | None = None) -> None:
+        ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
+        kept, self._passing = rooms or (Room(), Room())
+        self._reference = RunningSoftmax(ids, kept, keep_top=True)
+        self._candidates = [RunningSoftmax(ids, self._passing, keep_top=True) for _ in range(n_candidates)]
+        self._weighted = [torch.zeros(len(ids), dtype=torch.float64) for _ in range(n_candidates)]
+
+    def add(self, start: int, l_t: torch.Tensor, candidates: Iterable[torch.Tensor]) -> None:
+        """Take logits (n, c) of tokens from ``start`` on, float32 or float64: the reference's, and each candidate's."""
+        exponentials, factor = self._reference.add(start, l_t)
+        for i, (candidate, l_p) in enumerate(zip(self._candidates, candidates, strict=True)):
+            candidate.add(start, l_p)
+            difference = torch.sub(l_t, l_p, out=self._passing.like(l_t))
+            self._weighted[i] = self._weighted[i] * factor + torch.linalg.vecdot(exponentials, difference)
+
+    def results(self) -> list[TokenDivergence]:
+        """Each candidate's divergence, once the chunks have covered the vocabulary.
+
+        Raises:
+            UndefinedMetricError: a logit is NaN or infinite.
+        """
+        return [self._result(*pair) for pair in zip(self._candidates, self._weighted, strict=True)]
+
+    def _result(self, candidate: RunningSoftmax, weighted: torch.Tensor) -> TokenDivergence:
+        reference = self._reference
+        kld = weighted / reference.sum - (reference.log_sum - candidate.log_sum)
+        if not bool(torch.isfinite(kld).all()):
+            raise UndefinedMetricError("logits hold NaN or infinite values: the divergence is undefined")
+        return TokenDivergence(
+            kld=kld.numpy(),
+            nll_reference=reference.nll.numpy(),
+            nll_candidate=candidate.nll.numpy(),
+            same_top=(reference.top == candidate.top).numpy(),
+            confidence=torch.exp(reference.peak.double() - reference.log_sum).numpy(),
+        )
+
+
+def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], targets: np.ndarray) -> TokenDivergence:
+    """Divergence of n positions from logits that arrive in vocabulary chunks (see ``DivergenceStream``).
+
+    Args:
+        chunks: (start, reference logits (n, c), candidate logits (n, c)), float32 or float64, covering the vocabulary in
+            order.
+        targets: token that follows each position, (n,) int.
+
+    Raises:
+        UndefinedMetricError: a logit is NaN or infinite.
+    """
+    stream = DivergenceStream(targets)
+    for start, l_t, l_p in chunks:
+        stream.add(start, l_t, [l_p])
+    return stream.results()[0]
+
+
+def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None]:
+    """Mean over tokens, and its standard error with tokens of one window taken as dependent (CR1).
+
+    Args:
+        values: one value per token, (n,).
+        clusters: the window of each token, (n,) int.
+
+    Returns:
+        (mean, standard error); the error is None with a single window, where it is undefined.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    labels, index = np.unique(clusters, return_inverse=True)
+    if len(labels) < 2:
+        return mean, None
+    sums = np.bincount(index, weights=values - mean)
+    correction = len(labels) / (len(labels) - 1)
+    return mean, float(np.sqrt(correction * float(np.square(sums).sum())) / len(values))

@@ -1,0 +1,137 @@
+"""A candidate beside the reference's capture: whether they can be compared, and what both have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prism_gguf.formats.lora import LoraAdapter
+from prism_gguf.formats.text.windows import check_same_pieces, check_same_reading
+from prism_gguf.measure.capture.capture_file import Capture
+from prism_gguf.measure.same_weights import compare_weights, other_architecture
+from prism_gguf.models.factors import SMOOTHED
+from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.models.opening import open_variant
+from prism_gguf.models.output_head import HeadPair
+from prism_gguf.models.protocol import Model
+from prism_gguf.results.details import OtherWeights
+from prism_gguf.results.options import RunOptions
+from prism_gguf.system.errors import IncompatibleModelsError
+from prism_gguf.system.progress import Progress
+from prism_gguf.system.sanitize import one_line
+
+# Tokens whose logits exist at a time, over one chunk of the vocabulary.
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A candidate that can be compared with a reference.
+
+    Attributes:
+        capture: what the reference computed.
+        heads: both output heads, without a runtime's kernel, over the vocabulary rows that both have.
+        notes: what to tell the user.
+        other_weights: where the candidate's are not the reference's, and that was allowed.
+    """
+
+    capture: Capture
+    heads: HeadPair
+    notes: list[str] = field(default_factory=list)
+    other_weights: OtherWeights | None = None
+
+    def blocks(self, hidden: np.ndarray, progress: Progress) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """(tokens, the reference's states, the candidate's) for the candidate's states (n, d); both (k, d) float32."""
+        for at in range(0, len(hidden), BLOCK):
+            progress(at, len(hidden))
+            block = slice(at, at + BLOCK)
+            yield block, self.capture.states[block], np.array(hidden[block])
+
+
+@contextmanager
+def open_candidate(
+    path: str, capture: Capture, options: RunOptions, lora: Sequence[LoraAdapter] = (), *, variant: bool = False
+) -> Iterator[tuple[Model, Pair]]:
+    """A candidate in its runtime, known to be comparable, and the pair that it makes. For the worker.
+
+    Raises:
+        IncompatibleModelsError: it is not of the reference's weights and no ``variant``, or reads the text otherwise.
+    """
+    with open_variant(path, capture.windows.n_ctx, options, lora) as model:
+        pair = check_pair(capture, model, variant=variant)
+        if capture.texts:
+            check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
+        else:
+            check_same_pieces(capture.pieces, model.vocabulary, path)
+        yield model, pair
+
+
+def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair:
+    """Whether a candidate can be compared with a reference at all.
+
+    Args:
+        variant: its weights may be others on purpose.
+
+    Raises:
+        IncompatibleModelsError: another architecture, hidden width, vocabulary or transform of the logits, or other
+            weights that nobody asked for.
+    """
+    reference, candidate = capture.identity, model.identity
+    is_checkpoint = candidate.kind == "huggingface"
+    other = "it is no variant of this reference" if is_checkpoint else "it is no quantization of this reference"
+    found, said = _other_architecture(capture, model)
+    if found is not None and not variant:
+        raise IncompatibleModelsError(f"{candidate.path}: {said}")
+    if candidate.hidden_size != reference.hidden_size:
+        raise IncompatibleModelsError(
+            f"{candidate.path}: hidden width {candidate.hidden_size}, the reference has {reference.hidden_size}; probably "
+            f"another size of its family, and {other}"
+        )
+    head = model.output_head()
+    transform = head.transform
+    if not capture.head.transform.agrees(transform):
+        raise IncompatibleModelsError(
+            f"{candidate.path}: logits are made with {transform}, in the reference with {capture.head.transform}; "
+            + (
+                f"probably another model, and {other}"
+                if is_checkpoint
+                else "the conversion probably lost or changed it"
+            )
+        )
+    shared = min(candidate.vocab_size, reference.vocab_size)
+    tokens = model.vocabulary.n_tokens
+    if max(tokens, capture.n_tokens) > shared:
+        raise IncompatibleModelsError(
+            f"{candidate.path}: vocabulary of {tokens} tokens in {candidate.vocab_size} rows, the reference has "
+            f"{capture.n_tokens} in {reference.vocab_size}; probably made of another model, or of a fine-tune that added "
+            f"tokens, and {other}"
+        )
+    if found is None:
+        found, said = _other_weights(capture, model)
+    if found is not None and not variant:
+        raise IncompatibleModelsError(f"{candidate.path}: {said}; `compare --variant` measures it all the same")
+    notes = [] if said is None else [said]
+    if isinstance(model, LlamaCppModel) and (for_types := model.gguf.text(f"{SMOOTHED}_for")) is not None:
+        notes.append(f"smoothed for {one_line(for_types, 40)}: scales were moved between norms and matrices")
+    if candidate.vocab_size != reference.vocab_size:
+        notes.append(
+            f"padded vocabulary: {candidate.vocab_size} rows against the reference's {reference.vocab_size}; "
+            f"compared over the {shared} that both have"
+        )
+    return Pair(capture, HeadPair(capture.head, head, shared), notes, found)
+
+
+def _other_architecture(capture: Capture, model: Model) -> tuple[OtherWeights | None, str | None]:
+    if capture.weights is None or not isinstance(model, LlamaCppModel):
+        return None, None
+    said = other_architecture(capture.weights, model.gguf)
+    return None if said is None else OtherWeights("architecture"), said
+
+
+def _other_weights(capture: Capture, model: Model) -> tuple[OtherWeights | None, str | None]:
+    if capture.weights is None or not isinstance(model, LlamaCppModel) or model.lora:  # adapted on purpose
+        return None, None
+    return compare_weights(capture.weights, model.gguf)

@@ -1,0 +1,260 @@
+"""What each step takes, from a model's header, how much is read, and how fast the machine is. Pure functions.
+
+Bytes follow from shapes. Seconds are operations over the machine's speed: the factors below were fitted on two cores of
+an Intel Xeon with AVX-512, and stand for what products and element-wise work really reach in torch and llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from gguf import GGML_QUANT_SIZES
+
+from prism_gguf.formats.mix import ggml_type
+from prism_gguf.formats.state_file import block_width
+from prism_gguf.models.header import ModelHeader
+from prism_gguf.models.passes import (
+    ATTRIBUTED_LOGITS,
+    LONGEST_PASS,
+    MAX_BATCH,
+    MAX_LAYER_WINDOWS,
+    MAX_LOGIT_BYTES,
+    TRIED_ROWS,
+)
+from prism_gguf.results.options import RunOptions
+from prism_gguf.system.estimate import Estimate
+from prism_gguf.system.machine import Speed, memory, speed
+
+# Processes with torch and transformers, or llama.cpp, loaded; blocks of tokens by chunks of the vocabulary; and what a
+# token of the vocabulary takes in llama.cpp and in Python.
+_PROCESS, _LLAMA_PROCESS, _BLOCKS, _PER_WORD = 350 * 2**20, 200 * 2**20, 100 * 2**20, 650
+# Seconds of one thread: imports, a checkpoint's loading, a word of a GGUF's vocabulary.
+_START, _LOADING, _READING = 3.5, 6.0, 5e-6
+# What transformers and llama.cpp reach in a model's body, of the speed of a product that fits into the core.
+_IN_TORCH, _IN_LLAMA = 0.6, 0.45
+# Exponentials that take as long as all that is done to one logit.
+_PER_LOGIT, _PER_ATTRIBUTED = 20, 60
+# Of the most that autograd may keep of a token, what it was seen to keep.
+_KEPT = 0.6
+# d³ operations of alignments and bounds.
+_SINGULAR_VALUES = 1000
+# Of the V² distances between rows: between none and a twentieth is measured (see metrics.diameter).
+_DISTANCES = 0.03
+# Weights are read from a disk this fast, bytes per second, where memory cannot keep them.
+_DISK_SPEED = 1e9
+_TRIED_SCALES = 10  # of smoothing's search: exponents and checks
+# Exponentials that take as long as quantizing a weight on one core.
+_QUANTIZING = {
+    **dict.fromkeys(("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"), 12),
+    "Q2_K": 165,
+    "Q3_K": 90,
+    "Q4_K": 260,
+    "Q5_K": 190,
+    "Q6_K": 145,
+    "IQ4_NL": 1100,
+    "IQ4_XS": 1000,
+}
+_QUANTIZING_I = 2000  # the other I-quants
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much is read: windows, their length, and how many tokens of each are scored."""
+
+    n_windows: int
+    n_ctx: int
+    per_window: int
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_windows * self.n_ctx
+
+    @property
+    def n_scored(self) -> int:
+        return self.n_windows * self.per_window
+
+    def at_most(self, n_windows: int) -> Work:
+        return Work(min(self.n_windows, n_windows), self.n_ctx, self.per_window)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What steps take on one machine.
+
+    Attributes:
+        speed: of the machine.
+        available: bytes of memory.
+        cache_types: of llama.cpp's keys and values.
+    """
+
+    speed: Speed
+    available: int
+    cache_types: tuple[str, str] = ("f16", "f16")
+
+    def run(self, model: ModelHeader, work: Work) -> Estimate:
+        """A model over its windows, up to the final states."""
+        # A token attends to half of its window on average.
+        operations = work.n_tokens * 2 * (model.body + work.n_ctx * model.width * model.blocks)
+        seconds = operations / (self.speed.products * (_IN_LLAMA if model.is_gguf else _IN_TORCH))
+        seconds += self._alone(_READING * model.vocab if model.is_gguf else _LOADING)
+        if model.stored_bytes > self.available:
+            seconds += work.n_windows * model.stored_bytes / _DISK_SPEED
+        mapping = 0 if model.is_gguf else model.largest_file
+        memory = self._llama_memory(model, work) if model.is_gguf else self._torch_memory(model, work)
+        return Estimate(seconds, memory, model.stored_bytes - model.fused_bytes, mapping)
+
+    def _llama_memory(self, model: ModelHeader, work: Work) -> int:
+        batch = max(16, min(work.n_ctx, MAX_BATCH, MAX_LOGIT_BYTES // (4 * model.vocab)))
+        blocks = [GGML_QUANT_SIZES[ggml_type(kind)] for kind in self.cache_types]
+        values = sum(n_bytes / length for length, n_bytes in blocks) / 2
+        cache = work.n_ctx * model.cached * values
+        # Logits in the graph and those that are handed out; activations, and the attention of a batch to its window.
+        logits = 4 * model.vocab * (batch + min(batch, work.per_window))
+        activations = 4 * batch * (3 * model.widest + 8 * model.width)
+        return round(_LLAMA_PROCESS + _PER_WORD * model.vocab + cache + logits + activations)
+
+    def _torch_memory(self, model: ModelHeader, work: Work) -> int:
+        n = min(work.n_ctx, LONGEST_PASS)
+        activations = 4 * n * (3 * model.widest + 8 * model.width)
+        cache = 4 * work.n_ctx * model.cached if work.n_ctx > n else 0
+        # One matrix at a time is widened to float32: the head, where it proves itself, is the largest.
+        widened = max(4 * model.head, 4 * model.largest + activations)
+        return _PROCESS + model.fused_bytes + cache + widened
+
+    def capture(self, model: ModelHeader, work: Work, folder: Path, *, self_contained: bool = False) -> Estimate:
+        """A reference's states, kept in ``folder``, and the diameter of its head."""
+        distances = self._products(2 * model.vocab**2 * model.width * _DISTANCES)
+        stored = state_bytes(model.width, work.n_scored) + 4 * work.n_tokens
+        if self_contained:
+            stored += 2 * model.head
+        diameter = Estimate(distances, _PROCESS + 4 * model.head)
+        return self.run(model, work) + diameter + Estimate(disk={folder: stored})
+
+    def candidate(
+        self,
+        model: ModelHeader,
+        work: Work,
+        temporary: Path,
+        *,
+        attributed: int | None = 0,
+        split_kernels: bool = False,
+    ) -> Estimate:
+        """A candidate measured against its reference.
+
+        Args:
+            attributed: tokens whose divergence is split; None takes as many as is usual, 0 is none.
+        """
+        states = 4 * work.n_scored * model.width
+        found = self.run(model, work) + self._compared(model, work, attributed)
+        # The model stays loaded.
+        found += Estimate(0.0, self.run(model, work).memory_bytes + _BLOCKS, temporary={temporary: states})
+        if split_kernels and model.is_gguf:
+            copy = 2 * model.n_weights
+            found += self.run(model, work) + self.quantizing([("F16", r * w) for r, w in model.matrices])
+            found += Estimate(temporary={temporary: 2 * states + copy})
+        return found
+
+    def _compared(self, model: ModelHeader, work: Work, attributed: int | None) -> Estimate:
+        n_logits = work.n_scored * model.vocab
+        seconds = self._products(4 * n_logits * model.width) + self._elements(_PER_LOGIT * n_logits)
+        if attributed != 0:
+            most = attributed or max(512, ATTRIBUTED_LOGITS // model.vocab)
+            n_logits = min(work.n_scored, most) * model.vocab
+            seconds += self._products(8 * n_logits * model.width) + self._elements(_PER_ATTRIBUTED * n_logits)
+        # Second moments of states and head, and the singular values that alignments and bounds take of them.
+        seconds += self._products(
+            6 * model.width**2 * (work.n_scored + model.vocab) + _SINGULAR_VALUES * model.width**3
+        )
+        return Estimate(seconds, _PROCESS + 10 * 8 * model.width**2)
+
+    def layers(self, model: ModelHeader, work: Work, folder: Path | None) -> Estimate:
+        """A few windows once more, after every block; a reference's streams are kept in ``folder``."""
+        work = work.at_most(MAX_LAYER_WINDOWS)
+        values = work.n_scored * model.width * model.blocks
+        streams = 4 * work.per_window * model.width * model.blocks
+        kept = {} if folder is None else {folder: state_bytes(model.width, work.n_scored * model.blocks)}
+        return self.run(model, work) + Estimate(self._elements(20 * values), _LLAMA_PROCESS + 3 * streams, disk=kept)
+
+    def quantizing(self, tensors: Sequence[tuple[str, int]]) -> Estimate:
+        """Tensors made of a type and so many weights each."""
+        units = sum(n * _QUANTIZING.get(kind, _QUANTIZING_I) for kind, n in tensors)
+        largest = max((n for _, n in tensors), default=0)
+        # A tensor in float32; torch is not loaded.
+        return Estimate(self._elements(units) + self._alone(_START / 2), _LLAMA_PROCESS // 2 + 4 * largest)
+
+    def sensitivity(self, model: ModelHeader, work: Work, folder: Path, types: Sequence[str], packed: int) -> Estimate:
+        """Gradients of all tensors, and their errors in all types; ``packed`` bytes of those."""
+        weights, n_types = model.body + model.head, len(types)
+        quantizing = self.quantizing([(kind, weights) for kind in types]).seconds
+        # Each product keeps its input and output in float32, and what lies between products about as much again.
+        per_token = 2 * 4 * sum(rows + width for rows, width in model.matrices if rows != model.vocab)
+        together = min(work.n_windows, windows_at_once(per_token, work.n_ctx, self.available))
+        passes = -(-work.n_windows // together)
+        # Forward, back to the inputs, to the weights; then each gradient with each type's errors, twice.
+        products = work.n_tokens * 6 * weights / _IN_TORCH + work.n_windows * 4 * weights * n_types
+        unpacking = passes * weights * n_types * 8
+        seconds = quantizing + self._products(products) + self._elements(unpacking) + self._alone(_LOADING)
+        # The head's gradient is made for one window after the other.
+        memory = self._torch_memory(model, work) + round(
+            work.n_ctx * (_KEPT * per_token * together + 4 * 4 * model.vocab)
+        )
+        return Estimate(
+            seconds, memory, model.stored_bytes - model.fused_bytes, model.largest_file, temporary={folder: packed}
+        )
+
+    def smoothing(self, model: ModelHeader, work: Work, folder: Path, refinements: int) -> Estimate:
+        """Gradients once, and every site's scales tried on some rows; K-quants stand for all types."""
+        rows = sum(min(rows, TRIED_ROWS) * width for rows, width in model.matrices if rows != model.vocab)
+        tried = self.quantizing([("Q4_K", rows * (_TRIED_SCALES + 2 * refinements))])
+        return self.sensitivity(model, work, folder, (), 0) + Estimate(tried.seconds, tried.memory_bytes)
+
+    def heads(self, model: ModelHeader, work: Work, n_types: int, n_bodies: int) -> Estimate:
+        """Every type of a head against the states of each body."""
+        n_logits = work.n_scored * model.vocab * n_types * n_bodies
+        seconds = self._products(2 * n_logits * model.width) + self._elements(_PER_LOGIT * n_logits)
+        quantizing = self._elements(model.head * n_types * 300)
+        return Estimate(seconds + quantizing, _PROCESS + 512 * 2**20)
+
+    def exported(self, width: int, vocab: int, work: Work, folder: Path) -> Estimate:
+        """llama-perplexity's file of logits."""
+        n_logits = work.n_scored * vocab
+        seconds = self._products(2 * n_logits * width) + self._elements(_PER_LOGIT * n_logits)
+        return Estimate(seconds, _PROCESS + 5 * 64 * 2**20, disk={folder: kld_base_bytes(vocab, work)})
+
+    def start(self) -> Estimate:
+        """A process, and what it loads."""
+        return Estimate(self._alone(_START))
+
+    def _alone(self, seconds: float) -> float:
+        """What one thread does."""
+        return seconds / max(self.speed.share, 0.01)
+
+    def _products(self, operations: float) -> float:
+        return operations / self.speed.products
+
+    def _elements(self, exponentials: float) -> float:
+        return exponentials / self.speed.elements
+
+
+def costs_of(options: RunOptions) -> Costs:
+    """What steps take here and now, with models that run as ``options`` say."""
+    threads = options.threads or psutil.cpu_count(logical=False) or 1
+    return Costs(speed(threads), memory(), (options.cache_type_k, options.cache_type_v))
+
+
+def windows_at_once(bytes_per_token: int, n_ctx: int, available: int) -> int:
+    """Windows that go through autograd together: as many as half of the memory has room for, 2048 tokens at most."""
+    return max(1, min(LONGEST_PASS, available // 2 // max(1, bytes_per_token)) // n_ctx)
+
+
+def state_bytes(width: int, n: int) -> int:
+    """Bytes of n hidden states in a ``StateFile``."""
+    return n * (2 * width + -(-width // block_width(width)))
+
+
+def kld_base_bytes(vocab: int, work: Work) -> int:
+    """Bytes of a base-logits file (see ``formats.kld_base``)."""
+    return 20 + 4 * work.n_tokens + 2 * work.n_scored * (4 + vocab + vocab % 2)

@@ -1,0 +1,408 @@
+"""The reference as published: a Hugging Face checkpoint through transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils.hub import cached_file
+
+from prism_gguf.formats.checkpoint_files import tensor_headers, weight_files
+from prism_gguf.formats.fingerprint import is_hub_id
+from prism_gguf.formats.text.chat import Conversation
+from prism_gguf.formats.text.windows import Vocabulary
+from prism_gguf.models.float32 import Float32Compute
+from prism_gguf.models.output_head import LogitTransform, OutputHead
+from prism_gguf.models.passes import LONGEST_PASS
+from prism_gguf.models.protocol import LayerStates, WindowStates
+from prism_gguf.results.model import ModelIdentity, StoredModel
+from prism_gguf.system.cache import is_capture
+from prism_gguf.system.errors import InvalidModelError, RuntimeFailureError
+from prism_gguf.system.sanitize import one_line
+
+_PROBE = "The quick brown fox jumps over the lazy dog."
+# Z·Hᵀ and the model's own logits are the same float32 product, up to the order of summation.
+_MAX_PROBE_ERROR = 1e-4
+
+
+class _HeadReached(Exception):
+    """Stops a forward pass in front of the output head, whose product nobody asked for."""
+
+
+def _logit_transform(config: Any) -> LogitTransform:
+    """The transform that a checkpoint's config announces; the adapter then proves it on the loaded model."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    multiplier = getattr(config, "lm_head_multiplier", None)  # Falcon-H1
+    return LogitTransform(
+        scale=float(scale or multiplier or 1.0) / float(divisor or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
+    )
+
+
+def _quantization(config: Any) -> str | None:
+    """The method that a checkpoint's weights were quantized by, such as gptq, awq, fp8; None where they were not."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown method")
+
+
+def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) -> None:
+    """Find out from a checkpoint's configuration, without its weights, whether it can be run over windows of ``n_ctx``.
+
+    Raises:
+        InvalidModelError: there is none, it has no safetensors, or was trained for shorter windows.
+    """
+    folder = Path(path)
+    if is_capture(folder):
+        raise InvalidModelError(f"{path}: is a capture, which is a reference; a candidate is a model")
+    if (folder / "adapter_config.json").is_file():
+        raise InvalidModelError(
+            f"{path}: holds a PEFT adapter, not a checkpoint; convert it (llama.cpp's convert_lora_to_gguf.py) and give it "
+            "with --lora, or merge it"
+        )
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises what it likes for a configuration that makes no sense
+        what = "not on the hub, or not to be had from here" if is_hub_id(path) else "no checkpoint"
+        raise InvalidModelError(f"{path}: {what}: {_reason(error)}") from error
+    if folder.is_dir() and not weight_files(folder):
+        raise InvalidModelError(f"{path}: has no safetensors; save it with them (save_pretrained)")
+    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if trained is not None and n_ctx > trained:
+        raise InvalidModelError(
+            f"{path}: was trained for a context of {trained} tokens, and windows of {n_ctx} were asked for; use --n-ctx "
+            f"{trained} or less"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """transformers says what it missed in many lines; the first tells. Code is run by a flag of ours, not by its own."""
+    if "trust_remote_code" in str(error):
+        return "it needs code that comes with it; read that, and if you trust it use --trust-remote-code"
+    return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 300)
+
+
+class HuggingFaceModel:
+    """A checkpoint directory or hub id, safetensors only, computing in float32 on the CPU.
+
+    Raises:
+        InvalidModelError: not found, not readable, not a causal language model, or one whose head this adapter cannot
+            reproduce (see ``_prove_head``).
+    """
+
+    def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
+        self._path = str(path)
+        self._quantization: str | None = None
+        try:
+            with _quiet_transformers():
+                config = AutoConfig.from_pretrained(self._path, trust_remote_code=trust_remote_code)
+                self._quantization = _quantization(config)
+                self._tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=trust_remote_code)
+                model, loaded = AutoModelForCausalLM.from_pretrained(
+                    self._path,
+                    dtype="auto",
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    # The grouped kernels narrow activations to the weights' dtype.
+                    experts_implementation="eager",
+                    output_loading_info=True,
+                )
+        except Exception as error:  # transformers raises what it likes for files that make no sense
+            if self._quantization is not None:  # each method has a library of its own, with errors of its own
+                raise InvalidModelError(
+                    f"{self._path}: is quantized ({self._quantization}), which transformers cannot run here "
+                    f"({_reason(error)}); name the checkpoint that it was made of, or an F16 or BF16 GGUF"
+                ) from error
+            reason = f"transformers cannot load it as a causal LM: {_reason(error)}"
+            raise InvalidModelError(f"{self._path}: {reason}") from error
+        if missing := sorted(loaded["missing_keys"]):  # transformers would make random numbers of them
+            raise InvalidModelError(f"{self._path}: {len(missing)} weights are in no safetensors, as {missing[0]:.80}")
+        self._model = model.eval().requires_grad_(False)
+        self._head = self._model.get_output_embeddings()
+        if self._head is None or not hasattr(self._head, "weight"):
+            raise InvalidModelError(f"{self._path}: {type(self._model).__name__} has no output head")
+        self._transform = _logit_transform(config)
+        self._states: torch.Tensor | None = None
+        self._stop = False
+        self._hook = self._head.register_forward_pre_hook(self._on_head)
+        self._prove_head()
+
+    def _on_head(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
+        self._states = args[0]
+        if self._stop:
+            raise _HeadReached
+
+    @torch.no_grad()
+    def _forward(
+        self, tokens: torch.Tensor, *, head: bool, cache: DynamicCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Final states (n, d) float32 of tokens (n,) that follow what the cache holds, and logits (n, V) where wanted."""
+        self._stop = not head
+        logits = None
+        with Float32Compute(), contextlib.suppress(_HeadReached):
+            logits = (
+                self._model(input_ids=tokens[None], past_key_values=cache, use_cache=cache is not None)
+                .logits[0]
+                .float()
+            )
+        if self._states is None:
+            raise RuntimeFailureError(f"{self._path}: the forward pass never reached the output head")
+        states = self._states
+        self._states = None
+        return states.reshape(-1, states.shape[-1]).float(), logits
+
+    def traced_states(self, tokens: torch.Tensor, mode: TorchFunctionMode) -> torch.Tensor:
+        """Final states (k, n, d) float32 of token ids (k, n), computed under ``mode``, which may leave a graph."""
+        self._stop = True
+        with mode, contextlib.suppress(_HeadReached):
+            self._model(input_ids=tokens, use_cache=False)
+        states, self._states = self._states, None
+        assert states is not None
+        return states.float()
+
+    @property
+    def network(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self._head.weight
+
+    @property
+    def embedding_weight(self) -> torch.Tensor:
+        return self._model.get_input_embeddings().weight
+
+    def _prove_head(self) -> None:
+        """Check on a short prompt that transformed ``Z Hᵀ`` is what the model calls its logits.
+
+        Raises:
+            InvalidModelError: it is not; the architecture does something between states and logits we do not know.
+        """
+        tokens = torch.from_numpy(self.tokenize(_PROBE)[:16].astype(np.int64))
+        states, logits = self._forward(tokens, head=True)
+        if not torch.isfinite(states).all():
+            raise RuntimeFailureError(
+                f"{self._path}: undefined (NaN or infinite) hidden states; the weights are damaged"
+            )
+        assert logits is not None
+        made = self.output_head().all_logits(states.numpy())
+        if made.shape != logits.shape:
+            raise InvalidModelError(f"{self._path}: head gives {made.shape[1]} logits, the model {logits.shape[1]}")
+        error = float((made - logits).norm() / logits.norm())
+        if not error < _MAX_PROBE_ERROR:
+            raise InvalidModelError(
+                f"{self._path}: hidden states times output head miss the model's own logits by {error:.2%} "
+                f"({type(self._model).__name__}); its logit transform is not supported"
+            )
+
+    @property
+    def identity(self) -> ModelIdentity:
+        weight = self._head.weight
+        return ModelIdentity(
+            path=self._path,
+            kind="huggingface",
+            architecture=type(self._model).__name__,
+            dtype=str(weight.dtype).removeprefix("torch."),
+            hidden_size=weight.shape[1],
+            vocab_size=weight.shape[0],
+            tied=weight is self.embedding_weight,
+            quantization=self._quantization,
+        )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        special = self._tokenizer("a")["input_ids"]
+        bos = self._tokenizer.bos_token_id
+        wants_bos = bos is not None and special[:1] == [bos] and plain[:1] != [bos]
+        return Vocabulary(
+            tokenize=self.tokenize,
+            piece=lambda token: self._tokenizer.decode([token]),
+            n_tokens=len(self._tokenizer),
+            bos=bos if wants_bos else None,
+        )
+
+    def tokenize(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids (n,) int32 of ``text``; markup in it stands for special tokens, or is read as plain text."""
+        # verbose=False: a text longer than the model's context is what we cut into windows, not a mistake.
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)
+        return np.array(encoded["input_ids"], dtype=np.int32)
+
+    def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
+        """The text of token ids; parts of a character come out as U+FFFD, whatever ``errors`` says."""
+        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def render_chat(self, conversation: Conversation) -> str:
+        if not self.has_template:
+            raise InvalidModelError(f"{self._path}: the tokenizer has no chat template; use --text")
+        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False))
+
+    def stored(self) -> StoredModel:
+        files = weight_files(self._folder)
+        if not files:
+            raise InvalidModelError(f"{self._path}: no safetensors in {self._folder}")
+        headers = tensor_headers(files)
+        n_bytes = sum(end - begin for begin, end in (h["data_offsets"] for h in headers.values()))
+        return StoredModel(
+            file_bytes=sum(file.stat().st_size for file in files),
+            bits_per_weight=8 * n_bytes / sum(math.prod(h["shape"]) for h in headers.values()),
+            ftype=self.identity.dtype,
+            tensor_types={name: h["dtype"] for name, h in headers.items()},
+        )
+
+    def served_head(self) -> OutputHead:
+        """The weights themselves: no kernel rounds anything."""
+        return self.output_head()
+
+    def output_head(self) -> OutputHead:
+        weight = self._head.weight.detach()
+        bias = getattr(self._head, "bias", None)
+        return OutputHead(
+            tensor=next(name for name, p in self._model.named_parameters() if p is self._head.weight),
+            type=str(weight.dtype).removeprefix("torch."),
+            n_rows=weight.shape[0],
+            width=weight.shape[1],
+            read_rows=lambda start, stop: weight[start:stop].float().numpy(),
+            bias=None if bias is None else bias.detach().float().numpy(),
+            transform=self._transform,
+        )
+
+    def head_source(self) -> dict[str, str] | None:
+        weight, bias = self._head.weight.detach(), getattr(self._head, "bias", None)
+        own_name = self.output_head().tensor
+        for file in sorted(self._folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as stored:
+                names = list(stored.keys())
+                # Its own name first: a tied head's rows may be found under the embedding's.
+                for name in sorted(names, key=lambda n: (n != own_name, not n.endswith("lm_head.weight"))):
+                    part = stored.get_slice(name)
+                    if part.get_shape() != list(weight.shape) or part[:1].dtype != weight.dtype:
+                        continue
+                    bias_name = name.removesuffix("weight") + "bias"
+                    if torch.equal(part[:], weight) and (bias is None or bias_name in names):
+                        return {"file": str(file.resolve()), "tensor": name, "bias": bias_name}
+        return None
+
+    @property
+    def _folder(self) -> Path:
+        """Where the checkpoint's files lie; for a hub id, in the hub's own cache."""
+        path = Path(self._path)
+        return path if path.is_dir() else Path(str(cached_file(self._path, "config.json"))).parent
+
+    def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
+        """Run one window; yield the states of its scored positions (see ``models.protocol.Model``)."""
+        for begin, ids, cache in self._passes(tokens):
+            states, made = self._forward(ids, head=logits, cache=cache)
+            start = max(begin, first_scored)
+            if start >= begin + len(states):
+                continue
+            hidden = states[start - begin :].numpy()
+            if not np.isfinite(hidden).all():
+                raise RuntimeFailureError(f"{self._path}: undefined (NaN or infinite) hidden states")
+            shown = None if made is None else made[start - begin :].numpy()
+            yield WindowStates(start, begin + len(states), hidden, shown)
+
+    def layer_states(self, tokens: np.ndarray, first_scored: int) -> Iterator[LayerStates]:
+        """Run one window; yield the residual stream of its scored positions (see ``models.protocol.Model``)."""
+        blocks, first = self._decoder_blocks(), 0
+        seen: list[np.ndarray] = []
+
+        def keep(_: Any, args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            # A copy: a view would keep the whole pass's states.
+            seen.append(np.array(states.reshape(-1, states.shape[-1])[first:].float().numpy()))
+
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            for begin, ids, cache in self._passes(tokens):
+                start, stop = max(begin, first_scored), begin + len(ids)
+                first = start - begin
+                seen.clear()
+                self._forward(ids, head=False, cache=cache)
+                width = self._head.weight.shape[1]
+                if len(seen) != len(blocks) or any(states.shape[1] != width for states in seen):
+                    raise RuntimeFailureError(
+                        f"{self._path}: {len(blocks)} blocks gave {len(seen)} outputs, not one of width {width} each; "
+                        "leave out --layers"
+                    )
+                if start < stop:
+                    yield LayerStates(start, stop, list(seen))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _decoder_blocks(self) -> torch.nn.ModuleList:
+        """The blocks that the residual stream goes through.
+
+        Raises:
+            InvalidModelError: no list of modules in the decoder is as long as the configuration says.
+        """
+        n = getattr(self._model.config.get_text_config(), "num_hidden_layers", None)
+        lists = [m for m in self._model.get_decoder().children() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
+        if len(lists) != 1:
+            raise InvalidModelError(
+                f"{self._path}: {type(self._model).__name__} has {len(lists)} lists of {n} blocks, where one is needed; "
+                "leave out --layers"
+            )
+        return lists[0]
+
+    def _passes(self, tokens: np.ndarray) -> Iterator[tuple[int, torch.Tensor, DynamicCache | None]]:
+        """A window in pieces: the first position, token ids and key-value cache of each."""
+        # The last token's successor lies outside the window: nothing is scored there.
+        ids = torch.from_numpy(tokens[:-1].astype(np.int64))
+        step, cache = len(ids), None
+        if len(ids) > LONGEST_PASS and self._takes_cache:
+            step, cache = LONGEST_PASS, DynamicCache(config=self._model.config)
+        for begin in range(0, len(ids), step):
+            yield begin, ids[begin : begin + step], cache
+
+    @property
+    def _takes_cache(self) -> bool:
+        return "past_key_values" in inspect.signature(self._model.forward).parameters
+
+    def close(self) -> None:
+        self._hook.remove()
+
+    def __enter__(self) -> HuggingFaceModel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No advice and no progress bars from transformers while it loads; errors still raise."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,42 @@
+"""Opening a model in the runtime that its kind asks for. For the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from prism_gguf.formats.fingerprint import is_checkpoint, is_gguf
+from prism_gguf.results.options import RunOptions
+
+if TYPE_CHECKING:
+    from prism_gguf.formats.lora import LoraAdapter
+    from prism_gguf.models.protocol import Model
+
+
+def runtime_of(reference: str, options: RunOptions) -> tuple[object, ...]:
+    """What, beside its content and what it reads, decides what a reference computes: for cache keys."""
+    if is_gguf(reference):
+        package = "llama-cpp-python"
+        return version(package), package, options.n_gpu_layers, options.cache_type_k, options.cache_type_v
+    return version("transformers"), "transformers"
+
+
+def open_model(reference: str, n_ctx: int, options: RunOptions) -> Model:
+    """A checkpoint in transformers, or a GGUF in llama.cpp. For the worker."""
+    if is_gguf(reference):
+        from prism_gguf.models.llama_cpp import LlamaCppModel
+
+        return LlamaCppModel(reference, n_ctx=n_ctx, options=options.runtime())
+    from prism_gguf.models.huggingface import HuggingFaceModel
+
+    return HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code)
+
+
+def open_variant(path: str, n_ctx: int, options: RunOptions, lora: Sequence[LoraAdapter] = ()) -> Model:
+    """A candidate: a checkpoint folder or hub id in transformers, anything else in llama.cpp. For the worker."""
+    if is_checkpoint(path):
+        return open_model(path, n_ctx, options)
+    from prism_gguf.models.llama_cpp import LlamaCppModel
+
+    return LlamaCppModel(path, n_ctx=n_ctx, options=options.runtime(), lora=lora)

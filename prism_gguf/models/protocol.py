@@ -1,0 +1,102 @@
+"""One small protocol for every runtime: who the model is, how it reads text, its head, its final hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from prism_gguf.formats.text.chat import Conversation
+from prism_gguf.formats.text.windows import Vocabulary
+from prism_gguf.results.model import ModelIdentity, StoredModel
+
+if TYPE_CHECKING:  # torch is loaded where models run; results name models without it
+    from prism_gguf.models.output_head import OutputHead
+
+
+@dataclass(frozen=True)
+class WindowStates:
+    """What a model computed at the scored positions ``[start, stop)`` of one token window.
+
+    Attributes:
+        start, stop: positions within the window.
+        hidden: (stop − start, d) float32, exactly what enters the output head.
+        logits: (stop − start, V) float32 as the runtime computed them, where they were asked for. It may be a view of
+            memory that the next step overwrites: use it before asking for more.
+    """
+
+    start: int
+    stop: int
+    hidden: np.ndarray
+    logits: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """The residual stream at the scored positions ``[start, stop)`` of one token window.
+
+    Attributes:
+        start, stop: positions within the window.
+        hidden: what each block added up to, in order: (stop − start, d) float32 each, the last before the final norm.
+    """
+
+    start: int
+    stop: int
+    hidden: list[np.ndarray]
+
+
+class Model(Protocol):
+    """A loaded model. Use it as a context manager: leaving it frees native memory."""
+
+    @property
+    def identity(self) -> ModelIdentity: ...
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def stored(self) -> StoredModel: ...
+
+    def output_head(self) -> OutputHead:
+        """Its weights, without a runtime's kernel."""
+        ...
+
+    def served_head(self) -> OutputHead | None:
+        """What makes the logits that the model serves of its final states; None where only the runtime itself can."""
+        ...
+
+    def head_source(self) -> dict[str, str] | None:
+        """``file``, ``tensor`` and ``bias`` that hold the head as the model itself stores it; None where no file does."""
+        ...
+
+    def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
+        """The text of token ids; ``errors`` says what becomes of parts of a character, where the runtime lets one say."""
+        ...
+
+    def render_chat(self, conversation: Conversation) -> str:
+        """A conversation as the model's own chat template writes it.
+
+        Raises:
+            InvalidModelError: the model has no chat template.
+        """
+        ...
+
+    def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
+        """Run one window of token ids (n,) int32; yield the states of positions first_scored … n − 2 in order.
+
+        Without ``logits`` the run stops before the head.
+        """
+        ...
+
+    def layer_states(self, tokens: np.ndarray, first_scored: int) -> Iterator[LayerStates]:
+        """Run one window; yield the residual stream after every block at positions first_scored … n − 2 in order.
+
+        Raises:
+            PrismGgufError: this architecture's blocks are not found.
+        """
+        ...
+
+    def __enter__(self) -> Model: ...
+
+    def __exit__(self, *exc: object) -> None: ...

@@ -1,0 +1,38 @@
+"""What smoothing takes, by headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import Score
+from prism_gguf.measure.capture.source import sized, work_of
+from prism_gguf.models.costs import costs_of
+from prism_gguf.models.header import model_header
+from prism_gguf.system.estimate import Estimate
+from prism_gguf.system.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from prism_gguf.results.options import SmoothOptions
+
+
+def estimate_smoothing(
+    reference: str,
+    base: Path,
+    reading: Reading,
+    options: SmoothOptions,
+    folder: Path,
+    *,
+    progress: Progress = no_progress,
+) -> Estimate:
+    """What smoothing takes, the comparison that proves it included; the file goes to ``folder``."""
+    model, written = model_header(reference), model_header(str(base))
+    if model is None or written is None:
+        return Estimate()
+    costs, control = costs_of(options), sized(5, 512, Score.HALF)
+    whole = costs.start() + costs.smoothing(model, work_of(reading), folder, options.refinements)
+    for _ in range(2):  # the base and the smoothed file
+        whole += costs.run(written, control)
+    return replace(whole, disk={folder: written.stored_bytes})

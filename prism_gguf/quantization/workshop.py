@@ -1,0 +1,90 @@
+"""Quantized files made from one base: in the worker, whole or not at all, and known again by what they were made of."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from prism_gguf.formats.fingerprint import model_fingerprint
+from prism_gguf.formats.mix import UNQUANTIZED, Mix
+from prism_gguf.quantization.plan import plan
+from prism_gguf.quantization.writing import made_of, make, recorded_made_of
+from prism_gguf.results.options import RunOptions
+from prism_gguf.results.quantized import MADE_OF, Plan
+from prism_gguf.system.cache import locked
+from prism_gguf.system.errors import InvalidModelError
+from prism_gguf.system.progress import stage
+from prism_gguf.system.watch import UNWATCHED, Watch
+from prism_gguf.system.worker import Worker
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Makes files from one base.
+
+    Attributes:
+        base: the GGUF to quantize.
+        folder: where the files go; made where there is none.
+        options: how the quantizer runs.
+        watch: told of the work, file by file.
+        allow_requantize: the base may be quantized already.
+    """
+
+    base: Path
+    folder: Path
+    options: RunOptions = field(default_factory=RunOptions)
+    watch: Watch = UNWATCHED
+    allow_requantize: bool = False
+
+    def path(self, name: str) -> Path:
+        """Where the file of this name goes: the base's name with another ending."""
+        stem = re.sub(r"-00001-of-\d{5}$", "", self.base.stem)
+        stem = re.sub(rf"[-._]({'|'.join(UNQUANTIZED)})$", "", stem, flags=re.IGNORECASE)
+        return self.folder / f"{stem}-{name}.gguf"
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        progress = stage(self.watch.progress(self.base.stem), "hashing")
+        return model_fingerprint(str(self.base), self.options.cache_folder, progress)
+
+    def plan(self, worker: Worker, name: str, mix: Mix, imatrix: Path | None = None) -> Plan:
+        """What the file of this name will be, and what it is made of.
+
+        Raises:
+            PrismGgufError: as in ``quantization.plan.plan``.
+        """
+        return plan(
+            self.base,
+            mix,
+            name=name,
+            imatrix=imatrix,
+            requantize=self.allow_requantize,
+            metadata={MADE_OF: made_of(self._fingerprint, mix, imatrix)},
+            worker=worker,
+            progress=self.watch.progress(self.path(name).stem),
+        )
+
+    def build(self, worker: Worker, name: str, planned: Plan) -> bool:
+        """Make one file, unless the very same was made before; whether it had to be made.
+
+        Raises:
+            InvalidModelError: a file that was not made here is in the way.
+            InvalidOutputError: the folder cannot be written to.
+            LimitError: the disk is too full.
+            RuntimeFailureError: llama.cpp refused or failed.
+        """
+        out, progress = self.path(name), self.watch.progress(self.path(name).stem)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(out, self.options.cache_folder, progress):  # two sweeps make it once
+            if out.exists():
+                found = recorded_made_of(out)
+                if found == planned.metadata[MADE_OF]:
+                    return False
+                if found is None:
+                    raise InvalidModelError(
+                        f"{out}: is in the way, and was not made here; move it or name another folder"
+                    )
+            make(planned, out, self.options, worker, progress, overwrite=True)
+        return True

@@ -1,0 +1,74 @@
+"""The files that a comparison can be written to: each format is a module with one function, and a row here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prism_gguf.system.errors import InvalidOutputError
+
+if TYPE_CHECKING:  # the command line reads this table for its options
+    from prism_gguf.results.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format of a comparison.
+
+    Attributes:
+        module: has ``write(comparison, path)``.
+        help: what the command line says of its option.
+        beside: ending of a further file that it writes beside its own; none where empty.
+    """
+
+    module: str
+    help: str
+    beside: str = ""
+
+    def files(self, path: Path) -> list[Path]:
+        """All files that writing to ``path`` makes."""
+        return [path, *([path.with_suffix(self.beside)] if self.beside else [])]
+
+
+JSON = "json"
+FORMATS: dict[str, Format] = {
+    JSON: Format("prism_gguf.reports.json_result", "Write the result to FILE as JSON."),
+    "html": Format("prism_gguf.reports.html", "Write a page with figures to FILE: standalone, nothing is fetched."),
+    "markdown": Format(
+        "prism_gguf.reports.markdown",
+        "Write a section for a model card to FILE, and its figure beside it as PNG.",
+        ".png",
+    ),
+}
+"""Format by name, in the order in which they are written: the result first, which nothing else can give again."""
+
+
+def check_files(files: Mapping[str, Path]) -> None:
+    """Whether reports can be written there.
+
+    Raises:
+        InvalidOutputError: an unknown format, or a file that is named twice.
+    """
+    taken: set[Path] = set()
+    for name, path in files.items():
+        if name not in FORMATS:
+            raise InvalidOutputError(f"no report format '{name}'; there are {', '.join(FORMATS)}")
+        for file in FORMATS[name].files(path):
+            if file.resolve() in taken:
+                raise InvalidOutputError(f"{file} is named twice")
+            taken.add(file.resolve())
+
+
+def write_reports(comparison: Comparison, files: Mapping[str, Path]) -> None:
+    """Write a comparison in each format to its file.
+
+    Raises:
+        InvalidOutputError: as in ``check_files``.
+    """
+    check_files(files)
+    for name, form in FORMATS.items():
+        if name in files:
+            importlib.import_module(form.module).write(comparison, files[name])

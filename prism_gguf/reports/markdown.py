@@ -1,0 +1,72 @@
+"""A comparison as a section of a model card: the table that a downloader needs, one figure, how it was measured."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from prism_gguf.reports.figures import Drawing, png
+from prism_gguf.reports.names import command_line
+from prism_gguf.reports.words import number, printable, purpose, quantized_reference, title
+from prism_gguf.results.comparison import Comparison
+from prism_gguf.system.atomic_files import write_whole, written_whole
+
+
+def write(comparison: Comparison, path: Path) -> None:
+    """Write the section to ``path`` and its figure beside it, as PNG: model hubs show no inline SVG."""
+    image = None
+    drawing = Drawing(comparison)
+    if drawing.rows:
+        image = path.with_suffix(".png")
+        with written_whole(image) as partial:
+            partial.write_bytes(png(drawing.size_and_kld()))
+    write_whole(path, card(comparison, None if image is None else image.name))
+
+
+def card(comparison: Comparison, figure: str | None) -> str:
+    """The section as Markdown; ``figure`` is what its image is called."""
+    environment = Environment(
+        loader=PackageLoader("prism_gguf.reports", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.filters |= {
+        "code": _code,
+        "command": lambda words: printable(command_line(words), keep="\n").replace("```", "'''"),
+        "file": lambda path: _code(Path(path).name),
+        "number": number,
+        "quantized": quantized_reference,
+        "purpose": lambda row: _text(purpose(row, comparison)),
+        "size": _size,
+        "text": lambda value: _text(str(value)),
+        "url": quote,
+    }
+    rows = sorted((c for c in comparison.candidates if c.error is None), key=lambda c: -(c.file_bytes or 0))
+    made = environment.get_template("card.md.j2").render(
+        comparison=comparison,
+        rows=rows,
+        figure=figure,
+        environment=comparison.runs[0].environment,
+        title=title(comparison).capitalize(),
+    )
+    return made.rstrip("\n") + "\n"
+
+
+def _text(words: str) -> str:
+    """Words in which no character means anything to Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]<>&|#~$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(printable(words, keep="\n\t").split()))
+
+
+def _code(words: str) -> str:
+    """Words as code, in which nothing but a backtick and, in a table, a bar would mean anything."""
+    return "`" + " ".join(printable(words, keep="\n\t").split()).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _size(n_bytes: int) -> str:
+    """As model hubs and download managers count: in powers of 1000."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

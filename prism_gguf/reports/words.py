@@ -1,0 +1,234 @@
+"""Results in words: what every report says of a file in one sentence. Pure functions, and names made fit to print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from prism_gguf.formats.lora import in_words
+from prism_gguf.formats.mix import UNQUANTIZED
+from prism_gguf.results.comparison import CandidateResult, Comparison, Divergence, NoiseFloor
+from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.verdict import differs_on_purpose, is_lossless
+from prism_gguf.system.sanitize import printable, short
+
+LOSSLESS = "no measurable loss"
+# Below so many nats of mean KLD. Our own convention: nobody has said how many nats a reader notices. The steps are about
+# threefold, and where the types of a small model fall (README: Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
+LEVELS = (
+    (0.01, "hardly distinguishable"),
+    (0.05, "small loss"),
+    (0.15, "clear loss"),
+    (0.5, "heavy loss"),
+    (float("inf"), "broken"),
+)
+# What other weights did is no loss.
+_CHANGES = {
+    "hardly distinguishable": "hardly distinguishable",
+    "small loss": "small change",
+    "clear loss": "clear change",
+    "heavy loss": "large change",
+    "broken": "far from the reference",
+}
+_HEAVY = 0.15  # from here on a file is advised against
+_AXES = {
+    "scale": "hidden states' scale",
+    "shape": "hidden states' shape",
+    "head_weights": "output head's weights",
+    "head_kernel": "output head's kernel",
+    "body_kernel": "body's kernels",
+}
+_STANDS_OUT = 1.5  # times the mean: a domain worth naming
+
+
+def label(path: str, limit: int = 24) -> str:
+    """A file's name as tables show it: without folder and ending, fit to print."""
+    return short(printable(Path(path).name.removesuffix(".gguf") or path), limit)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, in exponent form where small; a dash for what is undefined."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def loss_in_words(kld_mean: float, floor: NoiseFloor | None) -> str:
+    """One of ``LEVELS`` for a mean KLD in nats, or ``LOSSLESS`` where it cannot be told from the noise floor."""
+    if not (floor is not None and floor.conversion_problem) and is_lossless(kld_mean, floor):
+        return LOSSLESS
+    return next((words for limit, words in LEVELS if kld_mean < limit), LEVELS[-1][1])
+
+
+def _difference(candidate: CandidateResult, comparison: Comparison) -> str:
+    """``loss_in_words``, or how large the change is where the weights are others on purpose."""
+    assert candidate.divergence is not None
+    loss = loss_in_words(candidate.divergence.kld_mean, comparison.noise_floor)
+    return _CHANGES.get(loss, loss) if differs_on_purpose(candidate, comparison.noise_floor) else loss
+
+
+def title(comparison: Comparison) -> str:
+    """What a report is about."""
+    variants = any(c.is_variant for c in comparison.candidates)
+    return "how far its variants are" if variants else "what quantization lost"
+
+
+def quantized_reference(reference: ModelIdentity) -> str | None:
+    """What it means that the reference is quantized itself, in a sentence; None where it is not."""
+    kind = reference.quantization
+    if kind is None and reference.kind == "gguf" and reference.dtype not in UNQUANTIZED:  # results of earlier versions
+        kind = reference.dtype
+    if kind is None:
+        return None
+    return (
+        f"the reference is itself quantized ({printable(kind)}): differences are between two quantized models, and what "
+        "the reference has lost is not counted. For that, name the F16 or BF16 file or the checkpoint that it was made of"
+    )
+
+
+def with_adapters(candidate: CandidateResult) -> str:
+    """The adapters that a candidate ran with, fit to print; nothing for none."""
+    return printable(in_words(candidate.lora))
+
+
+def verdict_in_words(candidate: CandidateResult, comparison: Comparison, *, limit: int = 100) -> str:
+    """One sentence of ``limit`` characters at most: how much was lost, and the most telling of what else is known."""
+    divergence = candidate.divergence
+    if candidate.error is not None or divergence is None:
+        reason = "no numbers" if candidate.error is None else candidate.error.message
+        return _cut(f"{'not made' if candidate.over_budget else 'failed'}: {printable(reason)}", limit)
+    if comparison.conversion_problem:
+        return _cut("conversion problem: the unquantized control is off already", limit)
+    loss = _difference(candidate, comparison)
+    sentence = f"{loss}: {_changes(divergence)}"
+    for more in _telling(candidate, comparison, loss):
+        if len(sentence) + 2 + len(more) <= limit:
+            sentence += f"; {more}"
+    return _cut(sentence, limit)
+
+
+def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
+    """What somebody who looks for a file to download would take it for, in a few words."""
+    divergence = candidate.divergence
+    if candidate.error is not None or divergence is None:
+        return "not made: over the budget" if candidate.over_budget else "could not be measured"
+    if comparison.conversion_problem:
+        return "do not use: the conversion is broken"
+    if (better := dominating(candidate, comparison)) is not None:
+        return f"no reason to take it: {_beaten_by(candidate, better)}"
+    if broken := _broken_limits(candidate):
+        return f"fails {broken}"
+    if candidate.is_variant:
+        kind = "another checkpoint" if candidate.is_checkpoint else "adapted" if candidate.lora else "other weights"
+        return f"{kind}: {_difference(candidate, comparison)}"
+    kld, loss = divergence.kld_mean, loss_in_words(divergence.kld_mean, comparison.noise_floor)
+    if loss == LOSSLESS:
+        return "reference quality" if candidate.ftype in UNQUANTIZED else "as good as unquantized"
+    size = _best_below(candidate, comparison)
+    if not kld < _HEAVY:
+        return f"{loss}: only where nothing larger fits" if size else f"{loss}: not recommended"
+    if kld < LEVELS[0][0]:
+        return ", ".join(filter(None, ("near-lossless", size)))
+    return ", ".join(filter(None, (loss, size)))
+
+
+def dominating(candidate: CandidateResult, comparison: Comparison) -> CandidateResult | None:
+    """Of the files that are no larger and no farther from the reference, the closest; None where there is none."""
+    if candidate.divergence is None or candidate.is_checkpoint:
+        return None
+    own = (candidate.divergence.kld_mean, candidate.file_bytes or 0)
+    better = [
+        (found, other)
+        for other in comparison.candidates
+        if other.divergence is not None
+        and not other.is_checkpoint
+        and (found := (other.divergence.kld_mean, other.file_bytes or 0)) != own
+        and found[0] <= own[0]
+        and found[1] <= own[1]
+    ]
+    return min(better, key=lambda item: item[0])[1] if better else None
+
+
+def _changes(divergence: Divergence) -> str:
+    """How often the most likely token is another one."""
+    changed = max(0.0, 1 - divergence.same_top)
+    if changed == 0:
+        return "no first choice changes"
+    if changed < 0.0005:
+        return "fewer than 1 of 1000 first choices change"
+    n, of = (changed * 100, 100) if changed >= 0.0495 else (changed * 1000, 1000)
+    return f"{n:.0f} of {of} first choices change{'s' if round(n) == 1 else ''}"
+
+
+def _telling(candidate: CandidateResult, comparison: Comparison, loss: str) -> Iterator[str]:
+    """Phrases, the most telling first."""
+    if broken := _broken_limits(candidate):
+        yield f"fails {broken}"
+    if (better := dominating(candidate, comparison)) is not None:
+        yield _beaten_by(candidate, better)
+    if loss == LOSSLESS:
+        return
+    shares = candidate.attribution
+    if shares is not None and shares.total > 0:
+        parts = {axis: getattr(shares, axis) or 0.0 for axis in _AXES}
+        axis = max(parts, key=parts.__getitem__)
+        # Shares carry noise and may be negative: the largest can come out above the whole.
+        yield f"{min(1.0, parts[axis] / shares.total):.0%} from {_AXES[axis]}"
+    yield from _worst_domain(candidate)
+
+
+def _worst_domain(candidate: CandidateResult) -> Iterator[str]:
+    domains = {} if candidate.parts is None else candidate.parts.domain
+    if len(domains) > 1 and candidate.divergence is not None and candidate.divergence.kld_mean > 0:
+        name = max(domains, key=lambda name: domains[name].kld_mean)
+        times = domains[name].kld_mean / candidate.divergence.kld_mean
+        if times >= _STANDS_OUT:
+            yield f"worst on {short(printable(name), 16)} ({times:.1f}×)"
+
+
+def _broken_limits(candidate: CandidateResult) -> str:
+    gates = [] if candidate.verdict is None else [gate.gate for gate in candidate.verdict.gates if not gate.passed]
+    return f"{len(gates)} limits" if len(gates) > 1 else "".join(gates)
+
+
+def _beaten_by(candidate: CandidateResult, better: CandidateResult) -> str:
+    assert candidate.divergence is not None and better.divergence is not None
+    smaller = (better.file_bytes or 0) < (candidate.file_bytes or 0)
+    closer = better.divergence.kld_mean < candidate.divergence.kld_mean
+    return f"{label(better.path)} is {'smaller' if smaller else 'as small'} and {'closer' if closer else 'as close'}"
+
+
+def _best_below(candidate: CandidateResult, comparison: Comparison) -> str:
+    """``best below 110 MB``, by the next larger file worth having; nothing for the largest."""
+    own = candidate.file_bytes or 0
+    larger = [
+        c.file_bytes
+        for c in comparison.candidates
+        if c.file_bytes is not None
+        and c.file_bytes > own
+        and c.divergence is not None
+        and dominating(c, comparison) is None
+    ]
+    return f"best below {_size(min(larger), own)}" if larger else ""
+
+
+def _size(n_bytes: int, above: int) -> str:
+    """Decimal units as on a download page, rounded down, but not to ``above`` bytes or less."""
+    unit, name = (10**9, "GB") if n_bytes >= 10**9 else (10**6, "MB")
+    for digits in range(1 if name == "GB" else 0, 10):
+        down = n_bytes * 10**digits // unit
+        if down * unit > above * 10**digits:
+            return f"{down / 10**digits:.{digits}f} {name}"
+    return f"{n_bytes} bytes"
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def best_for_size(comparison: Comparison) -> Sequence[str]:
+    """Paths of the files that no other beats in both size and divergence; none where there is nothing to choose."""
+    front = comparison.ranking.best_for_size
+    return front if len(comparison.candidates) > 1 else []

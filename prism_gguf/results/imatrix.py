@@ -1,0 +1,32 @@
+"""An importance matrix that was collected."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "prism-gguf/imatrix/1"
+
+
+@dataclass(frozen=True)
+class CollectedImatrix:
+    """What `prism-gguf imatrix` wrote.
+
+    Attributes:
+        out: the file.
+        tokens: tensor → tokens that went through it; for merged experts those of the expert that saw fewest.
+        n_windows, n_ctx: what was read.
+        domains: of which texts.
+        left_out: parameter → why it has no entry.
+    """
+
+    out: Path
+    tokens: dict[str, int]
+    n_windows: int
+    n_ctx: int
+    domains: list[str]
+    left_out: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self), "out": str(self.out)}

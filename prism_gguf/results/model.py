@@ -1,0 +1,46 @@
+"""What a model is and what its files hold, as far as a comparison has to know and a result has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prism_gguf.formats.gguf_file import Fallback
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a model is, as far as a comparison needs to know and a result has to say.
+
+    ``fingerprint`` is a hash of its content (see ``formats.fingerprint``); None where only the model itself was asked.
+    ``quantization`` is a quantized GGUF's ftype, or a quantized checkpoint's method, such as ``gptq``; else None.
+    """
+
+    path: str
+    kind: str  # "huggingface" or "gguf"
+    architecture: str
+    dtype: str  # storage type of a checkpoint, ftype of a GGUF
+    hidden_size: int
+    vocab_size: int
+    tied: bool
+    fingerprint: str | None = None
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a model's own files hold.
+
+    Attributes:
+        bits_per_weight: of the tensors alone.
+        ftype: of a GGUF, such as ``Q4_K_M``; a checkpoint's dtype.
+        tensor_types: the type of each tensor.
+        fallbacks: tensors of a GGUF that could not take their ftype's own type.
+    """
+
+    file_bytes: int
+    bits_per_weight: float
+    ftype: str | None
+    tensor_types: dict[str, str]
+    fallbacks: list[Fallback] = field(default_factory=list)

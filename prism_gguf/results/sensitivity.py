@@ -1,0 +1,119 @@
+"""What each tensor costs in each type. ``to_dict`` gives the JSON, whose names are a public interface."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prism_gguf.system.errors import InvalidSensitivityError
+from prism_gguf.system.tables import table
+
+if TYPE_CHECKING:
+    import pandas
+
+
+SCHEMA = "prism-gguf/sensitivity/1"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a type costs a tensor.
+
+    Attributes:
+        kld: predicted mean KLD with this tensor alone in this type, nats per token: of weights and kernel together.
+        kld_se: its standard error, over windows.
+        kld_weights: the weights' part (see ``measure.calibrate.fisher``, the diagonal estimate).
+        kld_kernel: what llama.cpp's rounding of the activations costs that this type is multiplied by.
+        kld_directional: the other, noisier estimate of the weights' part, which assumes nothing of the errors.
+    """
+
+    kld: float
+    kld_se: float
+    kld_weights: float
+    kld_kernel: float
+    kld_directional: float
+
+
+@dataclass(frozen=True)
+class TensorSensitivity:
+    """One tensor: name in the GGUF, parameter of the checkpoint, shape (matrices, rows, columns), costs by type."""
+
+    name: str
+    parameter: str
+    shape: tuple[int, int, int]
+    costs: dict[str, Cost]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `prism-gguf sensitivity` writes.
+
+    Attributes:
+        reference: path and fingerprint of the checkpoint.
+        text: fingerprint, windows and n_ctx of what it read, and the domains.
+        imatrix: file and SHA-256 of the importance matrix, or None.
+        smoothed: what a smoothed GGUF, of which these are, says of itself (``prism_gguf.smoothed``); None for any other.
+        tensors: in the model's order.
+        left_out: parameter → why it has no sensitivity.
+    """
+
+    tool_version: str
+    command: list[str]
+    created: str
+    environment: dict[str, Any]
+    reference: dict[str, Any]
+    text: dict[str, Any]
+    imatrix: dict[str, Any] | None
+    tensors: list[TensorSensitivity]
+    left_out: dict[str, str] = field(default_factory=dict)
+    smoothed: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row for each tensor and type, with the columns of ``Cost``.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        return table(
+            {"name": t.name, "parameter": t.parameter, "n_weights": prod(t.shape), "type": kind, **vars(cost)}
+            for t in self.tensors
+            for kind, cost in t.costs.items()
+        )
+
+    @property
+    def directional_ratio(self) -> float:
+        """Sum of all directional over all diagonal estimates of the weights' part: far from 1 where errors go together."""
+        costs = [cost for tensor in self.tensors for cost in tensor.costs.values()]
+        return sum(c.kld_directional for c in costs) / sum(c.kld_weights for c in costs)
+
+
+def read_sensitivity(path: str | Path) -> Sensitivity:
+    """Read what ``Sensitivity.to_dict`` gave.
+
+    Raises:
+        InvalidSensitivityError: it is none, or one of another version.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("schema") != SCHEMA:
+            raise KeyError("schema")
+        tensors = [
+            TensorSensitivity(
+                t["name"], t["parameter"], tuple(t["shape"]), {q: Cost(**c) for q, c in t["costs"].items()}
+            )
+            for t in data.pop("tensors")
+        ]
+        return Sensitivity(tensors=tensors, **data)
+    except OSError as error:
+        raise InvalidSensitivityError(f"{path}: {error.strerror}; make it with `prism-gguf sensitivity`") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidSensitivityError(
+            f"{path}: not a sensitivity file of this version ({SCHEMA}); make it with `prism-gguf sensitivity`"
+        ) from error

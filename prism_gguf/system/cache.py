@@ -1,0 +1,112 @@
+"""Where captures are kept, and what tells one from another: the content of the model, not its name."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from prism_gguf.system.atomic_files import write_whole
+from prism_gguf.system.progress import Progress, no_progress
+
+MANIFEST = "manifest.json"
+KEY = "key"
+ENVIRONMENT_VARIABLE = "PRISM_GGUF_CACHE"
+_READ_BYTES = 4 * 2**20
+_HEARTBEAT = 10.0  # seconds; whoever waits for a lock says so that often
+_TICK = 2 * 10**9  # nanoseconds; FAT's clock, the coarsest, counts two seconds
+
+
+def default_cache() -> Path:
+    """The user's cache folder for this package, or what PRISM_GGUF_CACHE says."""
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("prism-gguf", appauthor=False))
+
+
+def is_capture(path: Path) -> bool:
+    """Whether a folder holds a whole capture; one that was cut short has no manifest yet."""
+    return (path / MANIFEST).is_file()
+
+
+def recorded_key(folder: Path) -> str | None:
+    """The key of what was captured here, whole or not."""
+    path = folder / KEY
+    return path.read_text().strip() if path.is_file() else None
+
+
+def is_hashed(file: Path, cache: Path) -> bool:
+    """Whether a file was hashed before, and has not changed since."""
+    return _remembered(file, cache) is not None
+
+
+def _remembered(file: Path, cache: Path) -> str | None:
+    try:
+        known = json.loads(_memo(file, cache).read_text())
+        return str(known["sha256"]) if known["state"] == _state(file) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _memo(file: Path, cache: Path) -> Path:
+    return cache / "fingerprints" / f"{_name_of(file)}.json"
+
+
+def _state(file: Path) -> list[int]:
+    """What changes with a file's content, by all that its folder says of it."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def file_digest(file: Path, cache: Path, progress: Progress) -> str:
+    if (known := _remembered(file, cache)) is not None:
+        return known
+    state, memo = _state(file), _memo(file, cache)
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+            progress(stream.tell(), state[0])
+    # A file may change twice within a tick of its clock; and one from the future does not tell its next change.
+    if state[1] < time.time_ns() - _TICK and _state(file) == state:
+        with contextlib.suppress(OSError):  # a read-only cache, or a full one
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(memo, json.dumps({"state": state, "sha256": digest.hexdigest()}))
+    return digest.hexdigest()
+
+
+def key_of(parts: Sequence[object]) -> str:
+    """A content address: SHA-256 of everything that a capture depends on."""
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def locked(folder: Path, cache: Path, progress: Progress = no_progress) -> Iterator[None]:
+    """Hold ``folder`` for this process, after whoever holds it now. The lock goes with the process, however it ends."""
+    lock = cache / "locks" / _name_of(folder)
+    held = FileLock(lock)
+    with contextlib.suppress(OSError):  # a read-only cache, in which nothing changes under our hands
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        patience = 0.0
+        while not held.is_locked:
+            try:
+                held.acquire(timeout=patience)
+            except Timeout:
+                patience = _HEARTBEAT
+                progress(0, 0, "waiting for another run")
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _name_of(path: Path) -> str:
+    """A file name for what belongs to a path."""
+    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]

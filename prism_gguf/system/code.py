@@ -1,0 +1,55 @@
+"""Which code computes something: a module, and all of this package that it imports."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+@functools.cache
+def code_digest(module: str) -> str:
+    """SHA-256 of a module of this package and of all that it imports, inside functions too.
+
+    What only reads a result, such as a report, is not among it: changing that measures nothing again.
+    """
+    digest = hashlib.sha256()
+    for name, content in sorted(_closure(module).items()):
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def _closure(module: str) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        file = _file(name)
+        if name in found or file is None:
+            continue
+        found[name] = file.read_bytes()
+        waiting += _imports(found[name])
+    return found
+
+
+def _imports(content: bytes) -> Iterator[str]:
+    """Modules of this package that a module may import."""
+    root = f"{_PACKAGE.name}."
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and f"{node.module}.".startswith(root):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith(root))
+
+
+def _file(module: str) -> Path | None:
+    """Where a module lies; None for what is none, such as a name within one. The package's own root computes nothing."""
+    path = _PACKAGE.joinpath(*module.split(".")[1:])
+    if path == _PACKAGE:
+        return None
+    return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)

@@ -1,0 +1,136 @@
+"""What can go wrong, said in one line: what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Sequence
+
+from prism_gguf.system.sanitize import one_line
+
+
+class PrismGgufError(Exception):
+    """Base of every error that this package raises on purpose: one line, fit to print, whatever files put into it."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
+
+
+class InvalidModelError(PrismGgufError):
+    """A file or checkpoint that cannot be read as a causal language model."""
+
+
+class IncompatibleModelsError(PrismGgufError):
+    """A reference and a candidate that cannot be compared (vocabulary, tokenizer, hidden width)."""
+
+
+class InvalidTextError(PrismGgufError):
+    """Evaluation text that is missing, unreadable or too short."""
+
+
+class RuntimeFailureError(PrismGgufError):
+    """A model that was loaded but did not run: a failed decode, undefined hidden states, a crashed process.
+
+    ``log``: what llama.cpp said last, where its process ended.
+    """
+
+    def __init__(self, message: str, *, log: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.log = list(log)
+
+
+class OutOfMemoryError(PrismGgufError):
+    """There was less memory than the work needs."""
+
+
+class StorageError(PrismGgufError):
+    """A file that the system does not let us read or write: a full disk, a read-only folder."""
+
+
+class UndefinedMetricError(PrismGgufError):
+    """A quantity that has no value for the given data, such as the similarity to an all-zero matrix."""
+
+
+class InvalidCaptureError(PrismGgufError):
+    """A capture that is none, is damaged, or whose model has gone."""
+
+
+class InvalidGateError(PrismGgufError):
+    """A limit that names no number of the result, or cannot be read."""
+
+
+class InvalidBackendError(PrismGgufError):
+    """A backend that no table names."""
+
+
+class InvalidProfileError(PrismGgufError):
+    """A quantization profile that names unknown types or misses required keys."""
+
+
+class InvalidRecipeError(PrismGgufError):
+    """A recipe that cannot be read, or that llama.cpp cannot follow for this base."""
+
+
+class InvalidImatrixError(PrismGgufError):
+    """An importance matrix that is none, is damaged, or belongs to another model."""
+
+
+class InvalidOutputError(PrismGgufError):
+    """A file that exists already, or cannot be written where it should be."""
+
+
+class InvalidBudgetError(PrismGgufError):
+    """A size that cannot be read."""
+
+
+class OverBudgetError(PrismGgufError):
+    """A file that was not made because it would be too large."""
+
+
+class InvalidSensitivityError(PrismGgufError):
+    """A sensitivity file that is none, or belongs to another model."""
+
+
+class MissingPackageError(PrismGgufError, ImportError):
+    """A package that is asked for only where it is used, and is not installed."""
+
+
+class InfeasibleBudgetError(PrismGgufError):
+    """A budget that no choice of types keeps; the message names the smallest feasible one."""
+
+
+class InvalidAdapterError(PrismGgufError):
+    """A LoRA adapter that cannot be read, or belongs to another model."""
+
+
+class InvalidResultError(PrismGgufError):
+    """A stored result cannot be read, or results cannot be put together."""
+
+
+class LimitError(PrismGgufError):
+    """More memory or disk than there is; the message has the figures."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's own words, in a RuntimeError
+
+
+def known(error: BaseException) -> PrismGgufError | None:
+    """The error as this package's own: itself, or one that says in a line what the system refused. None for a mistake."""
+    if isinstance(error, PrismGgufError):
+        return error
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in _NO_MEMORY)):
+        return OutOfMemoryError("out of memory; close other programs, or use fewer --windows or a smaller --n-ctx")
+    if said := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries in Rust, such as safetensors
+        error = OSError(int(said[1]), os.strerror(int(said[1])))
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    if error.errno in _FULL:
+        what_to_do = "make room and run the same command again: what is finished is kept"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        what_to_do = "name a folder that can be written to (--cache, --out)"
+    else:
+        what_to_do = "nothing half-written is left; run the same command again"
+    return StorageError(f"{where}{error.strerror}; {what_to_do}")

@@ -1,0 +1,147 @@
+"""An estimate in figures and in words, and whether this machine has what it asks for."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from prism_gguf.system.errors import LimitError
+from prism_gguf.system.machine import free_disk, mapping_limit, memory, nearest_folder
+
+# Memory is estimated to some 20 %: less than this much too little of it is said, and not refused.
+_CLEARLY = 1.25
+_SHOWN_DISK = 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step takes; a sum is what steps take one after the other.
+
+    Attributes:
+        seconds: on this machine, as fast as it was just now.
+        memory_bytes: at the peak, without weights, which are mapped from their files.
+        mapped_bytes: of weights. More than the memory is slow, and no more than that.
+        largest_mapping: of these the largest file that is mapped for writing, which a system has to be able to hold.
+        disk: bytes that stay, by folder.
+        temporary: bytes that go when the step is over, by folder.
+        warnings: what was found to be scarce.
+    """
+
+    seconds: float = 0.0
+    memory_bytes: int = 0
+    mapped_bytes: int = 0
+    largest_mapping: int = 0
+    disk: Mapping[Path, int] = field(default_factory=dict)
+    temporary: Mapping[Path, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __add__(self, other: Estimate) -> Estimate:
+        folders = {*self.disk, *other.disk}
+        places = {*self.temporary, *other.temporary}
+        return Estimate(
+            self.seconds + other.seconds,
+            max(self.memory_bytes, other.memory_bytes),
+            max(self.mapped_bytes, other.mapped_bytes),
+            max(self.largest_mapping, other.largest_mapping),
+            {f: self.disk.get(f, 0) + other.disk.get(f, 0) for f in folders},
+            {f: max(self.temporary.get(f, 0), other.temporary.get(f, 0)) for f in places},
+            (*self.warnings, *other.warnings),
+        )
+
+    def needed_on(self) -> dict[Path, int]:
+        """Bytes at most by folder, whether they stay or go."""
+        found: defaultdict[Path, int] = defaultdict(int)
+        for folder, n_bytes in [*self.disk.items(), *self.temporary.items()]:
+            found[folder] += n_bytes
+        return dict(found)
+
+    def __str__(self) -> str:
+        """Such as ``about 4 min, 1.3 GiB of memory, 52.0 MiB of disk in /home/me/.cache/prism-gguf``."""
+        disk = [f"{size(n)} in {f}" for f, n in self.needed_on().items() if n >= _SHOWN_DISK]
+        if disk:
+            disk[0] = disk[0].replace(" in ", " of disk in ", 1)
+        parts = [f"about {duration(self.seconds)}", f"{size(self.memory_bytes)} of memory", *disk]
+        return "; ".join([", ".join(parts), *self.warnings])
+
+
+NOTHING = Estimate()
+Estimated = Callable[[Estimate], None]
+"""What is told of an estimate before its step begins."""
+
+
+def not_told(estimate: Estimate) -> None:
+    """For callers that show none."""
+
+
+def admit(estimate: Estimate, *, force: bool = False, estimated: Estimated = not_told) -> None:
+    """Tell of an estimate, unless this machine will clearly not do for it.
+
+    Raises:
+        LimitError: with what is needed, what is there and where, and what to do; with ``force`` that is a warning.
+    """
+    problems = [problem for problem in (_of_disk(estimate), _of_memory(estimate)) if problem]
+    if problems and not force:
+        raise LimitError(f"{problems[0]}; --force (force=True) goes on all the same")
+    estimated(replace(estimate, warnings=(*estimate.warnings, *(problems or _scarce(estimate)))))
+
+
+def _of_disk(estimate: Estimate) -> str | None:
+    devices: defaultdict[int, dict[Path, int]] = defaultdict(dict)
+    for folder, n_bytes in estimate.needed_on().items():
+        devices[os.stat(nearest_folder(folder)).st_dev][folder] = n_bytes
+    for needs in devices.values():
+        needed, free = sum(needs.values()), free_disk(next(iter(needs)))
+        if needed > free:
+            where = " and ".join(f"{f} ({size(n)})" if len(needs) > 1 else str(f) for f, n in needs.items() if n)
+            return (
+                f"needs {size(needed)} of disk in {where}, and {size(free)} are free there; make room, name another "
+                "place (--cache, --out, TMPDIR), or ask for less"
+            )
+    return None
+
+
+def _of_memory(estimate: Estimate) -> str | None:
+    available, mappable = memory(), mapping_limit()
+    if estimate.memory_bytes > _CLEARLY * available:
+        return (
+            f"needs about {size(estimate.memory_bytes)} of memory, and {size(available)} are available; close other "
+            "programs, ask for shorter windows (--n-ctx), or take a larger machine"
+        )
+    if mappable is not None and estimate.largest_mapping > mappable:
+        return (
+            f"maps a file of weights of {size(estimate.largest_mapping)} at once, which a system with {size(mappable)} of "
+            "memory and swap refuses; save the model in smaller files (save_pretrained with max_shard_size)"
+        )
+    return None
+
+
+def _scarce(estimate: Estimate) -> list[str]:
+    available = memory()
+    if estimate.memory_bytes > available:
+        return [f"{size(available)} of memory are available, so it may swap or fail"]
+    if estimate.mapped_bytes + estimate.memory_bytes > available:
+        return [f"weights of {size(estimate.mapped_bytes)} do not fit into memory, and are read again and again: slow"]
+    return []
+
+
+def size(n_bytes: float) -> str:
+    """Such as ``52.0 MiB``."""
+    unit, name = next(
+        (u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (1, "bytes")) if n_bytes >= u or u == 1
+    )
+    return f"{n_bytes / unit:,.1f} {name}" if unit > 1 else f"{n_bytes:,.0f} {name}"
+
+
+def duration(seconds: float) -> str:
+    """To two figures: nobody knows it better."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * unit:
+            return (
+                f"{seconds / unit:.0f} {name}"
+                if seconds >= 9.5 * unit
+                else f"{seconds / unit:.1f} {name}".replace(".0 ", " ")
+            )
+    return f"{max(1, round(seconds))} s"

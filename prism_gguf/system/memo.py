@@ -1,0 +1,79 @@
+"""What was worked out stays in the cache under all that it depends on: the same command goes on from what is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter
+
+from prism_gguf.system.atomic_files import write_whole
+from prism_gguf.system.cache import key_of, locked
+from prism_gguf.system.code import code_digest
+from prism_gguf.system.environment import environment
+from prism_gguf.system.progress import Progress
+from prism_gguf.system.scratch import scratch_folder
+
+T = TypeVar("T")
+
+
+def kept_key(module: str, *parts: object) -> str:
+    """The key of what ``parts``, the code of a module, the packages that compute and the processor make.
+
+    Args:
+        module: what computes it; all that it imports counts (see ``code.code_digest``).
+    """
+    return key_of([module, code_digest(module), sorted(environment().items()), *parts])
+
+
+def find_kept(cache: Path, key: str, kind: type[T]) -> T | None:
+    """What is kept under a key; None where nothing is, or nothing that this version can read."""
+    try:
+        data = json.loads(_file(cache, key).read_text(encoding="utf-8"))
+        return TypeAdapter(kind).validate_python(data)
+    except (OSError, ValueError):  # pydantic's is one of these
+        return None
+
+
+def ensure_kept(
+    cache: Path, key: str, kind: type[T], make: Callable[[Path], T], *, fresh: bool = False, progress: Progress
+) -> T:
+    """What is kept under a key, or what ``make`` gives.
+
+    Args:
+        kind: a dataclass, which is kept as JSON.
+        make: called with a folder for what it has finished of its work; after a kill, the next run has the same folder.
+        fresh: make it again, from the start.
+    """
+    unfinished = cache / "unfinished" / key
+    with locked(_file(cache, key), cache, progress):
+        if not fresh and (found := find_kept(cache, key, kind)) is not None:
+            return found
+        if not _can_write(cache):  # somebody else's: what it lacks is not kept
+            with scratch_folder() as folder:
+                return make(folder)
+        if fresh:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        made = make(unfinished)
+        with contextlib.suppress(OSError):  # a full disk: the result is here all the same
+            _file(cache, key).parent.mkdir(exist_ok=True)
+            write_whole(_file(cache, key), json.dumps(asdict(made)))  # type: ignore[call-overload]
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return made
+
+
+def _file(cache: Path, key: str) -> Path:
+    return cache / "results" / f"{key}.json"
+
+
+def _can_write(cache: Path) -> bool:
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    return os.access(cache, os.W_OK)

@@ -1,0 +1,256 @@
+"""Native code runs in child processes: an abort, a segfault or a hang there becomes an error, and nothing else is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar, cast
+
+from prism_gguf.system.errors import InvalidBackendError, RuntimeFailureError
+from prism_gguf.system.progress import Progress, no_progress
+from prism_gguf.system.sanitize import one_line
+from prism_gguf.system.scratch import scratch_folder
+
+T = TypeVar("T")
+
+STALL_LIMIT = 900.0
+"""Seconds without progress after which a child counts as hung. Loading tens of GB from a slow disk takes minutes."""
+MEASURING = (
+    "prism_gguf.measure.candidate",
+    "prism_gguf.workflows.compare",
+    "numpy.random",
+    "numpy.ma",
+)
+"""What to ``preload`` for measuring: torch, llama.cpp, our own metrics, and what these load when they are first used."""
+_KEPT_LINES = 20  # of llama.cpp's log, with an error
+# llama.cpp's threads meet many times a layer, and OpenMP has those that are early spin: where one core is busy with
+# something else, all wait for it, and take from it too (scripts/bench_waiting.py). What the user has set stays.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+# An assertion says where it failed before a backtrace says how it got there; C++ says what was thrown.
+_TELLING = ("ggml_assert", "what():", "error")
+
+
+class Worker(Protocol):
+    """Runs functions where a crash cannot take the caller down. Use it as a context manager."""
+
+    def start(self) -> None:
+        """Get ready while the caller does something else; ``run`` does it where it must."""
+        ...
+
+    def run(
+        self, function: Callable[..., T], *args: Any, progress: Progress = no_progress, of: str | Path | None = None
+    ) -> T:
+        """``function(*args, progress=…)``; see ``NativeWorker.run``."""
+        ...
+
+    def renew(self) -> None:
+        """Free what the last function left in memory."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Worker: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+BACKENDS = {"process": "prism_gguf.system.worker:NativeWorker"}
+"""Where models run, by name: ``module:class`` of a ``Worker``, made with the arguments of ``NativeWorker``."""
+
+
+def open_worker(
+    backend: str = "process",
+    *,
+    verbose: bool = False,
+    stall_limit: float | None = STALL_LIMIT,
+    preload: Sequence[str] = (),
+) -> Worker:
+    """A worker of one of ``BACKENDS``.
+
+    Raises:
+        InvalidBackendError: there is none of this name.
+    """
+    if backend not in BACKENDS:
+        raise InvalidBackendError(f"no backend '{backend}'; there are {', '.join(sorted(BACKENDS))}")
+    module, _, name = BACKENDS[backend].partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    return cast("Worker", kind(verbose=verbose, stall_limit=stall_limit, preload=preload))
+
+
+# `python -c` would look for modules in the current folder first, which may be full of a stranger's files. The package
+# itself may lie where only the caller's own sys.path says, such as a notebook's.
+_CHILD = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    f"here = {str(Path(__file__).parents[2])!r}; here in sys.path or sys.path.insert(0, here); "
+    "from prism_gguf.system.worker_child import serve; serve(sys.argv[1:])"
+)
+
+
+class NativeWorker:
+    """Runs module-level functions in order, in a child process that is replaced when it dies or ``renew`` is called.
+
+    A function runs as ``function(*args, progress=…)``. Its return value and arguments travel by pickle, so they should be
+    small; arrays travel by file. The child's temporary files go with the worker. (Not multiprocessing: its spawn runs the
+    caller's own script again in the child.)
+
+    Args:
+        verbose: let llama.cpp log to stderr.
+        stall_limit: seconds without progress after which the child is ended; None waits forever.
+        preload: modules that each new child has at once. Where the system can fork, a clean process that never runs
+            anything native imports them once and forks the children: a new one costs milliseconds, not torch's seconds.
+    """
+
+    def __init__(
+        self, *, verbose: bool = False, stall_limit: float | None = STALL_LIMIT, preload: Sequence[str] = ()
+    ) -> None:
+        self._stall_limit, self._preload = stall_limit, list(preload)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._last_step = self._of = ""
+        self._log_before = 0  # bytes of the log that earlier functions left
+        self._open = ExitStack()
+        self._scratch = self._open.enter_context(scratch_folder())
+        # llama.cpp's last words before an abort go to the file descriptor: a file keeps them.
+        self._log = None if verbose else self._open.enter_context((self._scratch / "log").open("w+b"))
+
+    def run(
+        self, function: Callable[..., T], *args: Any, progress: Progress = no_progress, of: str | Path | None = None
+    ) -> T:
+        """Run ``function`` in the child.
+
+        Args:
+            of: the file that is worked on, to be named where the child dies.
+
+        Raises:
+            PrismGgufError: what the function raised.
+            RuntimeFailureError: the child died or hung; the message has the signal or exit code and its last native log
+                line, ``log`` the lines before it.
+        """
+        self.start()
+        self._last_step, self._of = "starting", "" if of is None else f"{of}: "
+        # By its size: the child writes where this file object stands, which must not move.
+        self._log_before = 0 if self._log is None else os.fstat(self._log.fileno()).st_size
+        self._send((function, args))
+        while True:
+            try:
+                kind, value = self._answers.get(timeout=self._stall_limit)
+            except queue.Empty:
+                raise self._ended(f"no progress for {self._stall_limit:.0f} s ({self._last_step})", kill=True) from None
+            if kind == "progress":
+                done, total, *stages = value
+                self._last_step = " ".join([*filter(None, stages), *([f"{done}/{total}"] if total else [])])
+                progress(*value)
+            elif kind == "result":
+                return value
+            elif kind == "known error":
+                raise value
+            elif kind == "end":
+                raise self._ended("llama.cpp ended the process", kill=False)
+            else:
+                raise RuntimeError(f"in the child process:\n{value}")
+
+    def renew(self) -> None:
+        """Let the next function run in a new child: what the last one left in memory is gone."""
+        if self._process is None:
+            return
+        self._send(None)
+        kind, _ = self._answers.get()
+        if kind == "end":  # where the system cannot fork, or the child did not end well
+            self._end_process()
+
+    def _send(self, job: object) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the answers end too, and say so
+            pickle.dump(job, self._process.stdin)
+            self._process.stdin.flush()
+
+    def start(self) -> None:
+        """Start the child, so that it imports while the caller does something else; ``run`` does it where it must."""
+        if self._process is not None:
+            return
+        if self._log is not None:
+            self._log.seek(0)
+            self._log.truncate()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, *self._preload],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**_ENVIRONMENT, **os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._scratch))},
+            start_new_session=True,  # Ctrl-C is the parent's to handle; and all of the child's processes are one group
+        )
+        self._answers = queue.Queue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
+
+    def _ended(self, what: str, *, kill: bool) -> RuntimeFailureError:
+        """The error that says how the child ended; ``kill`` where it has not yet."""
+        assert self._process is not None
+        if not kill:
+            what += f" ({_in_words(self._process.wait(timeout=10))})"
+        self._end_process()
+        lines = self._log_lines()
+        telling = [line for line in lines if any(s in line.lower() for s in _TELLING)] or lines
+        message = f"{self._of}{what}; it last said: {telling[-1] if telling else 'nothing'}"
+        if kill:
+            message += "; --stall-limit gives it more time"
+        return RuntimeFailureError(message, log=lines[-_KEPT_LINES:])
+
+    def _log_lines(self) -> list[str]:
+        if self._log is None:
+            return []
+        self._log.seek(self._log_before)  # what was said of an earlier file is not the reason
+        lines = (line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines())
+        return [one_line(line, 300) for line in lines if line.strip(".")]
+
+    def _end_process(self) -> None:
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                assert stream is not None
+                stream.close()
+
+    def close(self) -> None:
+        """End the child, at once if it is busy, and remove its temporary files."""
+        self._end_process()
+        self._open.close()
+
+    def __enter__(self) -> NativeWorker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _read(stream: IO[bytes], answers: queue.Queue[tuple[str, Any]]) -> None:
+    """Put the child's answers into the queue; last that there are no more."""
+    with contextlib.suppress(EOFError, OSError, ValueError, pickle.UnpicklingError):
+        while True:
+            answers.put(pickle.load(stream))
+    answers.put(("end", None))
+
+
+def _in_words(code: int) -> str:
+    """A process's exit code, or the signal that ended it."""
+    if code >= 0:
+        return str(code)
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        return f"{name}, as the system does where memory runs out" if name == "SIGKILL" else name
+    return str(code)

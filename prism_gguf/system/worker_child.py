@@ -1,0 +1,94 @@
+"""The other side of ``worker``: a process that takes functions from its stdin and answers on its stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from typing import IO, Any
+
+from prism_gguf.system.errors import known
+
+_CALLER_GONE = 3  # our exit code
+# macOS has frameworks, such as Metal, that do not survive a fork; there, and on Windows, the caller starts us anew.
+_FORKS = sys.platform == "linux"
+
+
+def serve(preload: Sequence[str]) -> None:
+    """Import ``preload``, then work until stdin ends: in forks of this process, one at a time, where that is safe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle; it ends us
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # or ggml's aborts start a debugger, where there is one, for seconds
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no core file in the user's folder
+    # Whatever prints to stdout here must not end up in the stream of answers.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    for name in preload:
+        importlib.import_module(name)
+    if not _FORKS:
+        _work(answers, forked=False)
+        return
+    while True:
+        child = os.fork()
+        if child == 0:
+            _work(answers, forked=True)
+        _, status = os.waitpid(child, 0)
+        if status:
+            _end_as(status)
+
+
+def _end_as(status: int) -> None:
+    """End this process the way its fork ended: the caller knows only us."""
+    if os.WIFSIGNALED(status):
+        with contextlib.suppress(OSError):  # SIGKILL has nothing to reset
+            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.waitstatus_to_exitcode(status))
+
+
+def _work(answers: IO[bytes], *, forked: bool) -> None:
+    """Run jobs until the caller wants another process, or is gone."""
+    jobs: queue.Queue[Any] = queue.Queue()
+    # Beside the work, which may be deep in native code when the caller goes.
+    threading.Thread(target=_receive, args=(jobs,), daemon=True).start()
+
+    def send(kind: str, value: Any = None) -> None:
+        answers.write(pickle.dumps((kind, value)))
+        answers.flush()
+
+    while (job := jobs.get()) is not None:
+        function, args = job
+        try:
+            send("result", function(*args, progress=lambda *step: send("progress", step)))
+        except BrokenPipeError:
+            os._exit(_CALLER_GONE)
+        except Exception as error:
+            told = known(error)
+            send("unknown error", traceback.format_exc()) if told is None else send("known error", told)
+    if forked:
+        send("renewed")
+    os._exit(0)
+
+
+def _receive(jobs: queue.Queue[Any]) -> None:
+    """Put jobs from stdin into the queue, None last; end the process when stdin ends."""
+    try:
+        while True:
+            job = pickle.load(sys.stdin.buffer)
+            jobs.put(job)
+            if job is None:
+                return
+    except EOFError:
+        os._exit(_CALLER_GONE)
+    except Exception:  # a function that cannot be imported here
+        traceback.print_exc()
+        os._exit(1)

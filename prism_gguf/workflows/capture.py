@@ -1,0 +1,72 @@
+"""`capture`: run a reference once and keep its hidden states; `export-kld-base`: write them for llama-perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prism_gguf.formats.text.selection import Source, TokenSource
+from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.measure.capture.source import estimate_capture, estimate_export
+from prism_gguf.results.options import CaptureOptions
+from prism_gguf.system.cache import is_capture
+from prism_gguf.system.estimate import Estimated, not_told
+from prism_gguf.system.progress import Steps, no_steps
+from prism_gguf.system.watch import Watch
+from prism_gguf.system.worker import open_worker
+
+
+def capture(
+    reference: str | Path,
+    texts: Sequence[Source] | TokenSource | None = None,
+    options: CaptureOptions | None = None,
+    *,
+    steps: Steps = no_steps,
+    estimated: Estimated = not_told,
+) -> Path:
+    """Run a reference once and keep its hidden states, unless that was done before; the folder, which ``compare`` takes.
+
+    Killed at any moment, the next run goes on where this one was.
+
+    Args:
+        reference: a checkpoint directory, a hub id, or a GGUF (best F16 or BF16).
+        texts: texts and chats, or ready-made token windows; None takes the packaged text.
+        steps: called with (what is being done, windows done, windows in all) as work proceeds.
+        estimated: called with what it will take, before it begins.
+
+    Raises:
+        LimitError: memory or disk will clearly not do.
+        PrismGgufError: the reference or what it shall read cannot be used, or ``out`` holds something else.
+    """
+    options, watch = options or CaptureOptions(), Watch(steps, estimated)
+    reading, progress = options.reading(texts), watch.progress("reference")
+    progress(0, 0, "starting")
+    with options.worker() as worker:
+        needed = worker.run(estimate_capture, str(reference), reading, options, progress=progress)
+        watch.admit(needed, force=options.force)
+        return worker.run(ensure_capture, str(reference), reading, options, progress=progress, of=reference)
+
+
+def export_kld_base(
+    capture: str | Path,
+    file: str | Path,
+    *,
+    force: bool = False,
+    steps: Steps = no_steps,
+    estimated: Estimated = not_told,
+) -> None:
+    """Write a capture as the base-logits file that ``llama-perplexity --kl-divergence-base`` reads.
+
+    Raises:
+        InvalidCaptureError: the capture is damaged, or scores other tokens than that format has.
+        LimitError: the disk will clearly not do, and ``force`` is not set.
+    """
+    from prism_gguf.measure.capture.kld_base import export_kld_base as export
+
+    folder, file, watch = Path(capture), Path(file), Watch(steps, estimated)
+    progress = watch.progress("export")
+    progress(0, 0, "starting")
+    if is_capture(folder):
+        watch.admit(estimate_export(folder, file), force=force)
+    with open_worker() as worker:
+        worker.run(export, str(folder), str(file), progress=progress)
