@@ -66,7 +66,8 @@ _waiting: list[tuple[Key, _WarmWorker]] = []
 
 def open_warm(*, verbose: bool, stall_limit: float | None, preload: Sequence[str]) -> NativeWorker:
     """A worker as ``NativeWorker`` makes it, perhaps one that another test has left; all have imported the same."""
-    key = (verbose, stall_limit, os.getcwd(), tuple(sys.path), tuple(sorted(os.environ.items())))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    key = (verbose, stall_limit, os.getcwd(), tuple(sys.path), tuple(sorted(environment.items())))
     for number, (known, worker) in enumerate(_waiting):
         if known == key:
             del _waiting[number]
