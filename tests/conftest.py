@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from prism_gguf.workflows.compare import compare
 from prism_gguf.workflows.demo import build_ladder
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the package's own processes: some tests run llama.cpp here
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -129,7 +129,7 @@ def test_the_childs_temporary_files_go_with_it(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_killed_caller_leaves_no_process_and_the_next_removes_its_files(tmp_path: Path) -> None:
     env = {**os.environ, "TMPDIR": str(tmp_path)}
-    code = "import test_isolation as t; t._worker_that_sleeps()"
+    code = "import test_worker as t; t._worker_that_sleeps()"
     caller = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
     assert caller.stdout is not None and caller.stdout.readline() == b"asleep\n"
     children = psutil.Process(caller.pid).children(recursive=True)

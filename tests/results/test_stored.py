@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from stored_results import stored
 
 from prism_gguf.cli import main
 from prism_gguf.results.comparison import Comparison
 from prism_gguf.results.details import Failure
 from prism_gguf.results.stored import merge_results, read_result
 from prism_gguf.system.errors import InvalidResultError
-
-
-def stored(comparison: Comparison, path: Path) -> Path:
-    path.write_text(json.dumps(comparison.to_dict()))
-    return path
 
 
 def part(comparison: Comparison, *numbers: int) -> Comparison:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reproduce_paper_table import correlations, cut_off, differences, main, read, score_of
 
-TABLE = Path(__file__).parents[2] / "shared" / "data" / "prism_paper_llama_qwen.csv"
+TABLE = Path(__file__).parents[3] / "shared" / "data" / "prism_paper_llama_qwen.csv"
 
 published = pytest.mark.skipif(not TABLE.is_file(), reason=f"needs the PRISM paper's measurements as {TABLE}")
 

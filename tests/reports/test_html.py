@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from playwright.sync_api import Browser, Page, sync_playwright
-from test_result_file import stored
+from stored_results import stored
 
 from prism_gguf.cli import main
 from prism_gguf.reports.html import page

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prism_gguf.testbed import MODEL
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 

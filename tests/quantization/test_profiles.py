@@ -12,7 +12,7 @@ from prism_gguf.quantization.profiles import Profile, load_profile, profile_name
 from prism_gguf.system.errors import InvalidProfileError, InvalidRecipeError, InvalidTextError, RuntimeFailureError
 from prism_gguf.system.worker import NativeWorker
 
-FOLDER = Path(__file__).parent.parent / "quant_profiles"
+FOLDER = Path(__file__).parents[2] / "quant_profiles"
 SHIPPED = ["demo", "full-ladder", "head-safe", "k-ladder", "machine-16gb", "machine-8gb", "publish"]
 
 

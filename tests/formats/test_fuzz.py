@@ -81,7 +81,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "PRISM_GGUF_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     # The child imports jobs by their module's name, and pytest's import path is not the child's.
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     return tmp_path
 
