@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Write every command's help into README.md, between the markers, in click's own words.
+"""Write docs/commands.md: the help of every command, in click's own words.
 
 python scripts/make_cli_reference.py
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,42 +13,50 @@ import click
 
 from prism_gguf.cli import main
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 BEGIN = "<!-- cli reference: python scripts/make_cli_reference.py -->"
 END = "<!-- end of cli reference -->"
 WIDTH = 100  # of the help, whatever the terminal has
+INTRODUCTION = """\
+# Commands
+
+Every command with all its options. This page is made from the program: after a change of an option or a help text, run
+`python scripts/make_cli_reference.py`.
+
+Exit codes are the same for all commands; [JSON results](json.md#exit-codes) lists them.
+"""
 
 
 def cli_reference() -> str:
-    """The README's part, markers included."""
+    """The generated part of the page, markers included: a list of all commands, then a section for each."""
     group = click.Context(main, info_name="prism-gguf", terminal_width=WIDTH, **main.context_settings)
-    return "\n".join([BEGIN, *_blocks(main, group), END])
+    return "\n".join([BEGIN, "", *_contents(main), "", *_sections(main, group), END])
 
 
-def with_reference(readme: str) -> str:
-    """A README with the part made anew.
-
-    Raises:
-        ValueError: it has no markers.
-    """
-    before, _, rest = readme.partition(BEGIN)
-    _, marker, after = rest.partition(END)
-    if not marker:
-        raise ValueError(f"no '{BEGIN}' … '{END}' to write between")
-    return before + cli_reference() + after
+def page() -> str:
+    """The whole page."""
+    return f"{INTRODUCTION}\n{cli_reference()}\n"
 
 
-def _blocks(command: click.Command, context: click.Context) -> Iterator[str]:
-    """A folded block for a command, then for those below it."""
-    lines = (line.rstrip() for line in command.get_help(context).splitlines())
-    summary = html.escape(command.get_short_help_str(limit=WIDTH), quote=False)
-    yield f"<details><summary><code>{context.command_path}</code>: {summary}</summary>\n\n```text"
-    yield from lines
-    yield "```\n\n</details>"
+def _contents(group: click.Group) -> Iterator[str]:
+    """A table with a row for each command, and a link to its section."""
+    yield "| command | |"
+    yield "|---|---|"
+    for name, command in sorted(group.commands.items()):
+        if not command.hidden:
+            yield f"| [`{name}`](#prism-gguf-{name}) | {command.get_short_help_str(limit=WIDTH)} |"
+
+
+def _sections(command: click.Command, context: click.Context) -> Iterator[str]:
+    """A section for a command, then one for each command below it. Click leaves hidden options out."""
+    yield f"## `{context.command_path}`\n\n```text"
+    yield from (line.rstrip() for line in command.get_help(context).splitlines())
+    yield "```\n"
     if isinstance(command, click.Group):
         for name, below in sorted(command.commands.items()):
-            yield from _blocks(below, click.Context(below, info_name=name, parent=context))
+            if not below.hidden:
+                yield from _sections(below, click.Context(below, info_name=name, parent=context))
 
 
 if __name__ == "__main__":
-    README.write_text(with_reference(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the default evaluation text that ships in ``prism_gguf/default_text``.
+"""Make the default evaluation text that ships in ``prism_gguf/formats/text/default_text``.
 
 Quantization hurts some kinds of text more than others, so a single register hides damage. The default text has five
 domains of about 60 KB each: English technical prose, source code, dialogue, German and Chinese. All of it comes from
@@ -7,7 +7,7 @@ freely licensed Debian packages (listed in ``DOMAINS``), converted to plain text
 the terms. No page here is an English page that the testbed model of ``train_testbed.py`` was trained on.
 
     pip install beautifulsoup4 click html2text
-    python scripts/make_default_text.py --out prism_gguf/default_text
+    python scripts/make_default_text.py --out prism_gguf/formats/text/default_text
 
 Needs Debian 12's apt-get and dpkg-deb to fetch and unpack the packages (or ``--debs DIR`` with the .deb files in it).
 The same packages give the same bytes; other versions of them may not.
@@ -189,7 +189,9 @@ def part_text(domain: str, part: Part, root: Path) -> list[str]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("prism_gguf/default_text"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("prism_gguf/formats/text/default_text"), show_default=True
+)
 @click.option("--debs", type=click.Path(path_type=Path), default=Path("/tmp/prism-text/debs"), show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("/tmp/prism-text/work"), show_default=True)
 def main(out: Path, debs: Path, work: Path) -> None:

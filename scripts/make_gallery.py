@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the README's gallery: both models measured, their pages, model cards and pictures of them.
+"""Make the gallery of docs/results.md: both models measured, their pages, model cards and pictures of them.
 
 python scripts/make_gallery.py --work DIR        # needs the test extra and Chromium; about 15 minutes on two cores
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the JSON Schema of the comparison result from its classes, whose docstrings become descriptions.
 
-python scripts/make_schema.py        # prism_gguf/report/comparison.schema.json; needs pydantic
+python scripts/make_schema.py        # prism_gguf/reports/comparison.schema.json; needs pydantic
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import prism_gguf
 from prism_gguf.results.options import CompareOptions, HeadOptions, ImatrixOptions, QuantizeOptions, SmoothOptions
@@ -21,7 +20,7 @@ def test_a_dozen_rooms_at_the_root_each_in_the_contract() -> None:
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     entries = {path.name for path in ROOT.iterdir()} - {"__pycache__", "quant_profiles"}
     assert len(entries) <= 12, entries
-    pyproject = ROOT.parent / "pyproject.toml"
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
     contract = tomllib.loads(pyproject.read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"][0]
     assert {*contract["layers"], "__init__.py", "py.typed"} == entries
 

@@ -30,7 +30,7 @@ _ROWS, _COLUMNS = 32, 1024
 # Not q and k, whose rows converters put in another order.
 _SAMPLED = re.compile(r"blk\.(\d+)\.(attn_v|attn_output|ffn_gate|ffn_up|ffn_down)(_exps)?\.weight|token_embd\.weight")
 
-# Measured (METHOD.md): 1.08 at most in any matrix of files that are what they should be.
+# Measured (docs/method.md): 1.08 at most in any matrix of files that are what they should be.
 _ALIGNED = 1.12
 # Measured: 1.25 at most with an imatrix (IQ2_XS), 1.06 for Q8_0 of a BF16 file.
 _FARTHER = 1.6
@@ -215,7 +215,7 @@ def compare_weights(sample: WeightSample, gguf: GgufFile) -> tuple[OtherWeights 
     """What shows that a candidate was made of other weights than its reference, or None; and what to tell the user.
 
     Quantization leaves norms and biases as they are. The rest of a matrix is rounded, which moves weights independently of
-    each other; training and merging move them along few directions (see METHOD.md).
+    each other; training and merging move them along few directions (see docs/method.md).
     """
     own, stored = _vectors(gguf), {t.name: t.shape for t in gguf.tensors}
     if smoothing_digest(gguf) is not None:  # rescaled on purpose, to the same function

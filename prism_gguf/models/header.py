@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_gguf.formats.checkpoint_files import tensor_headers, weight_files
-from prism_gguf.formats.fingerprint import is_hub_id
+from prism_gguf.formats.fingerprint import is_gguf, is_hub_id
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.system.errors import PrismGgufError
 
@@ -75,7 +75,7 @@ def model_header(path: str) -> ModelHeader | None:
     What is wrong with a model is said by what runs it, in better words.
     """
     try:
-        if path.endswith(".gguf"):
+        if is_gguf(path):
             return _gguf_header(GgufFile(path))
         folder = _hub_folder(path) if is_hub_id(path) else Path(path)
         return None if folder is None else _checkpoint_header(folder)

@@ -14,12 +14,18 @@ if TYPE_CHECKING:
     from prism_gguf.models.protocol import Model
 
 
+# Options that change no more than the last digits of a reference's states, and those that only llama.cpp has.
+_NOT_IN_CAPTURES = {"threads", "trust_remote_code"}
+_LLAMA_CPP_ONLY = {"n_gpu_layers", "cache_type_k", "cache_type_v"}
+
+
 def runtime_of(reference: str, options: RunOptions) -> tuple[object, ...]:
-    """What, beside its content and what it reads, decides what a reference computes: for cache keys."""
-    if is_gguf(reference):
-        package = "llama-cpp-python"
-        return version(package), package, options.n_gpu_layers, options.cache_type_k, options.cache_type_v
-    return version("transformers"), "transformers"
+    """For cache keys: the package that runs a reference, its version, and every option that decides its states."""
+    package, ignored = "llama-cpp-python", _NOT_IN_CAPTURES
+    if not is_gguf(reference):
+        package, ignored = "transformers", _NOT_IN_CAPTURES | _LLAMA_CPP_ONLY
+    values = (value for name, value in RunOptions.of(options).measuring() if name not in ignored)
+    return version(package), package, *values
 
 
 def open_model(reference: str, n_ctx: int, options: RunOptions) -> Model:

@@ -14,7 +14,7 @@ from prism_gguf.system.sanitize import printable, short
 
 LOSSLESS = "no measurable loss"
 # Below so many nats of mean KLD. Our own convention: nobody has said how many nats a reader notices. The steps are about
-# threefold, and where the types of a small model fall (README: Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
+# threefold, and where the types of a small model fall (docs/results.md: Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
 LEVELS = (
     (0.01, "hardly distinguishable"),
     (0.05, "small loss"),

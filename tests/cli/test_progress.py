@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prism_gguf.testbed import MODEL
 
-README = Path(__file__).parents[2] / "README.md"
+TEXT = Path(__file__).parents[2] / "docs" / "method.md"
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -50,7 +50,7 @@ def run_on_terminal(*args: str | Path, piped: bool = False) -> tuple[str, str]:
 def test_every_stage_has_a_bar_and_a_time_to_finish(ladder: dict[str, Path], tmp_path: Path) -> None:
     """On the terminal; the table, which is piped, has nothing of it."""
     files = [ladder["Q8_0"], ladder["Q2_K"]]
-    options = ["--text", README, "--windows", 4, "--cache", tmp_path]
+    options = ["--text", TEXT, "--windows", 4, "--cache", tmp_path]
     shown, table = run_on_terminal("compare", MODEL, *files, *options, piped=True)
     plain = _ESCAPE.sub("", shown)
     for stage in ("reference · loading", "reference · running", "testbed-Q8_0 · running", "testbed-Q2_K · attribution"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from make_schema import OUT, schema
 
 import prism_gguf.measure.decode
 from prism_gguf.cli import main
+from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import Score
 from prism_gguf.measure.capture.capture_file import read_capture
@@ -133,8 +135,15 @@ def test_most_divergent_tokens_are_the_runtime_s(compared: Comparison, ladder: d
             assert token.context.replace("�", "").strip() in TEXTS[0].text + "".join(t.text for t in TEXTS)
 
 
-def test_reference_is_known_by_its_content(compared: Comparison) -> None:
-    assert compared.reference.fingerprint is not None and len(compared.reference.fingerprint) == 64
+def test_reference_is_known_by_its_content(compared: Comparison, tmp_path: Path) -> None:
+    known = compared.reference.fingerprint
+    assert known == model_fingerprint(str(MODEL), tmp_path / "cache")
+    copy = tmp_path / "under-another-name"
+    shutil.copytree(MODEL, copy)
+    assert model_fingerprint(str(copy), tmp_path / "cache") == known
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert model_fingerprint(str(copy), tmp_path / "cache") not in (known, None)
 
 
 @pytest.mark.slow
@@ -190,7 +199,17 @@ def test_gates_decide_the_exit_code(ladder: dict[str, Path]) -> None:
 def test_score_all_scores_all(ladder: dict[str, Path]) -> None:
     result = compare(MODEL, [ladder["Q8_0"]], TEXTS, replace(FEW, score=Score.ALL, n_ctx=128))
     assert result.text.n_scored == 4 * 127
-    assert result.candidates[0].error is None
+    row = result.candidates[0]
+    assert row.error is None and row.parts is not None and row.divergence is not None
+    positions = row.parts.position
+    assert next(iter(positions)).startswith("0-") and sum(part.n_tokens for part in positions.values()) == 4 * 127
+    whole = sum(part.n_tokens * part.kld_mean for part in positions.values()) / (4 * 127)
+    assert row.divergence.kld_mean == pytest.approx(whole, rel=1e-9)
+    # The half of them that is scored by default costs what it costs there.
+    half = compare(MODEL, [ladder["Q8_0"]], TEXTS, replace(FEW, n_ctx=128)).candidates[0].divergence
+    late = [part for name, part in positions.items() if int(name.partition("-")[0]) >= 63]
+    again = sum(part.n_tokens * part.kld_mean for part in late) / sum(part.n_tokens for part in late)
+    assert half is not None and half.kld_mean == pytest.approx(again, rel=0.05)
 
 
 def test_the_json_is_what_its_schema_says(compared: Comparison, ladder: dict[str, Path], tmp_path: Path) -> None:

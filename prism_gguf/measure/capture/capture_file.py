@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from prism_gguf.formats.fingerprint import is_gguf
 from prism_gguf.formats.state_file import StateFile
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import EvaluationText, Score, TokenWindows
@@ -251,7 +252,7 @@ def _read_head(folder: Path, identity: ModelIdentity, recorded: dict[str, Any]) 
             f"{folder}: its output head is read from {source['file']}, which is gone; "
             "capture again, with --self-contained to hand a capture to someone without the model"
         )
-    if source is not None and source["file"].endswith(".gguf"):
+    if source is not None and is_gguf(source["file"]):
         from prism_gguf.formats.gguf_file import GgufFile
         from prism_gguf.models.llama_cpp import gguf_output_head
 
