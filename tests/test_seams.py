@@ -193,7 +193,7 @@ def test_a_report_format(
     assert done.exit_code == 0 and lines.read_text()
     assert "One path a line, to FILE." in CliRunner().invoke(show, ["--help"]).output
     refused = CliRunner().invoke(show, ["--lines", str(tmp_path / "no" / "x")])
-    assert refused.exit_code == 2 and "is no folder one can write to" in refused.output
+    assert refused.exit_code == 2 and "is not a writable folder" in refused.output
 
 
 def test_an_architecture(ladder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The command line: a command parses, makes one library call, prints. Heavy imports happen inside the commands."""
+"""The command line: each command parses, makes one library call and prints. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from prism_gguf.cli.output import watching, write_json
     "measured",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="What `prism-gguf sensitivity` wrote. Default: measure it, or take it from the cache.",
+    help="File written by `prism-gguf sensitivity`. Default: measure the sensitivities, or take them from the cache.",
 )
 @imatrix_option
 @types_option
@@ -51,13 +51,13 @@ from prism_gguf.cli.output import watching, write_json
     metavar="N",
     default=6,
     show_default=True,
-    help="The N most expensive choices are measured one by one.",
+    help="Measure the N most expensive choices one by one.",
 )
 @click.option(
     "--measure/--no-measure",
     default=True,
     show_default=True,
-    help="Make the file, and the default mix, and measure both.",
+    help="Make the file and the default mix, and measure both.",
 )
 @smooth_option
 @click.option(
@@ -65,7 +65,7 @@ from prism_gguf.cli.output import watching, write_json
     "make",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="OUT.gguf",
-    help="Make the file by the recipe at once, and compare it with REFERENCE.",
+    help="Make the file from the recipe too, and compare it with REFERENCE.",
 )
 @json_option
 @text_options
@@ -87,10 +87,10 @@ def advise(
 ) -> None:
     """Find the best type for each tensor within a budget.
 
-    REFERENCE is a checkpoint directory or hub id. Says which tensors to keep at higher precision, and what that buys.
-    Allocated from sensitivities, checked by measuring files made with it, and held against llama.cpp's own mix of the
-    same size. Text options say what is measured on; sensitivities are measured on other text (`prism-gguf
-    sensitivity`). With --smooth and --make, one command from a checkpoint and its F16 file to the finished one.
+    REFERENCE is a checkpoint directory or hub id. The result says which tensors to keep at higher precision, and how
+    much that helps. Types come from sensitivities. Files made with them are measured and compared with llama.cpp's own
+    mix of the same size. Text options choose the text for these measurements; sensitivities use other text
+    (`prism-gguf sensitivity`). --smooth and --make lead from a checkpoint and its F16 file to the finished file.
     """
     from prism_gguf.reports.advice import print_advice, print_made
     from prism_gguf.reports.smoothing import print_smoothed

@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     "--from-kld-base",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Take the token windows of a llama-perplexity base-logits file, all of them unless --windows is given.",
+    help="Use the token windows of a llama-perplexity base-logits file: all of them, unless --windows is given.",
 )
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the capture. Default: one in the cache."
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the capture. Default: a folder in the cache.",
 )
-@click.option("--self-contained", is_flag=True, help="Keep the output head in it, for someone without the model.")
+@click.option("--self-contained", is_flag=True, help="Store the output head too, so that the capture needs no model.")
 @runtime_options
 @trust_option
 @quiet_option
@@ -50,8 +52,8 @@ def capture(
 ) -> None:
     """Run REFERENCE once and keep its hidden states.
 
-    Prints the folder, which later comparisons take as their reference. Killed at any moment, the next run goes on where
-    this one was. `compare` does the same by itself, in its cache.
+    Prints the folder, which later comparisons take as their reference. If the run is killed, the next run continues
+    from there. `compare` makes its own capture in the cache.
     """
     from prism_gguf.formats.text.windows import Score
     from prism_gguf.results.options import CaptureOptions
@@ -63,7 +65,7 @@ def capture(
         from prism_gguf.formats.kld_base import read_tokens
 
         if texts or context.get_parameter_source("n_ctx") is ParameterSource.COMMANDLINE:
-            raise click.UsageError("--from-kld-base brings its own windows; leave out --text, --chat and --n-ctx")
+            raise click.UsageError("--from-kld-base has its own windows; leave out --text, --chat and --n-ctx")
         texts = read_tokens(from_kld_base)
         if context.get_parameter_source("windows") is not ParameterSource.COMMANDLINE:
             options["windows"] = None

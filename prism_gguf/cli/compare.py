@@ -29,13 +29,13 @@ from prism_gguf.cli.output import Output, output_options, watching
     multiple=True,
     metavar="ADAPTER.gguf[:SCALE]",
     help="LoRA adapter that llama.cpp applies to every candidate, at SCALE times its own strength; repeatable. No "
-    "candidate is then the control by itself.",
+    "candidate is then chosen as the control.",
 )
 @click.option(
     "--variant",
     is_flag=True,
-    help="Candidates may have other weights on purpose (a fine-tune, a merged adapter); measure them all the same. No "
-    "candidate is then the control by itself.",
+    help="Measure candidates that have other weights on purpose (a fine-tune, a merged adapter). No candidate is then "
+    "chosen as the control.",
 )
 @judging_options
 @runtime_options
@@ -48,14 +48,14 @@ def compare(
     chat: tuple[Path, ...],
     **options: Any,
 ) -> None:
-    """How far is each CANDIDATE from REFERENCE, and why?
+    """Measure how far each CANDIDATE is from REFERENCE.
 
-    REFERENCE is a checkpoint directory, a hub id (owner/name), a GGUF (best F16 or BF16), or a folder that `prism-gguf
-    capture` made, with the text that it has read. A CANDIDATE is a GGUF file (the first part of a split one), or a
-    checkpoint directory or hub id, such as a fine-tune, which runs in transformers; no candidate is then the control by
-    itself.
+    REFERENCE is a checkpoint directory, a hub id (owner/name), a GGUF (best F16 or BF16), or a folder made by
+    `prism-gguf capture`, which brings its own text. A CANDIDATE is a GGUF file (the first part of a split file), or a
+    checkpoint directory or hub id, such as a fine-tune. Checkpoints run in transformers; no candidate is then chosen
+    as the control.
 
-    Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken or the conversion is, 2 if something could not be done.
+    Exit code: 0 if all is well, 1 if a limit (--fail-on) or the conversion is broken, 2 if a step failed.
     """
     from prism_gguf.workflows.compare import compare as run_compare
 

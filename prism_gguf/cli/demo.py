@@ -25,7 +25,7 @@ from prism_gguf.cli.output import Output, output_options, watching
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder to keep the files in. Default: none is kept.",
+    help="Folder to keep the files in. Default: delete them.",
 )
 @output_options
 def demo(
@@ -36,7 +36,7 @@ def demo(
 ) -> None:
     """Make and compare a ladder of the embedded model, offline.
 
-    Seven files of the testbed model are made, and each is compared with it: about a minute.
+    Makes seven files of the testbed model and compares each with the model. Takes about a minute.
     """
     from prism_gguf.reports.terminal import HOW_TO_READ
     from prism_gguf.workflows.demo import demo as run_demo

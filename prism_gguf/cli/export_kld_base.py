@@ -19,7 +19,7 @@ from prism_gguf.cli.output import watching
 def export_kld_base(capture: Path, file: Path, force: bool, quiet: bool) -> None:
     """Write CAPTURE as a base-logits FILE for llama-perplexity.
 
-    It is what `llama-perplexity --kl-divergence --kl-divergence-base FILE` reads.
+    `llama-perplexity --kl-divergence --kl-divergence-base FILE` reads it.
     """
     from prism_gguf.workflows.capture import export_kld_base as run_export
 

@@ -1,4 +1,4 @@
-"""The command group: errors that the library raises on purpose become one line and an exit code."""
+"""The command group, which turns the library's errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from prism_gguf.system.version import __version__
 EXIT_GATE, EXIT_BAD, EXIT_INTERRUPTED = 1, 2, 130
 
 
-# What goes on from what is finished when the same command is run again.
+# Commands that continue from finished work when they are run again.
 _GOES_ON = ("advise", "capture", "compare", "demo", "quantize", "sensitivity", "sweep")
 
 
 class Group(click.Group):
-    """Turns errors that the library raises on purpose, and what the system refuses, into one line and exit code 2."""
+    """Turns the library's own errors and refusals of the system into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with _terminated_is_interrupted():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            way_on = "the same command goes on from what is finished" if ctx.invoked_subcommand in _GOES_ON else ""
-            complain(f"interrupted; {way_on or 'nothing half-written is left'}")
+            way_on = (
+                "run the same command again to continue from the finished work"
+                if ctx.invoked_subcommand in _GOES_ON
+                else ""
+            )
+            complain(f"interrupted; {way_on or 'no half-written file is left'}")
             sys.exit(EXIT_INTERRUPTED)
         except Exception as error:
             told = known(error)
@@ -44,7 +48,7 @@ class Group(click.Group):
 
 @contextlib.contextmanager
 def _terminated_is_interrupted() -> Iterator[None]:
-    """What systemd, batch queues and ``kill`` send ends the block as Ctrl-C does."""
+    """Makes SIGTERM (from systemd, batch queues and ``kill``) end the block as Ctrl-C does."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -71,6 +75,10 @@ def main() -> None:
 
 
 def check_writable(path: Path | None, hint: str = "--json") -> None:
-    """Fail before the long run, not after it."""
+    """Fail before the long run if ``path`` cannot be written.
+
+    Raises:
+        click.BadParameter: its folder does not exist or is not writable.
+    """
     if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise click.BadParameter(f"{path.parent} is no folder one can write to", param_hint=hint)
+        raise click.BadParameter(f"{path.parent} is not a writable folder", param_hint=hint)

@@ -45,7 +45,7 @@ from prism_gguf.cli.output import watching, write_json
     type=click.Choice(["best", "all"]),
     default="best",
     show_default=True,
-    help="Tied heads, which are the input too: run the cheapest types that may pass until one does, or all.",
+    help="For tied heads, which are also the input: run the cheapest promising types until one passes, or run all.",
 )
 @limit_options
 @text_options
@@ -65,15 +65,15 @@ def head(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Which type should the output head of each CANDIDATE take?
+    """Find the best type for the output head of each CANDIDATE.
 
-    Runs a candidate once, and scores every head type with the hidden states that it computed, llama.cpp's head kernel
-    included. REFERENCE is what `prism-gguf compare` takes; the heads are made from its rows.
+    Runs each candidate once, and scores every head type on its hidden states, with llama.cpp's head kernel. REFERENCE
+    is as for `prism-gguf compare`; the heads are made from its rows.
 
-    A tied head is the input embedding too: the table then has the output side for every type, and what was run. Several
-    candidates give the table of bodies and heads.
+    A tied head is also the input embedding. The table then shows the output side for every type, and full runs where
+    they were made. Several candidates give a table of bodies and heads.
 
-    Exit code: 0 if all is well, 1 if no head type keeps every limit (--fail-on), 2 if something could not be done.
+    Exit code: 0 if all is well, 1 if no head type keeps every limit (--fail-on), 2 if a step failed.
     """
     from prism_gguf.formats.text.windows import Score
     from prism_gguf.reports.head_table import print_heads

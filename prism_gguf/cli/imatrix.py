@@ -45,8 +45,8 @@ def imatrix(
 ) -> None:
     """Write the importance matrix of REFERENCE over a text.
 
-    REFERENCE is a checkpoint directory or hub id. The file is what llama-quantize and `prism-gguf quantize` take, with an
-    entry for the output head too.
+    REFERENCE is a checkpoint directory or hub id. llama-quantize and `prism-gguf quantize` read the file, which also has
+    an entry for the output head.
     """
     from prism_gguf.results.options import ImatrixOptions
     from prism_gguf.workflows.imatrix import imatrix as collect

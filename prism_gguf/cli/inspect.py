@@ -1,4 +1,4 @@
-"""The command `inspect`: what a file is made of."""
+"""The command `inspect`: types, size and provenance of a file."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from prism_gguf.cli.group import main
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-@click.option(
-    "--recipe", "as_recipe", is_flag=True, help="Print the recipe that FILE was made by, as its tensors show."
-)
+@click.option("--recipe", "as_recipe", is_flag=True, help="Print FILE's recipe, read from its tensors.")
 @click.option(
     "--format",
     "recipe_format",
     type=click.Choice(["yaml", "json", "tensor-types", "command"]),
-    help="Of the recipe: YAML (default), JSON, a tensor-type-file, or llama-quantize's command line.",
+    help="Format of the recipe: YAML (default), JSON, a tensor-type-file, or llama-quantize's command line.",
 )
 def inspect(file: Path, as_json: bool, as_recipe: bool, recipe_format: str | None) -> None:
-    """Show what FILE is made of, without running it.
+    """Show what FILE contains, without running it.
 
-    Types, bits per weight, head, imatrix, and tensors that fell back to another type, from the header of a GGUF.
+    Reads types, bits per weight, head, imatrix, and tensors that fell back to another type from the header of a GGUF.
     """
     from prism_gguf.reports.inspection import print_inspection
     from prism_gguf.reports.terminal import console

@@ -28,7 +28,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def source_options(what: str, default: str, *, windows: int, n_ctx: int, least: int) -> Callable[[F], F]:
-    """What is read, and how much of it; ``least`` windows."""
+    """Options for the texts and their windows, at least ``least`` of them."""
     return options(
         click.option(
             "--text",
@@ -41,7 +41,7 @@ def source_options(what: str, default: str, *, windows: int, n_ctx: int, least: 
             multiple=True,
             type=click.Path(path_type=Path),
             metavar="FILE.jsonl",
-            help="Conversations, through the model's own chat template; repeatable.",
+            help="Conversations, rendered by the model's own chat template; repeatable.",
         ),
         click.option(
             "--windows",
@@ -49,7 +49,7 @@ def source_options(what: str, default: str, *, windows: int, n_ctx: int, least: 
             metavar="N",
             default=windows,
             show_default=True,
-            help="Windows at most, shared between the texts.",
+            help="Maximum number of windows, shared between the texts.",
         ),
         click.option(
             "--n-ctx",
@@ -63,7 +63,7 @@ def source_options(what: str, default: str, *, windows: int, n_ctx: int, least: 
 
 
 def evaluation_options(default: str) -> Callable[[F], F]:
-    """Text to measure on, and which of its tokens count."""
+    """Options for the evaluation text, and which of its tokens are scored."""
     return options(
         source_options("Evaluation text", default, windows=32, n_ctx=512, least=1),
         click.option(
@@ -71,7 +71,7 @@ def evaluation_options(default: str) -> Callable[[F], F]:
             type=click.Choice(["half", "all"]),
             default="half",
             show_default=True,
-            help="Which tokens of a window count: the second half, as in llama-perplexity, or all.",
+            help="Tokens of a window to score: the second half, as in llama-perplexity, or all.",
         ),
     )
 
@@ -79,7 +79,7 @@ def evaluation_options(default: str) -> Callable[[F], F]:
 text_options = evaluation_options("the packaged text, five domains")
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads. Default: the physical cores."
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads. Default: the number of physical cores."
 )
 cache_option = click.option(
     "--cache",
@@ -93,7 +93,7 @@ stall_option = click.option(
     metavar="SECONDS",
     default=900,
     show_default=True,
-    help="Seconds without progress after which a model counts as hung, and becomes a row that says so; 0 waits forever.",
+    help="Seconds without progress after which a model counts as hung and becomes a failed row; 0 waits forever.",
 )
 imatrix_option = click.option(
     "--imatrix",
@@ -115,7 +115,7 @@ smooth_option = click.option(
     help="Smooth the base first (see `prism-gguf smooth`); the smoothed file and its importance matrix are kept.",
 )
 
-force_option = click.option("--force", is_flag=True, help="Go on where memory or disk will clearly not do.")
+force_option = click.option("--force", is_flag=True, help="Continue even if memory or disk looks insufficient.")
 
 running_options = options(
     threads_option,
@@ -139,13 +139,13 @@ limit_options = options(
         "--fail-on",
         multiple=True,
         metavar="KEY>NUMBER",
-        help="Exit with 1 where this is true of a candidate: 'kld_mean>0.05' (nats), 'same_top<0.9' (a share); repeatable.",
+        help="Exit with 1 if this is true of a candidate: 'kld_mean>0.05' (nats), 'same_top<0.9' (a share); repeatable.",
     ),
     click.option(
         "--confidence",
         type=click.FloatRange(0.5, 1.0, max_open=True),
         metavar="LEVEL",
-        help="One-sided, such as 0.95: fail unless it is clear that the limit is kept. Default: compare the number itself.",
+        help="One-sided, such as 0.95: pass only if the limit is kept with this confidence. Default: compare the value.",
     ),
 )
 
@@ -154,7 +154,7 @@ judging_options = options(
         "--attribution/--no-attribution",
         default=True,
         show_default=True,
-        help="Split each divergence between scale, shape, head weights and head kernel.",
+        help="Split each divergence into scale, shape, head weights and head kernel.",
     ),
     click.option(
         "--attribution-tokens",
@@ -163,7 +163,9 @@ judging_options = options(
         help="Attribute a random sample of N tokens. Default: all, or as many as a large vocabulary allows.",
     ),
     click.option(
-        "--split-kernels", is_flag=True, help="Run each candidate's weights as F16 too, to tell its kernels from them."
+        "--split-kernels",
+        is_flag=True,
+        help="Run each candidate's weights as F16 too, to separate the effect of its kernels.",
     ),
     click.option(
         "--layers",
@@ -186,14 +188,13 @@ judging_options = options(
     click.option(
         "--fresh",
         is_flag=True,
-        help="Measure again what was measured before, of the same files, with the same code, packages and processor. "
-        "Default: take it from the cache.",
+        help="Measure everything again. Default: reuse cached results of the same files, code, packages and processor.",
     ),
     limit_options,
 )
 
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Let transformers run code that comes with a checkpoint."
+    "--trust-remote-code", is_flag=True, help="Allow transformers to run the checkpoint's own code."
 )
 quiet_option = click.option("--quiet", is_flag=True, help="Show no progress, no tables and no notes; only errors.")
 json_option = click.option(
@@ -202,7 +203,7 @@ json_option = click.option(
 
 
 def calibration_options(what: str, windows: int, n_ctx: int) -> Callable[[F], F]:
-    """Text that something is learned from, which is best not the text that it is then judged by."""
+    """Options for calibration text, which should differ from the evaluation text."""
     default = "the second halves of the packaged texts, which `compare` does not reach by default"
     return source_options(f"Text for {what}", default, windows=windows, n_ctx=n_ctx, least=2)
 
@@ -217,7 +218,7 @@ types_option = click.option(
 
 
 def compare_options(kind: type[C] | None = None, *, score: str, fail_on: tuple[str, ...] = (), **options: Any) -> C:
-    """``CompareOptions``, or what is built on them, of a command's options."""
+    """``CompareOptions``, or a subclass, from a command's options."""
     from prism_gguf.formats.text.windows import Score
     from prism_gguf.results.options import CompareOptions
 
@@ -226,7 +227,7 @@ def compare_options(kind: type[C] | None = None, *, score: str, fail_on: tuple[s
 
 
 def given_options() -> list[str]:
-    """Names of the options that stand on the command line."""
+    """Names of the options that are given on the command line."""
     context = click.get_current_context()
     return [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
@@ -239,7 +240,11 @@ def sources(text: tuple[str, ...], chat: tuple[Path, ...]) -> list[Source] | Non
 
 
 def check_capture_options(reference: str) -> None:
-    """A capture has its windows; options that would cut others are a misunderstanding."""
+    """Refuse options that cut windows if the reference is a capture, which has its own.
+
+    Raises:
+        click.UsageError: such an option is given.
+    """
     from prism_gguf.system.cache import is_capture
 
     given = [name for name in ("n_ctx", "windows", "score") if name in given_options()]

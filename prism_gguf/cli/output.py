@@ -1,4 +1,4 @@
-"""Where a result goes: to files, to the terminal, into the exit code; and what is shown while it is being made."""
+"""Output of a result: files, terminal and exit code; and progress during the work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prism_gguf.results.comparison import Comparison
     from prism_gguf.system.estimate import Estimate
 
-# Shorter steps are over before one has read what they take.
+# Shorter steps end before anyone has read the estimate.
 _WORTH_TELLING = 20.0
 
 
@@ -38,7 +38,7 @@ def watching(quiet: bool, options: Mapping[str, Any] | None = None) -> Iterator[
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a result that is no comparison."""
+    """Write a result that is not a comparison."""
     from prism_gguf.system.atomic_files import write_whole
 
     write_whole(path, json.dumps(data, indent=2) + "\n")
@@ -46,7 +46,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """What the output options say.
+    """The output options of a command.
 
     Attributes:
         files: format (see ``reports.formats``) → file.
@@ -60,10 +60,10 @@ class Output:
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> Output:
-        """Take them out of a command's options, and see whether the files can be written before the long run.
+        """Take the output options out of a command's options. Checks that the files can be written, before the long run.
 
         Raises:
-            click.BadParameter: one of them cannot, or two are the same.
+            click.BadParameter: a file cannot be written, or two options name the same file.
         """
         asked = {name: given.pop(f"{name}_file") for name in FORMATS}
         files = {name: path for name, path in asked.items() if path is not None}
@@ -82,15 +82,15 @@ class Output:
 
     @property
     def report_files(self) -> bool:
-        """Whether a page or a model card's section was asked for."""
+        """Whether a page or a model card section is requested."""
         return bool(self.files.keys() - {JSON})
 
     def without_json(self) -> Output:
-        """The same, where the JSON is written already."""
+        """The same options without the JSON file, which is written already."""
         return replace(self, files={name: path for name, path in self.files.items() if name != JSON})
 
     def write(self, comparison: Comparison, footer: str = "") -> None:
-        """The result first, which nothing else can give again; then what is made of it."""
+        """Write the JSON result first, which cannot be recovered otherwise; then the reports."""
         from prism_gguf.reports.formats import write_reports
 
         with watching(self.quiet or not self.report_files) as watched:
@@ -99,7 +99,7 @@ class Output:
         self.show(comparison, footer)
 
     def show(self, comparison: Comparison, footer: str = "") -> None:
-        """What the terminal says."""
+        """Print the result to the terminal."""
         if not self.quiet:
             from prism_gguf.reports.terminal import console, print_comparison
 
@@ -113,7 +113,7 @@ class Output:
                 click.echo(f"  {line}", err=True)
 
     def finish(self, comparison: Comparison, footer: str = "") -> None:
-        """``write``, and exit as the comparison went."""
+        """Write and print the comparison, and exit with its code."""
         self.write(comparison, footer)
         if comparison.failed:
             sys.exit(EXIT_BAD)
@@ -125,7 +125,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def format_options() -> Callable[[Any], Any]:
-    """An option for each report format."""
+    """Add an option for each report format."""
     made = (click.option(f"--{name}", f"{name}_file", type=_FILE, help=form.help) for name, form in FORMATS.items())
     return options(*made)
 
@@ -135,7 +135,7 @@ output_options: Callable[[Any], Any] = options(
     click.option(
         "--details",
         is_flag=True,
-        help="Print every statistic, the parts by position and confidence, and llama.cpp's last lines where it died.",
+        help="Print every statistic, the parts by position and confidence, and llama.cpp's last log lines if it crashed.",
     ),
     quiet_option,
 )

@@ -10,9 +10,9 @@ from prism_gguf.cli.group import main
 @main.command()
 @click.argument("name", required=False)
 def profiles(name: str | None) -> None:
-    """List the profiles, or show the YAML of the one called NAME.
+    """List the profiles, or show the YAML of profile NAME.
 
-    That YAML is there to copy and change: `prism-gguf profiles publish > mine.yaml`.
+    Copy and change that YAML: `prism-gguf profiles publish > mine.yaml`.
     """
     from prism_gguf.formats.text.windows import read_utf8
     from prism_gguf.quantization.profiles import load_profile, profile_names

@@ -37,34 +37,34 @@ if TYPE_CHECKING:
     "recipe_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Types of a recipe: YAML, JSON, a tensor-type-file, or a GGUF to do as it does.",
+    help="Types of a recipe: YAML, JSON, a tensor-type-file, or a GGUF whose types to copy.",
 )
 @click.option(
-    "--profile", metavar="NAME|FILE.yaml", help="Types of an entry of a profile: a packaged one, or FILE.yaml."
+    "--profile", metavar="NAME|FILE.yaml", help="Types of a profile's entry; a packaged profile, or FILE.yaml."
 )
-@click.option("--entry", metavar="NAME", help="Which entry of the profile, where it has more than one.")
+@click.option("--entry", metavar="NAME", help="Entry of the profile, if it has several.")
 @click.option("--type", "ftype", metavar="FTYPE", help="llama.cpp's own mix, such as Q4_K_M.")
 @click.option("--output-type", metavar="TYPE", help="With --type: ggml type of output.weight, such as Q6_K.")
 @click.option("--embedding-type", metavar="TYPE", help="With --type: ggml type of token_embd.weight.")
-@click.option("--pure", is_flag=True, help="With --type: every other tensor takes the ftype's own type.")
+@click.option("--pure", is_flag=True, help="With --type: give every other tensor the ftype's own type.")
 @imatrix_option
-@click.option("--allow-requantize", is_flag=True, help="Take a BASE that is quantized already; its loss stays.")
+@click.option("--allow-requantize", is_flag=True, help="Accept a BASE that is already quantized; its loss stays.")
 @click.option(
     "--quantizer",
     type=click.Choice(sorted(QUANTIZERS)),
     default=LLAMA_CPP,
     show_default=True,
     hidden=len(QUANTIZERS) == 1,
-    help="What rounds the weights.",
+    help="Quantizer that rounds the weights.",
 )
-@click.option("--dry-run", is_flag=True, help="Say the exact size and stop.")
+@click.option("--dry-run", is_flag=True, help="Print the exact size and stop.")
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace OUT.gguf if it exists, and go on where memory or disk will clearly not do.",
+    help="Replace OUT.gguf if it exists, and continue even if memory or disk looks insufficient.",
 )
 @click.option(
-    "--verify", metavar="REFERENCE", help="Compare OUT.gguf with this at once; the options of `compare` are for that."
+    "--verify", metavar="REFERENCE", help="Compare OUT.gguf with this reference; the options of `compare` apply."
 )
 @text_options
 @judging_options
@@ -83,11 +83,11 @@ def quantize(
 ) -> None:
     """Quantize BASE.gguf by a recipe, a profile or a type.
 
-    BASE.gguf is best F16 or BF16; name the types by one of --recipe, --profile and --type. The exact size comes first,
-    from llama.cpp's own dry run, with all that the base or the types forbid. OUT.gguf appears whole or not at all,
-    and its metadata say what it was made of.
+    BASE.gguf is best F16 or BF16. Give one of --recipe, --profile and --type. llama.cpp's own dry run first gives the
+    exact size and finds what the base or the types forbid. OUT.gguf appears whole or not at all. Its metadata record
+    how it was made.
 
-    Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken, 2 if something could not be done.
+    Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken, 2 if a step failed.
     """
     from prism_gguf.quantization.types import types_from
     from prism_gguf.reports.plan import print_plan
@@ -120,7 +120,7 @@ def quantize(
     if result.comparison is not None:
         if not output.quiet:
             click.echo()
-        # The comparison is within the JSON that was just written.
+        # The JSON above contains the comparison.
         output.without_json().finish(result.comparison, footer=_predicted_and_measured(result))
 
 

@@ -1,4 +1,4 @@
-"""The command `report`: stored results again."""
+"""The command `report`: reports from stored results."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from prism_gguf.cli.output import Output, output_options
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULT.json…")
 @output_options
 def report(results: tuple[Path, ...], **options: Any) -> None:
-    """Show stored results again, as table, page or model card, without any model.
+    """Show stored results as table, page or model card.
 
-    RESULT.json is what `compare`, `demo`, `sweep` or `quantize --verify` wrote with --json. Several are put together where
-    they are of the same reference and text.
+    Runs no model. RESULT.json is a result of `compare`, `demo`, `sweep` or `quantize --verify`, written with --json.
+    Several results of the same reference and text become one.
 
     Exit code: 0 if the report was made, 2 if not.
     """

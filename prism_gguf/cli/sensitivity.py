@@ -28,14 +28,18 @@ from prism_gguf.cli.output import watching
 @main.command()
 @click.argument("reference")
 @click.option(
-    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Sensitivities to write, JSON."
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="JSON file for the sensitivities.",
 )
 @imatrix_option
 @click.option(
     "--smoothed",
     type=click.Path(path_type=Path),
     metavar="SMOOTH-F16.gguf",
-    help="Of this file, which `prism-gguf smooth` made of REFERENCE; --imatrix is then the one beside it.",
+    help="Measure this file, which `prism-gguf smooth` made from REFERENCE, with the importance matrix beside it.",
 )
 @types_option
 @calibration_options("the gradients", windows=40, n_ctx=256)
@@ -57,8 +61,8 @@ def sensitivity(
 ) -> None:
     """Predict what each tensor costs in each type, in nats.
 
-    Measured once on REFERENCE, a checkpoint directory or hub id, for any budget of `prism-gguf advise`. Killed at any
-    moment, the next run goes on where this one was.
+    REFERENCE is a checkpoint directory or hub id. One measurement serves any budget of `prism-gguf advise`. If the run is
+    killed, the next run continues from there.
     """
     from prism_gguf.reports.advice import print_sensitivity
     from prism_gguf.reports.terminal import console

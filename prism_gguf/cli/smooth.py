@@ -33,16 +33,19 @@ from prism_gguf.cli.output import watching, write_json
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
     metavar="SMOOTH-F16.gguf",
-    help="File to write; its importance matrix goes beside it, as SMOOTH-F16.imatrix.gguf.",
+    help="File to write. Its importance matrix is written beside it, as SMOOTH-F16.imatrix.gguf.",
 )
 @click.option(
     "--type",
     "ftype",
     metavar="FTYPE",
-    help="llama.cpp's own mix that it will be quantized to. Default: Q4_K_M; neighbours gain nearly as much.",
+    help="llama.cpp's own mix to quantize the file to later. Default: Q4_K_M; similar mixes gain nearly as much.",
 )
 @click.option(
-    "--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Or the recipe that it will be quantized by."
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Recipe to quantize the file with later, instead of --type.",
 )
 @imatrix_option
 @click.option(
@@ -52,7 +55,7 @@ from prism_gguf.cli.output import watching, write_json
     metavar="N",
     default=8,
     show_default=True,
-    help="Random steps that refine the scales of each site, once their exponents are chosen.",
+    help="Random steps that refine the scales of each site, after its exponent is chosen.",
 )
 @calibration_options("the activations", windows=40, n_ctx=256)
 @threads_option
@@ -62,7 +65,7 @@ from prism_gguf.cli.output import watching, write_json
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace SMOOTH-F16.gguf if it exists, and go on where memory or disk will clearly not do.",
+    help="Replace SMOOTH-F16.gguf if it exists, and continue even if memory or disk looks insufficient.",
 )
 @trust_option
 @json_option
@@ -82,10 +85,10 @@ def smooth(
 ) -> None:
     """Rescale F16.gguf so that quantizing it costs less.
 
-    REFERENCE is the checkpoint directory or hub id that it was converted from. Scales are moved between norms and matrices
-    along symmetries that leave the function alone: no byte more, and every llama.cpp runs the result. They are searched
-    under the rounding of the types to come, and nothing is written unless llama.cpp computes the same with them (KLD below
-    1e-4 nats). Killed at any moment, the next run goes on where this one was.
+    REFERENCE is the checkpoint directory or hub id that F16.gguf was converted from. Scales move between norms and
+    matrices along symmetries that do not change the function. The file does not grow, and every llama.cpp runs it. The
+    search applies the rounding of the later types. The file is written only if llama.cpp computes the same function
+    with it (KLD below 1e-4 nats). If the run is killed, the next run continues from there.
     """
     from prism_gguf.quantization.types import types_to_come
     from prism_gguf.reports.smoothing import print_smoothed

@@ -40,15 +40,19 @@ from prism_gguf.cli.output import Output, output_options, watching
 )
 @imatrix_option
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the files. Default: that of BASE.gguf."
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the files. Default: the folder of BASE.gguf.",
 )
-@click.option("--delete", is_flag=True, help="Delete each file that was made once it is measured.")
+@click.option("--delete", is_flag=True, help="Delete each new file after it is measured.")
 @click.option(
     "--budget", metavar="SIZE", help="Largest file: 5.2GiB, 900MiB, 4.8bpw or same-as:Q4_K_M. Default: the profile's."
 )
 @smooth_option
 @click.option(
-    "--allow-requantize", is_flag=True, help="Let BASE.gguf be quantized already; its loss adds to each file's."
+    "--allow-requantize",
+    is_flag=True,
+    help="Accept a BASE.gguf that is already quantized; its loss adds to each file's.",
 )
 @evaluation_options("the profile's, else the packaged text")
 @judging_options
@@ -68,12 +72,11 @@ def sweep(
 ) -> None:
     """Make a profile's files from BASE.gguf and compare them.
 
-    Each is compared with the reference as soon as it is made. BASE.gguf is F16, BF16 or F32, and the control. The
-    profile's gates, text, windows and budget count where the command line gives none. Files that an earlier sweep
-    made of the same base are not made again.
+    Each file is compared with the reference as soon as it is made. BASE.gguf is F16, BF16 or F32, and is the control.
+    The profile's limits, text, windows and budget apply unless the command line gives others. Files that an earlier
+    sweep made from the same base are reused.
 
-    Exit code: 0 if all is well, 1 if a limit is broken, the conversion is, or no file fits the budget; 2 if something could
-    not be done.
+    Exit code: 0 if all is well, 1 if a limit or the conversion is broken or no file fits the budget, 2 if a step failed.
     """
     from prism_gguf.formats.budget import Budget
     from prism_gguf.quantization.profiles import load_profile

@@ -1,4 +1,4 @@
-"""How large a file may be: ``5.2GiB``, ``900MiB``, ``4.8bpw`` or ``same-as:Q4_K_M``."""
+"""Size budgets: ``5.2GiB``, ``900MiB``, ``4.8bpw`` or ``same-as:Q4_K_M``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Budget:
         """Read a budget; units in any case.
 
         Raises:
-            InvalidBudgetError: it cannot be read, or is nothing.
+            InvalidBudgetError: it cannot be parsed, or is zero.
         """
         text = text.strip()
         if text.lower().startswith("same-as:"):
@@ -53,8 +53,8 @@ class Budget:
 
         Args:
             n_parameters: of the model.
-            overhead: bytes of a file that are no tensor data.
-            size_of: bytes of the file that an ftype makes.
+            overhead: bytes of a file that are not tensor data.
+            size_of: file size in bytes of an ftype.
         """
         if self.n_bytes is not None:
             return self.n_bytes

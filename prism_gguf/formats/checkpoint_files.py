@@ -1,4 +1,4 @@
-"""The safetensors of a checkpoint: which files, and what their headers say; no weight is read."""
+"""The safetensors files of a checkpoint and their headers, without any weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prism_gguf.system.errors import InvalidModelError
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that transformers reads of a checkpoint's folder; publishers may have put others beside them.
+    """The safetensors files that transformers reads from a checkpoint folder. Publishers may add other files.
 
     Raises:
         InvalidModelError: the index of several parts is damaged.
@@ -33,14 +33,14 @@ def tensor_headers(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """``dtype``, ``shape`` and ``data_offsets`` of every tensor by its name.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or is no safetensors.
+        OSError, ValueError: a file cannot be read, or is not a safetensors file.
     """
     headers: dict[str, dict[str, Any]] = {}
     for file in files:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > file.stat().st_size:
-                raise ValueError(f"{file}: no safetensors")
+                raise ValueError(f"{file}: not a safetensors file")
             headers |= json.loads(stream.read(length))
     headers.pop("__metadata__", None)
     return headers

@@ -1,4 +1,4 @@
-"""What tells one model from another: the content of its files, not its name."""
+"""Fingerprints of models, from the content of their files, not their names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from prism_gguf.system.cache import file_digest
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.progress import Progress, no_progress, part
 
-# What of a checkpoint folder decides what it computes: weights, configuration, tokenizer, its own code.
+# The files of a checkpoint folder that decide its results: weights, configuration, tokenizer, its own code.
 _CHECKPOINT_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a path is taken for a GGUF file."""
+    """Whether a path counts as a GGUF file."""
     return str(path).endswith(".gguf")
 
 
@@ -26,14 +26,14 @@ def is_hub_id(reference: str) -> bool:
 
 
 def is_checkpoint(candidate: str) -> bool:
-    """Whether a candidate is a checkpoint folder or a hub id; everything else is taken for a GGUF."""
+    """Whether a candidate is a checkpoint folder or a hub id. Everything else counts as a GGUF."""
     return not is_gguf(candidate) and (Path(candidate).is_dir() or is_hub_id(candidate))
 
 
 def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progress) -> str:
     """SHA-256 over the content of a GGUF or checkpoint folder, or ``id@commit`` of a model on the hub.
 
-    Hashing is repeated only for files whose size or time of change is another than last time.
+    A file is hashed again only if its size or modification time has changed.
 
     Raises:
         InvalidModelError: there is no such model.
@@ -61,5 +61,5 @@ def _hub_commit(model: str) -> str:
     try:
         config = cached_file(model, "config.json")
     except OSError as error:
-        raise InvalidModelError(f"{model}: not on the hub, or not to be had from here: {error}") from error
+        raise InvalidModelError(f"{model}: not on the hub, or not available: {error}") from error
     return f"{model}@{Path(str(config)).parent.name}"

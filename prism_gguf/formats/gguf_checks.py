@@ -1,6 +1,6 @@
-"""What llama.cpp aborts on instead of refusing it (src/llama-model.cpp, src/llama-vocab.cpp), found in a header beforehand.
+"""Checks of a GGUF header for faults that make llama.cpp abort (src/llama-model.cpp, src/llama-vocab.cpp).
 
-Not all of that is here: what remains ends the child process that llama.cpp runs in, and is one line too.
+The checks are not complete. Any other abort ends only the child process that llama.cpp runs in, and gives one line too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from prism_gguf.system.sanitize import one_line
 _MOST_BLOCKS, _MOST_EXPERTS = 4096, 65_536
 _ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 _MULTIPLIED = re.compile(r"(token_embd|output|blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps)?))\.weight")
-_NO_WEIGHTS = re.compile(r"I\d+|F64|Q8_1|Q8_K")  # ids, and what exists only inside products
+_NO_WEIGHTS = re.compile(r"I\d+|F64|Q8_1|Q8_K")  # ids, and types that exist only inside products
 
 
 def check_runnable(gguf: GgufFile) -> None:
-    """Refuse what llama.cpp would abort on.
+    """Refuse a file that llama.cpp would abort on.
 
     Raises:
-        InvalidModelError: with the first such thing.
+        InvalidModelError: names the first fault.
     """
     for problem in _problems(gguf):
         raise InvalidModelError(f"{gguf.path}: {problem}; llama.cpp cannot run it: convert it again")
@@ -59,7 +59,7 @@ def _problems(gguf: GgufFile) -> Iterator[str]:
         if is_vector and (tensor.name.endswith("norm.weight") or not _NO_WEIGHTS.fullmatch(tensor.type)):
             yield f"{tensor.name} is a vector of type {tensor.type}, which none has"
         if _NO_WEIGHTS.fullmatch(tensor.type) and _MULTIPLIED.fullmatch(tensor.name):
-            yield f"{tensor.name} is of type {tensor.type}, which nothing is multiplied by"
+            yield f"{tensor.name} is of type {tensor.type}, which llama.cpp cannot multiply by"
     if (repeated := _repeated_token(gguf)) is not None:
         yield f"its vocabulary has the token {repeated!r:.80} more than once"
 

@@ -1,4 +1,4 @@
-"""A GGUF as data: its tensors, types, output head, size and provenance, read without running the model."""
+"""A GGUF file as data: tensors, types, output head, size and provenance, without running the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.sanitize import one_line
 
-# Architectures that llama.cpp runs but that predict no next token.
+# Architectures that llama.cpp runs but that do not predict a next token.
 _NOT_CAUSAL = {
     "bert",
     "clip",
@@ -83,7 +83,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Fallback:
-    """A tensor that could not take the type its file's ftype stands for."""
+    """A tensor that could not take the type of its file's ftype."""
 
     tensor: str
     type: str
@@ -102,12 +102,12 @@ def counted(types: Iterable[str]) -> dict[str, int]:
 
 
 def row_block(kind: str) -> int:
-    """How many values of a row a ggml type packs together: rows must be a multiple of it."""
+    """Block size of a ggml type, in values. Row widths must be a multiple of it."""
     return int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0])
 
 
 def fallback_type(wanted: str, row_width: int) -> str:
-    """The type that llama.cpp takes where rows of ``row_width`` do not divide into ``wanted``'s blocks, or ``wanted``."""
+    """``wanted``, or llama.cpp's fallback type if ``row_width`` is not a multiple of ``wanted``'s block size."""
     if row_width % row_block(wanted) == 0:
         return wanted
     taken = _FALLBACKS.get(wanted, "F16")
@@ -115,7 +115,7 @@ def fallback_type(wanted: str, row_width: int) -> str:
 
 
 def find_fallbacks(tensors: Iterable[TensorInfo], promised: str) -> Iterator[Fallback]:
-    """The tensors that cannot have the type which the ftype ``promised`` stands for."""
+    """The tensors that cannot have the type of the ftype ``promised``."""
     if not re.match(r"(I?Q\d_(K|X|S|M)|TQ)", promised):
         return  # The type's blocks are 32 wide, or it is not quantized: nothing that could fall back.
     for tensor in tensors:
@@ -129,7 +129,7 @@ def find_fallbacks(tensors: Iterable[TensorInfo], promised: str) -> Iterator[Fal
 
 @dataclass(frozen=True)
 class Imatrix:
-    """What llama-quantize recorded of the importance matrix it was given."""
+    """The importance matrix as llama-quantize recorded it."""
 
     file: str | None
     dataset: str | None
@@ -169,11 +169,11 @@ class GgufFile:
         causal = self._scalar(f"{self.architecture}.attention.causal")
         if self.architecture in _NOT_CAUSAL or causal is False:
             raise InvalidModelError(
-                f"{self.path}: architecture '{self.architecture}' is no causal language model "
+                f"{self.path}: architecture '{self.architecture}' is not a causal language model "
                 "(an embedding, vision or encoder file); there is no next token to compare"
             )
         if "token_embd.weight" not in self._tensors:
-            raise InvalidModelError(f"{self.path}: has no token_embd.weight, so it is no complete language model")
+            raise InvalidModelError(f"{self.path}: has no token_embd.weight, so it is not a complete language model")
 
     def _check_head(self) -> None:
         head, bias = self._tensors[self.head_tensor.name], self._tensors.get("output.bias")
@@ -186,16 +186,16 @@ class GgufFile:
             )
 
     def metadata(self, key: str) -> Any:
-        """A metadata value, or None where the file has no such key."""
+        """A metadata value; None if the file has no such key."""
         return value_of(self.readers[0].get_field(key))
 
     def _scalar(self, key: str) -> str | int | float | bool | None:
-        """A metadata value that is no array, which may be as large as the file; None for one."""
+        """A metadata value; None for an array, which may be as large as the file."""
         field = self.readers[0].get_field(key)
         return None if field is None or field.types[0] == GGUFValueType.ARRAY else value_of(field)
 
     def number(self, key: str) -> int | float | None:
-        """A metadata value that is a number; None where the file has no such key.
+        """A metadata value that is a number; None if the file has no such key.
 
         Raises:
             InvalidModelError: it is a text, NaN or infinite.
@@ -217,15 +217,15 @@ class GgufFile:
         return self.text("general.architecture") or ""
 
     def check_context(self, n_ctx: int) -> None:
-        """Refuse windows that are longer than what the model was trained for.
+        """Refuse windows that are longer than the model's training context.
 
         Raises:
-            InvalidModelError: with the longest that will do.
+            InvalidModelError: names the longest window that works.
         """
         trained = self.number(f"{self.architecture}.context_length")
         if trained is not None and n_ctx > trained:
             raise InvalidModelError(
-                f"{self.path}: was trained for a context of {trained} tokens, and windows of {n_ctx} were asked for; use "
+                f"{self.path}: was trained for a context of {trained} tokens, and windows of {n_ctx} are too long; use "
                 f"--n-ctx {trained} or less"
             )
 
@@ -258,7 +258,7 @@ class GgufFile:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the token embedding serves as output head too."""
+        """Whether the token embedding is also the output head."""
         return "output.weight" not in self._tensors
 
     @cached_property
@@ -279,7 +279,7 @@ class GgufFile:
         return None if tensor is None else dequantize(tensor.data, tensor.tensor_type).reshape(-1)
 
     def padded(self, n_bytes: int) -> int:
-        """Bytes that a tensor of ``n_bytes`` takes in the file, which aligns each."""
+        """Bytes that a tensor of ``n_bytes`` takes in the file, alignment included."""
         return GGUFWriter.ggml_pad(n_bytes, int(self.readers[0].alignment))
 
     @cached_property
@@ -302,13 +302,13 @@ class GgufFile:
 
     @cached_property
     def recorded_ftype(self) -> str | None:
-        """The ftype that the file's metadata record, such as Q4_K_M."""
+        """The ftype that the file's metadata names, such as Q4_K_M."""
         value = self.number("general.file_type")
         return None if value is None else _FTYPE_NAMES.get(int(value), f"unknown ({value})")
 
     @cached_property
     def named_ftype(self) -> str | None:
-        """The ftype that the file's name promises."""
+        """The ftype in the file's name."""
         matches = _NAME_PATTERN.findall(self.path.name.removesuffix(".gguf"))
         return matches[-1].upper() if matches else None
 
@@ -319,7 +319,7 @@ class GgufFile:
     @cached_property
     def imatrix(self) -> Imatrix | None:
         if self.provenance.get("imatrix") is False:
-            return None  # the record is of the file that this one was requantized from
+            return None  # the metadata are from the file that this one was requantized from
         texts = [self.text(f"quantize.imatrix.{key}") for key in ("file", "dataset")]
         counts = [self.number(f"quantize.imatrix.{key}") for key in ("entries_count", "chunks_count")]
         if texts == counts == [None, None]:
@@ -330,7 +330,7 @@ class GgufFile:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What `prism-gguf quantize` recorded, without the keys' prefix; empty for files that others made."""
+        """Entries that `prism-gguf quantize` recorded, without the keys' prefix; empty for files of other tools."""
         keys = [key for key in self.readers[0].fields if key.startswith(PROVENANCE)]
         values = {key.removeprefix(PROVENANCE): self._scalar(key) for key in keys}
         return {key: one_line(v) if isinstance(v, str) else v for key, v in values.items() if isinstance(v, (str, int))}
@@ -343,12 +343,12 @@ class GgufFile:
 
     @cached_property
     def fallbacks(self) -> list[Fallback]:
-        """Tensors that llama.cpp gave another type because their rows do not divide into the wanted type's blocks."""
+        """Tensors with another type because their row width is not a multiple of the wanted type's block size."""
         return list(find_fallbacks(self.tensors, self.named_ftype or self.recorded_ftype or ""))
 
     @cached_property
     def n_vocab_tokens(self) -> int | None:
-        """Tokens in the vocabulary that are not mere padding of the embedding matrix, or None without a vocabulary."""
+        """Number of tokens without padding of the embedding matrix; None without a vocabulary."""
         if self.readers[0].get_field("tokenizer.ggml.tokens") is None:
             return None
         tokens = self.tokens()
@@ -359,14 +359,14 @@ class GgufFile:
         return count
 
     def tokens(self) -> list[bytes]:
-        """The texts of the vocabulary's tokens as they are stored; none without a vocabulary.
+        """The stored texts of the vocabulary's tokens; empty without a vocabulary.
 
         Raises:
-            InvalidModelError: they are no texts.
+            InvalidModelError: the tokens are not texts.
         """
         field = self.readers[0].get_field("tokenizer.ggml.tokens")
         if field is None:
             return []
         if field.types != [GGUFValueType.ARRAY, GGUFValueType.STRING]:
-            raise InvalidModelError(f"{self.path}: tokenizer.ggml.tokens is no list of texts")
+            raise InvalidModelError(f"{self.path}: tokenizer.ggml.tokens is not a list of texts")
         return [bytes(field.parts[i]) for i in field.data]

@@ -1,8 +1,8 @@
-"""gguf-py's reader for files of strangers: no count, length or offset is believed before it is held against the file.
+"""gguf-py's reader for untrusted files, which checks every count, length and offset against the file.
 
-What reading costs is bounded by that: some 50 µs and 4 kB for each tensor and metadata entry, of which a file may have
-16,384, and 200 bytes for each text of an array, of which it may have two million. What llama.cpp (ggml/src/gguf.cpp)
-refuses without saying why is refused here, with the reason.
+The checks limit the cost of reading: some 50 µs and 4 kB for each tensor and metadata entry (at most 16,384), and 200
+bytes for each text of an array (at most two million). Where llama.cpp (ggml/src/gguf.cpp) refuses a file without a
+reason, this reader refuses it with the reason.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MetadataEntry = tuple[str, Any, GGUFValueType, GGUFValueType | None]
 
 
 class _Damaged(ValueError):
-    """What is wrong with a file, in our own words."""
+    """A fault of a file, in the words of this package."""
 
 
 class _BoundedReader(GGUFReader):
-    """gguf-py's reader, which sees no byte behind the file's end, and reads arrays in one pass.
+    """gguf-py's reader with bounds checks, which reads arrays in one pass.
 
     The original makes several numpy views for each token, merge and score of a vocabulary: seconds for 50,000 tokens.
     """
@@ -100,8 +100,8 @@ class _BoundedReader(GGUFReader):
         return end - orig_offs, parts, list(range(2, len(parts))), [GGUFValueType.ARRAY, GGUFValueType.STRING]
 
     def _get_texts(self, at: int, count: int) -> tuple[list[memoryview], int]:
-        """The texts of an array whose first begins at byte ``at``, and where the last one ends."""
-        data = self.data.data  # as memory: slices of it are cheap
+        """The texts of an array that begins at byte ``at``, and the byte where the last text ends."""
+        data = self.data.data  # a memoryview: its slices are cheap
         if count * 8 > len(data) - at:
             raise _Damaged(f"an array of {count} texts runs past its end")
         self._texts_left -= count
@@ -122,7 +122,7 @@ class _BoundedReader(GGUFReader):
         if not 0 < len(name) <= _MAX_NAME:
             raise _Damaged(f"it has a tensor whose name has {length[0]} bytes; ggml takes 1 to {_MAX_NAME}")
         if _quoted(name) != bytes(name).decode("utf-8", "replace"):
-            raise _Damaged(f"the tensor name {_quoted(name)} has characters in it that cannot be printed")
+            raise _Damaged(f"the tensor name {_quoted(name)} has unprintable characters")
         n_dims = int(self._get(orig_offs + 8 + len(name), np.uint32)[0])
         if not 0 < n_dims <= _MAX_DIMS:
             raise _Damaged(f"tensor {_quoted(name)} has {n_dims} dimensions; ggml has 1 to {_MAX_DIMS}")
@@ -133,7 +133,7 @@ class _BoundedReader(GGUFReader):
         for field in fields:
             _, name, _, dims, raw_type, offset = field.parts
             n_bytes = _tensor_bytes(_quoted(name), [int(n) for n in dims], int(raw_type[0]))
-            # llama.cpp takes tensors only where they follow each other.
+            # llama.cpp accepts tensors only if they follow each other.
             if int(offset[0]) != due:
                 raise _Damaged(f"tensor {_quoted(name)} begins at byte {offset[0]} of the data, where {due} is due")
             if n_bytes > len(self.data) - begin - due:
@@ -176,7 +176,7 @@ def open_reader(path: Path) -> GGUFReader:
     try:
         return _BoundedReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, RuntimeError) as error:
-        # What we do not check ourselves, numpy and gguf-py say in their own words.
+        # numpy and gguf-py report the faults that are not checked here.
         reason = str(error) if isinstance(error, _Damaged) else f"{type(error).__name__}: {error}"
         raise InvalidModelError(
             f"{path}: cannot be read as GGUF, probably truncated or damaged: download or make it again "
@@ -185,7 +185,7 @@ def open_reader(path: Path) -> GGUFReader:
 
 
 def value_of(field: ReaderField | None) -> Any:
-    """A metadata value: number, bool, text or list; None for no field. Bytes that are not UTF-8 become U+FFFD."""
+    """A metadata value: number, bool, text or list; None without a field. Bytes that are not UTF-8 become U+FFFD."""
     if field is None:
         return None
     if field.types == [GGUFValueType.STRING]:
@@ -196,9 +196,9 @@ def value_of(field: ReaderField | None) -> Any:
 
 
 def metadata_entries(reader: GGUFReader) -> Iterator[MetadataEntry]:
-    """(key, value, type, item type of an array) of all metadata but the architecture, which a writer is made with.
+    """(key, value, type, item type of an array) of all metadata but the architecture, which a writer takes when made.
 
-    Texts that are not UTF-8 come as bytes, so that a copy has them as they are.
+    Texts that are not UTF-8 come as bytes, so that a copy has the same bytes.
     """
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
@@ -212,7 +212,7 @@ def metadata_entries(reader: GGUFReader) -> Iterator[MetadataEntry]:
 
 
 def entry_bytes(field: ReaderField) -> int:
-    """Bytes of a metadata entry: key, type, for an array its items' type and number, and values; lengths go with texts."""
+    """Bytes of a metadata entry: key, type, values, lengths of texts, and for an array its item type and count."""
     is_array, is_text = field.types[0] == GGUFValueType.ARRAY, field.types[-1] == GGUFValueType.STRING
     values = sum(field.parts[i].nbytes for i in field.data) + (8 * len(field.data) if is_text else 0)
     return 8 + len(field.name.encode()) + 4 + (12 if is_array else 0) + values

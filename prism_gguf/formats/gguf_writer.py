@@ -19,12 +19,12 @@ _KINDS = {str: GGUFValueType.STRING, bool: GGUFValueType.BOOL, int: GGUFValueTyp
 
 @dataclass(frozen=True)
 class NewTensor:
-    """What takes a tensor's place.
+    """A replacement for a tensor.
 
     Attributes:
-        kind: its type.
-        shape, dtype: of the array that ``values`` gives: elements for plain types, (rows, bytes per row) uint8 otherwise.
-        values: called when it is written.
+        kind: ggml type.
+        shape, dtype: of the array that ``values`` returns: elements for plain types, else (rows, bytes per row) uint8.
+        values: called when the tensor is written.
     """
 
     kind: GGMLQuantizationType
@@ -34,7 +34,7 @@ class NewTensor:
 
     @classmethod
     def of(cls, kind: GGMLQuantizationType, array: np.ndarray) -> NewTensor:
-        """One whose values are there already, perhaps as a memory map."""
+        """A replacement whose values are already available, perhaps as a memory map."""
         return cls(kind, array.shape, array.dtype, lambda: array)
 
     @property
@@ -50,7 +50,7 @@ def write_copy(
     *,
     progress: Progress = no_progress,
 ) -> None:
-    """Copy a GGUF, split ones too, to ``out``: every byte of the weights that are not ``changed`` as it is.
+    """Copy a GGUF, whole or split, to ``out``. Tensors that are not in ``changed`` keep every byte.
 
     Args:
         metadata: entries to add or to replace.
@@ -60,7 +60,7 @@ def write_copy(
     writer = GGUFWriter(out, source.architecture, endianess=endianness)
     writer.data_alignment = int(source.readers[0].alignment)
     for key, value, value_kind, item_kind in metadata_entries(source.readers[0]):
-        # The writer has no way to say an empty array.
+        # The writer cannot write an empty array.
         if not key.startswith("split.") and value != [] and key not in metadata:
             writer.add_key_value(key, value, value_kind, item_kind)
     for key, value in metadata.items():

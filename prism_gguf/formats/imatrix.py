@@ -1,4 +1,4 @@
-"""Importance matrices: how much each input column of a tensor counts when it is quantized."""
+"""Importance matrices: the weight of each input column of a tensor in quantization."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ImportanceMatrix:
 
     Attributes:
         weights: GGUF tensor name → (columns,) float32; (experts · columns,) for merged experts.
-        file, datasets, n_chunks: where it comes from, for the quantized file's metadata; None, empty or 0 where unknown.
+        file, datasets, n_chunks: its source, for the quantized file's metadata; None, empty or 0 if unknown.
     """
 
     weights: Mapping[str, np.ndarray]
@@ -35,7 +35,7 @@ class ImportanceMatrix:
 
 
 def imatrix_digest(imatrix: ImportanceMatrix | None) -> str | None:
-    """SHA-256 over the weights: where they come from does not change what is made of them. None for no matrix."""
+    """SHA-256 over the weights, without their source, which changes no result. None for no matrix."""
     if imatrix is None:
         return None
     digest = hashlib.sha256()
@@ -45,12 +45,13 @@ def imatrix_digest(imatrix: ImportanceMatrix | None) -> str | None:
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
-    """An importance matrix that llama-imatrix wrote, as GGUF or in its legacy format; what the file is decides.
+    """Read an importance matrix of llama-imatrix. The content decides between GGUF and the legacy format.
 
-    The means are llama-quantize's, to the bit: an expert that no token reached weighs all columns by one.
+    The means equal llama-quantize's, to the bit: an expert that no token reached weighs all columns by one.
 
     Raises:
-        InvalidImatrixError: no such file, no importance matrix, cut short, or with values that are no mean squares.
+        InvalidImatrixError: the file is missing, not an importance matrix, truncated, or has values that are not mean
+            squares.
     """
     path = Path(path)
     try:
@@ -107,7 +108,7 @@ def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.nd
     _check_values(path, f"{name}{_COUNTS}", counts)
     tokens = np.floor(counts.reshape(-1, 1).astype(np.float64) + 0.5).astype(np.float32)
     sums = sums.reshape(len(tokens), -1).astype(np.float32)
-    with np.errstate(all="ignore"):  # what is not finite is found afterwards
+    with np.errstate(all="ignore"):  # values that are not finite are found afterwards
         return np.where(tokens > 0, sums / np.maximum(tokens, 1), np.float32(1)).reshape(-1)
 
 
@@ -119,7 +120,7 @@ class _Bytes:
 
     def take(self, n: int) -> bytes:
         if not 0 <= n <= self.left:
-            raise InvalidImatrixError(f"{self.path}: no importance matrix, or one that was cut short")
+            raise InvalidImatrixError(f"{self.path}: not an importance matrix, or truncated")
         self._at += n
         return self._data[self._at - n : self._at]
 
@@ -139,18 +140,18 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
     weights: dict[str, np.ndarray] = {}
     n_entries = source.int32()
     if n_entries < 1:
-        raise InvalidImatrixError(f"{path}: no importance matrix (it names {n_entries} tensors)")
+        raise InvalidImatrixError(f"{path}: not an importance matrix (it names {n_entries} tensors)")
     for _ in range(n_entries):
         name, n_calls, n_values = source.text(), source.int32(), source.int32()
         values = np.frombuffer(source.take(4 * n_values), np.dtype("<f4")).astype(np.float32)
         if not n_values:
             raise InvalidImatrixError(f"{path}: {name} has no values; make the matrix again")
         weights[name] = values / np.float32(n_calls) if n_calls > 0 else values
-    # What follows was added over the years: first nothing, then the number of chunks, then the data's name.
+    # Later versions of the format add the number of chunks, then the data's name.
     n_chunks = source.int32() if source.left else 0
     dataset = source.text() if source.left else ""
     if source.left:
-        raise InvalidImatrixError(f"{path}: no importance matrix: {source.left} bytes follow where it should end")
+        raise InvalidImatrixError(f"{path}: not an importance matrix: {source.left} bytes follow where it should end")
     return ImportanceMatrix(weights, str(path), (dataset,) if dataset else (), n_chunks)
 
 
@@ -163,11 +164,11 @@ def write_imatrix(
     n_chunks: int,
     chunk_size: int,
 ) -> None:
-    """Write an importance matrix as llama-imatrix does: GGUF, or its legacy format where ``path`` ends in ``.dat``.
+    """Write an importance matrix as llama-imatrix does: GGUF, or its legacy format if ``path`` ends in ``.dat``.
 
     Args:
         sums: GGUF tensor name → sums of squared activations, (columns,) or (experts, columns).
-        counts: tensor name → tokens that each sum is over, a number or (experts,).
+        counts: tensor name → number of tokens in each sum, a number or (experts,).
         datasets: names of the texts, at least one; the legacy format keeps the last.
         n_chunks, chunk_size: windows that were read, and tokens in each.
 
@@ -200,7 +201,7 @@ def _write_gguf(
     import gguf
 
     writer = gguf.GGUFWriter(path, "imatrix")
-    writer.kv_data[0].clear()  # it is no model, and has no architecture
+    writer.kv_data[0].clear()  # it is not a model, and has no architecture
     writer.add_type("imatrix")
     writer.add_array(_DATASETS, list(datasets))
     writer.add_uint32(_CHUNK_COUNT, n_chunks)
@@ -218,7 +219,7 @@ def _write_gguf(
 def _write_legacy(
     path: Path, entries: Mapping[str, tuple[np.ndarray, np.ndarray]], datasets: Sequence[str], n_chunks: int, size: int
 ) -> None:
-    # As llama-imatrix: what no token reached at all is left out, an expert that none reached weighs everything by one.
+    # As llama-imatrix: a tensor that no token reached is left out; an expert that none reached weighs all columns by one.
     reached = {name: entry for name, entry in entries.items() if entry[1].any()}
     with path.open("wb") as file:
         file.write(struct.pack("<i", len(reached)))

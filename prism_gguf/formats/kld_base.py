@@ -20,7 +20,7 @@ def read_tokens(path: str | Path) -> TokenSource:
     """The token windows of a base-logits file.
 
     Raises:
-        InvalidTextError: the file is missing, no base-logits file, or cut short.
+        InvalidTextError: the file is missing, not a base-logits file, or truncated.
     """
     path = Path(path)
     try:

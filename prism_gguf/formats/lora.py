@@ -1,4 +1,4 @@
-"""LoRA adapters as GGUF: which one, how strong, whether it fits a model, and what it adds to a matrix.
+"""LoRA adapters as GGUF: file, scale, fit to a model, and the change of each matrix.
 
 llama.cpp adds scale · (alpha / rank) · B A x to a product W x (src/llama-adapter.h, ``get_scale``); where alpha is missing
 or zero, scale · B A x.
@@ -26,7 +26,7 @@ _EMBEDDING = "token_embd.weight"
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter's file, and the factor that it is applied with."""
+    """An adapter's file, and the factor that scales it."""
 
     path: str
     scale: float = 1.0
@@ -36,7 +36,7 @@ class LoraAdapter:
         """Read ``FILE`` or ``FILE:SCALE``.
 
         Raises:
-            InvalidAdapterError: there is no such file, or the scale is no number.
+            InvalidAdapterError: there is no such file, or the scale is not a number.
         """
         whole = str(text)
         path, colon, scale = whole.rpartition(":")
@@ -49,12 +49,12 @@ class LoraAdapter:
         if math.isfinite(factor):
             return cls._found(path, factor)
         if Path(path).is_file():
-            raise InvalidAdapterError(f"{whole}: scale '{scale}' is no number; write FILE:SCALE, such as {path}:0.5")
+            raise InvalidAdapterError(f"{whole}: scale '{scale}' is not a number; write FILE:SCALE, such as {path}:0.5")
         return cls._found(whole, 1.0)
 
     @property
     def at_scale(self) -> str:
-        """The scale in words, with a space before it; nothing for 1."""
+        """The scale in words, with a space before it; empty for 1."""
         return "" if self.scale == 1.0 else f" at scale {self.scale:g}"
 
     @classmethod
@@ -65,21 +65,21 @@ class LoraAdapter:
 
 
 def adapters(given: Iterable[LoraAdapter | str | Path]) -> tuple[LoraAdapter, ...]:
-    """What a caller gave, each as an adapter whose file can be read.
+    """The caller's adapters as ``Adapter``, each with a readable file.
 
     Raises:
-        InvalidAdapterError: one is missing, or no adapter.
+        InvalidAdapterError: a file is missing or not an adapter.
     """
     found = tuple(one if isinstance(one, LoraAdapter) else LoraAdapter.parse(one) for one in given)
     for adapter in found:
         AdapterFile(adapter.path)
         if not math.isfinite(adapter.scale):
-            raise InvalidAdapterError(f"{adapter.path}: scale {adapter.scale} is no number")
+            raise InvalidAdapterError(f"{adapter.path}: scale {adapter.scale} is not a number")
     return found
 
 
 def in_words(given: Iterable[LoraAdapter]) -> str:
-    """Such as ``a.gguf, b.gguf at scale 0.5``; nothing for none. As it is: reports print it harmlessly."""
+    """Names such as ``a.gguf, b.gguf at scale 0.5``; empty for none. Not sanitised: reports do that."""
     return ", ".join(Path(adapter.path).name + adapter.at_scale for adapter in given)
 
 
@@ -90,7 +90,7 @@ class AdapterFile:
         ignored: norms in it, which llama.cpp does not apply.
 
     Raises:
-        InvalidAdapterError: the file is missing, damaged, or no LoRA adapter.
+        InvalidAdapterError: the file is missing, damaged, or not a LoRA adapter.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -113,7 +113,7 @@ class AdapterFile:
             )
         alpha = value_of(self._reader.get_field("adapter.lora.alpha"))
         if not isinstance(alpha, (int, float, type(None))) or not math.isfinite(alpha or 0):
-            raise InvalidAdapterError(f"{self.path}: adapter.lora.alpha is no number; convert it again")
+            raise InvalidAdapterError(f"{self.path}: adapter.lora.alpha is not a number; convert it again")
         self._alpha = float(alpha or 0)
         tensors = {t.name: t for t in self._reader.tensors}
         self._pairs = dict(self._paired(tensors))
@@ -128,7 +128,7 @@ class AdapterFile:
         for name in dict.fromkeys(name.removesuffix(".lora_a").removesuffix(".lora_b") for name in halves):
             a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
             if a is None or b is None:
-                raise InvalidAdapterError(f"{self.path}: {name} has not both of lora_a and lora_b; convert it again")
+                raise InvalidAdapterError(f"{self.path}: {name} lacks lora_a or lora_b; convert it again")
             if other := [t for t in (a, b) if t.tensor_type.name not in UNQUANTIZED]:
                 raise InvalidAdapterError(
                     f"{self.path}: {other[0].name} is of type {other[0].tensor_type.name}; convert it again, as F32 or F16"
@@ -136,7 +136,7 @@ class AdapterFile:
             yield name, (a, b)
 
     def check_fits(self, model: GgufFile) -> None:
-        """Whether llama.cpp can apply this to a model.
+        """Check that llama.cpp can apply this adapter to a model.
 
         Raises:
             InvalidAdapterError: it is for another architecture, other tensors or shapes; or for a tied output head, whose
@@ -166,7 +166,7 @@ class AdapterFile:
                 )
 
     def update(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """B · alpha / rank (out, rank) and A (rank, in), float32, of a matrix; None where it is not adapted."""
+        """B · alpha / rank (out, rank) and A (rank, in), float32, of a matrix; None if it is not adapted."""
         if name not in self._pairs:
             return None
         a, b = (dequantize(t.data, t.tensor_type).astype(np.float32) for t in self._pairs[name])
@@ -174,5 +174,5 @@ class AdapterFile:
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    """Row-major, as numpy has it."""
+    """The shape in row-major order, as in numpy."""
     return tuple(int(n) for n in reversed(tensor.shape.tolist()))

@@ -1,4 +1,4 @@
-"""A mix: which type each tensor of a quantized file takes."""
+"""A mix: the type of each tensor of a quantized file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ UNQUANTIZED = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Mix:
-    """What `llama_model_quantize` shall make.
+    """The types for `llama_model_quantize`.
 
     Attributes:
-        ftype: llama.cpp's ftype, such as ``Q4_K_M``: the type of each tensor that nothing below names.
+        ftype: llama.cpp's ftype, such as ``Q4_K_M``, for each tensor that is not named below.
         output_type, embedding_type: ggml types of ``output.weight`` and ``token_embd.weight``; None leaves the ftype's.
         tensor_types: GGUF tensor name → ggml type, such as ``{"blk.0.ffn_down.weight": "Q6_K"}``.
-        pure: every tensor that is not named takes the ftype's own type, without llama.cpp's bumps.
+        pure: every tensor that is not named takes the ftype's own type, without llama.cpp's upgrades.
     """
 
     ftype: str
@@ -37,7 +37,7 @@ class Mix:
                 ggml_type(name)
 
     def patterns(self) -> list[tuple[str, GGMLQuantizationType]]:
-        """``tensor_types`` as llama.cpp takes them: regular expressions that match one tensor each."""
+        """``tensor_types`` in llama.cpp's form: regular expressions that match one tensor each."""
         return [(f"^{re.escape(name)}$", ggml_type(kind)) for name, kind in self.tensor_types.items()]
 
 
@@ -50,7 +50,7 @@ def ftype_value(name: str) -> int:
     for prefix in ("MOSTLY_", "ALL_"):
         if f"{prefix}{name.upper()}" in LlamaFileType.__members__:
             return LlamaFileType[f"{prefix}{name.upper()}"].value
-    raise InvalidProfileError(f"'{name}' is no ftype that llama.cpp knows (examples: Q8_0, Q4_K_M, IQ4_XS, F16)")
+    raise InvalidProfileError(f"'{name}' is not an ftype of llama.cpp (examples: Q8_0, Q4_K_M, IQ4_XS, F16)")
 
 
 def ggml_type(name: str) -> GGMLQuantizationType:
@@ -62,4 +62,6 @@ def ggml_type(name: str) -> GGMLQuantizationType:
     try:
         return GGMLQuantizationType[name.upper()]
     except KeyError:
-        raise InvalidProfileError(f"'{name}' is no ggml type (examples: Q6_K, Q4_K, F16; Q4_K_M is an ftype)") from None
+        raise InvalidProfileError(
+            f"'{name}' is not a ggml type (examples: Q6_K, Q4_K, F16; Q4_K_M is an ftype)"
+        ) from None

@@ -1,7 +1,7 @@
-"""Patterns over tensor names, as llama-quantize takes them: unanchored regular expressions, each with a type.
+"""Patterns over tensor names, in llama-quantize's form: unanchored regular expressions, each with a type.
 
-Builds of llama.cpp differ in which of two matching patterns wins. What is written here matches exactly the tensors that it
-lists, and no two patterns match the same one, so that all builds agree.
+Builds of llama.cpp differ in which of two matching patterns wins. Patterns written here match exactly the tensors that
+they list, and no two match the same tensor, so that all builds agree.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def _pattern(before: str, after: str, numbers: list[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    # Not re.escape, which also escapes what C++'s regular expressions know no escape for.
+    # Not re.escape, which also escapes characters that C++'s regular expressions cannot escape.
     return _SPECIAL.sub(r"\\\1", text)
 
 
 def listed(pattern: str) -> list[str] | None:
-    """The names that a pattern in ``group``'s form lists; None for one that has to be matched with a model's names."""
+    """The names that a pattern in ``group``'s form lists; None for a pattern that needs a model's names."""
     match = _LISTING.fullmatch(pattern)
     if match is None:
         return None
@@ -56,7 +56,7 @@ def expand(patterns: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """Pattern → type as tensor name → type, as llama.cpp finds it: searched anywhere in the name, the first match wins.
 
     Raises:
-        InvalidRecipeError: a pattern is no regular expression, or matches no tensor.
+        InvalidRecipeError: a pattern is not a regular expression, or matches no tensor.
     """
     compiled = {pattern: _compiled(pattern) for pattern in patterns}
     found: dict[str, str] = {}
@@ -74,9 +74,7 @@ def expand(patterns: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a character class that Python reads otherwise than C++ does
+            warnings.simplefilter("error")  # a character class that Python and C++ read differently
             return re.compile(pattern)
     except (re.error, Warning) as error:
-        raise InvalidRecipeError(
-            f"the pattern '{pattern}' is no regular expression that can be used: {error}"
-        ) from error
+        raise InvalidRecipeError(f"the pattern '{pattern}' is not a usable regular expression: {error}") from error

@@ -1,7 +1,7 @@
-"""A recipe: which type every tensor takes, and why, in all the formats that tools read.
+"""Recipes: the type of every tensor with its reason, in all the formats that tools read.
 
-YAML and JSON keep all of it. A tensor-type-file and a command line are what llama-quantize takes. A published GGUF holds a
-recipe too: the types that it has.
+YAML and JSON keep everything. llama-quantize takes a tensor-type-file or a command line. The types of a published GGUF
+are a recipe too.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Recipe", "expand", "group", "read_recipe", "recipe_of", "write_recipe"]
 
 SCHEMA = "prism-gguf/recipe/1"
-_LONGEST_VALUE = 200  # characters of what a file says of itself
+_LONGEST_VALUE = 200  # characters of a file's own description
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Types by tensor, and what is known of the file that they make.
+    """Types by tensor, with facts about the resulting file.
 
     Attributes:
-        ftype: llama.cpp's ftype, such as ``Q4_K_M``: the file's label, and what tensors take that are not listed.
+        ftype: llama.cpp's ftype, such as ``Q4_K_M``: the file's label, and the type of tensors that are not listed.
         tensor_types: GGUF tensor name → ggml type.
         name, description: for people.
-        base: file name of the GGUF that it was made for.
-        imatrix: file name of the importance matrix that it was made for; None for none.
+        base: file name of the GGUF that the recipe is for.
+        imatrix: file name of the importance matrix that the recipe is for; None for none.
         n_bytes, file_bytes: size of the tensors, and of the whole file.
         bits_per_weight: tensor bits per parameter.
-        predicted_kld, predicted_kld_se: KLD to the reference in nats per token, as far as it was estimated.
-        reasons: tensor name → one line that says why it has its type.
-        complete: every tensor that is quantized is listed, so that ``ftype`` decides nothing. Checked before work.
+        predicted_kld, predicted_kld_se: estimated KLD to the reference in nats per token, and its standard error.
+        reasons: tensor name → the reason for its type, one line.
+        complete: every quantized tensor is listed, so that ``ftype`` decides nothing. Checked before work.
     """
 
     ftype: str
@@ -77,11 +77,11 @@ class Recipe:
         return Mix(self.ftype, tensor_types=self.tensor_types)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, by tensor: what ``to_json`` writes."""
+        """The whole recipe by tensor, as ``to_json`` writes it."""
         return {"schema": SCHEMA, **{key: value for key, value in asdict(self).items() if not _is_empty(value)}}
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row a tensor: name, type, reason.
+        """A data frame with one row per tensor: name, type, reason.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -94,7 +94,7 @@ class Recipe:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def to_yaml(self) -> str:
-        """Short, for people: tensors of the same role and type on one line, as ``overrides`` of a profile are written."""
+        """Short form for people: tensors of the same role and type share a line, as in ``overrides`` of a profile."""
         data = self.to_dict()
         data["overrides"] = group(data.pop("tensor_types", {}))
         if "reasons" in data:
@@ -102,7 +102,7 @@ class Recipe:
         return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
     def to_tensor_type_file(self) -> str:
-        """For ``llama-quantize --tensor-type-file``: ``pattern=type`` lines, of which exactly one matches each tensor.
+        """``pattern=type`` lines for ``llama-quantize --tensor-type-file``. Exactly one line matches each tensor.
 
         Raises:
             InvalidRecipeError: a tensor has a name that such a file cannot hold.
@@ -115,7 +115,7 @@ class Recipe:
         """The llama-quantize command that follows this recipe, for a POSIX shell.
 
         Args:
-            tensor_type_file: where ``to_tensor_type_file`` was written; without it each pattern is an option of its own,
+            tensor_type_file: file with ``to_tensor_type_file``'s text; without it each pattern is an option of its own,
                 which also works where llama-quantize does not know ``--tensor-type-file``.
 
         Raises:
@@ -137,7 +137,7 @@ class Recipe:
         return " \\\n  ".join(shlex.join(part) for part in parts) + "\n"
 
     def formatted(self, kind: str) -> str:
-        """One of ``yaml``, ``json``, ``tensor-types`` and ``command`` (with names to be filled in where none is known)."""
+        """The recipe as ``yaml``, ``json``, ``tensor-types`` or ``command`` (with placeholders for unknown names)."""
         formats = {"yaml": self.to_yaml, "json": self.to_json, "tensor-types": self.to_tensor_type_file}
         return (
             formats[kind]() if kind in formats else self.to_command(self.base or "BASE.gguf", "OUT.gguf", self.imatrix)
@@ -157,14 +157,14 @@ class Recipe:
 
 
 def mix_digest(mix: Mix) -> str:
-    """SHA-256 of what decides a file's types."""
+    """SHA-256 of the entries that decide a file's types."""
     types = {name: kind.upper() for name, kind in sorted(mix.tensor_types.items())}
     parts = [mix.ftype.upper(), mix.output_type, mix.embedding_type, mix.pure, types]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def recipe_of(gguf: GgufFile) -> Recipe:
-    """The recipe that a GGUF was made by, as its tensors show it: one that makes the same types from its base."""
+    """The recipe of a GGUF, read from its tensors. It makes the same types from the same base."""
     types = {t.name: t.type for t in gguf.tensors if _may_be_quantized(t)}
     made = {key: one_line(str(value), _LONGEST_VALUE) for key, value in gguf.provenance.items()}
     file_name = one_line(gguf.path.name, _LONGEST_VALUE)
@@ -194,9 +194,9 @@ def _may_be_quantized(tensor: TensorInfo) -> bool:
 
 
 def _ftype_of(recorded: str | None, types: Iterable[str]) -> str:
-    """An ftype that lets llama.cpp follow these types: the recorded one if it does, else that of the commonest type.
+    """An ftype with which llama.cpp follows these types: the recorded one if possible, else that of the commonest type.
 
-    An unquantized ftype makes llama.cpp leave every override out.
+    An unquantized ftype makes llama.cpp ignore every override.
     """
     counts = Counter(types)
     quantized = {kind: n for kind, n in counts.items() if kind not in UNQUANTIZED}
@@ -220,11 +220,11 @@ def read_recipe(path: Path, *, names: Iterable[str] | None = None, ftype: str | 
     """A recipe from YAML or JSON (as written here), a tensor-type-file, or any GGUF.
 
     Args:
-        names: the tensors of the base. Needed only where a pattern lists no names, such as ``attn_v``.
-        ftype: what a tensor-type-file's other tensors take. Without it they may not exist (``Recipe.complete``).
+        names: the tensors of the base. Needed only if a pattern lists no names, such as ``attn_v``.
+        ftype: type for the tensors that a tensor-type-file omits. Without it, none may be omitted (``Recipe.complete``).
 
     Raises:
-        InvalidRecipeError: it cannot be read, has unknown keys or types, or a pattern that matches nothing.
+        InvalidRecipeError: the file cannot be read, has unknown keys or types, or a pattern that matches nothing.
         InvalidModelError: a GGUF that is damaged.
     """
     path = Path(path)
@@ -247,17 +247,15 @@ def read_recipe(path: Path, *, names: Iterable[str] | None = None, ftype: str | 
     except (InvalidRecipeError, InvalidProfileError) as error:
         raise InvalidRecipeError(f"{path}: {error}") from error
     if ftype is not None:
-        raise InvalidRecipeError(
-            f"{path}: says itself that the ftype is {recipe.ftype}; only a tensor-type-file does not"
-        )
+        raise InvalidRecipeError(f"{path}: has its own ftype, {recipe.ftype}; give one only with a tensor-type-file")
     return recipe
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
-    """Write a recipe in the format that the file's name asks for: .yaml, .json, or .txt for a tensor-type-file.
+    """Write a recipe in the format of the file's ending: .yaml, .json, or .txt for a tensor-type-file.
 
     Raises:
-        InvalidOutputError: another ending, or a folder that one cannot write to.
+        InvalidOutputError: the ending is another one, or the folder is not writable.
         InvalidRecipeError: the format cannot hold it.
     """
     path = Path(path)
@@ -297,7 +295,7 @@ def _from_mapping(data: Any, stem: str, names: Iterable[str] | None) -> Recipe:
         raise InvalidRecipeError(f"its schema is {data['schema']}, not {SCHEMA}; read it with the version that made it")
     for key, value in data.items():
         _check_kind(key, value)
-    # Exact names count before patterns. A listing pattern is its names, whether the base has them or not.
+    # Exact names take precedence over patterns. A listing pattern stands for its names, even if the base lacks them.
     types = {**expand_listed(data.get("overrides") or {}, names), **(data.get("tensor_types") or {})}
     reasons = {n: why for key, why in (data.get("reasons") or {}).items() for n in listed(key) or [key]}
     rest = {key: value for key, value in data.items() if key not in {"schema", *_MAPPINGS} and value is not None}
@@ -321,14 +319,14 @@ def _check_kind(key: str, value: Any) -> None:
 
 
 def expand_listed(patterns: Mapping[str, str], names: Iterable[str] | None) -> dict[str, str]:
-    """``expand``, with the names that patterns list, so that tensors which the base lacks are found out by name.
+    """``expand``, with the names that patterns list, so that errors can name tensors that the base lacks.
 
     Raises:
         InvalidRecipeError: as ``expand``; or a pattern lists no names, and none are given.
     """
     lists = {pattern: listed(pattern) for pattern in patterns}
     if names is None and (open_ended := [pattern for pattern, found in lists.items() if found is None]):
-        raise InvalidRecipeError(f"the pattern '{open_ended[0]}' says nothing without a model whose tensors it matches")
+        raise InvalidRecipeError(f"the pattern '{open_ended[0]}' needs a model with tensors that it matches")
     own = [name for found in lists.values() for name in found or []]
     return expand(patterns, dict.fromkeys([*own, *(names or ())]))
 
@@ -354,7 +352,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _ggml_name(kind: str) -> str:
-    """A type as ggml itself writes it, such as ``q4_K``."""
+    """A type in ggml's spelling, such as ``q4_K``."""
     return re.sub(r"_k$", "_K", kind.lower())
 
 

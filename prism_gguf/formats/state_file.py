@@ -1,8 +1,8 @@
-"""Hidden states on disk: block floating point, 2 bytes a value, window by window, safe against a kill at any moment.
+"""Hidden states on disk: block floating point, 2 bytes a value, by window, safe against a kill at any moment.
 
-Each token's values are cut into at most 32 blocks with one power-of-two exponent each, and stored as 16-bit integers
-below it. fp16 has the same size but spends five bits of every value on an exponent: on SmolLM2 its rounding costs
-3.6e-7 nats, a fifth of the F16 control's whole KLD, and this one 1.7e-8.
+Each token's values form at most 32 blocks. A block has one power-of-two exponent, and its values are 16-bit integers.
+fp16 has the same size but spends five bits of every value on an exponent. On SmolLM2, rounding to fp16 costs 3.6e-7
+nats, a fifth of the F16 control's whole KLD. Rounding to this format costs 1.7e-8 nats.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prism_gguf.system.errors import UndefinedMetricError
 
 _MAX_BLOCKS = 32
 _MANTISSA_BITS = 15
-# Exponents whose scale is still exact in float32.
+# Exponents whose scale is exact in float32.
 _LOWEST, _HIGHEST = -110, 127
 _WRITTEN = np.uint64(1 << 32)  # tells a window's checksum from the zeros of an empty file
 
@@ -58,17 +58,17 @@ def decode(mantissas: np.ndarray, exponents: np.ndarray) -> np.ndarray:
 
 
 class WindowFile:
-    """Arrays in a folder with one entry for each token window, which is there whole or not at all.
+    """Arrays in a folder with one entry for each token window. An entry is whole or absent.
 
     Args:
         n_windows: entries of each array.
         entries: shape and dtype of an entry, by the array's name.
-        writable: open for writing, keeping the windows that are there already; an array is made where it is missing or has
-            another shape.
+        writable: open for writing and keep the windows that exist. An array that is missing or has another shape is
+            created.
 
     Raises:
-        OSError: missing, or there is no room for it.
-        ValueError: not what was written.
+        OSError: a file is missing, or the disk has too little space.
+        ValueError: a file has another dtype or shape.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class WindowFile:
         self._checksums = _open(folder / "checksums.npy", (n_windows,), np.dtype(np.uint64), writable)
 
     def write(self, window: int, **entries: np.ndarray) -> None:
-        """Keep one window's entries; once this returns, a killed process leaves them whole."""
+        """Store one window's entries. After the return, a kill cannot damage them."""
         for name, entry in entries.items():
             self.arrays[name][window] = entry
             self.arrays[name].flush()
@@ -96,12 +96,12 @@ class WindowFile:
         self._checksums.flush()
 
     def has(self, window: int) -> bool:
-        """Whether a window was written, and is what was written."""
+        """Whether a window was written and is intact."""
         stored = self._checksums[window]
         return bool(stored) and bool(stored == self._checksum(window))
 
     def missing(self) -> list[int]:
-        """The windows that it does not have."""
+        """The windows that are missing."""
         return [window for window in range(len(self._checksums)) if not self.has(window)]
 
     def _checksum(self, window: int) -> np.uint64:
@@ -131,7 +131,7 @@ class StateFile(WindowFile):
         super().__init__(folder, n_windows, entries, writable=writable)
 
     def write_states(self, window: int, hidden: np.ndarray) -> None:
-        """Keep one window's states (scored positions, d) float32."""
+        """Store one window's states (scored positions, d) float32."""
         mantissas, exponents = encode(hidden)
         self.write(window, mantissas=mantissas, exponents=exponents)
 
@@ -148,7 +148,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, writable: bool) -
             return array
         if not writable:
             raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, not {dtype} {shape}")
-    except (OSError, ValueError):  # missing, or cut short before its header was whole
+    except (OSError, ValueError):  # missing, or truncated in its header
         if not writable:
             raise
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

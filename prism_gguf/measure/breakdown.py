@@ -16,7 +16,7 @@ _CONFIDENCE_EDGES = (0.0, 0.3, 0.6, 0.9, 0.99, 1.0)
 
 
 def break_down(tokens: TokenDivergence, windows: TokenWindows) -> Parts:
-    """Split what was measured on ``windows``."""
+    """Split the measurements on ``windows``."""
     clusters, positions = windows.window_of_token, windows.position_of_token
     domains = np.array(windows.domains)[clusters]
     edges = np.linspace(windows.first_scored, windows.n_ctx - 1, _POSITION_PARTS + 1).round().astype(int)

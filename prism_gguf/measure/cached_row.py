@@ -1,4 +1,4 @@
-"""A candidate's row of a comparison: what an earlier run has kept of it, or what measuring it gives."""
+"""A candidate's row of a comparison, from the cache or measured."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rows:
     worker: Worker
 
     def content(self, path: str, progress: Progress) -> str:
-        """What tells a candidate from others: its content, and its name, which says what it should be."""
+        """A candidate's identity: its content, and its name, which states its intended type."""
         return f"{self._fingerprint(path, progress)} {Path(path).name}"
 
     def _fingerprint(self, path: str, progress: Progress) -> str:

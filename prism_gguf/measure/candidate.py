@@ -92,7 +92,7 @@ def measure(
         ratio = math.sqrt(moments.candidate_square / moments.reference_square)
         shares, risk_shares = attribute(pair, decoded, ratio, weights, options.attribution_tokens, progress=progress)
     progress(0, 0, "bound")
-    # The bound speaks of states times weights: what the head's kernel adds to the gap is not its business.
+    # The bound covers states times weights, not the gap that the head's kernel adds.
     kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
     geometries = geometry_rows(features, heads, capture.k_feat, gap - kernel)
     served = None if decoded.logits.source == "runtime" else model.served_head()
@@ -130,7 +130,7 @@ def _overflowed(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _files(model: Model, head: OutputHead) -> CandidateResult:
-    """What the candidate's own files say of it: a row without measurements."""
+    """A row from the candidate's own files, without measurements."""
     stored, identity = model.stored(), model.identity
     return CandidateResult(
         path=identity.path,

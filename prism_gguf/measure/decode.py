@@ -27,7 +27,7 @@ _STATES, _RUNTIME, _WEIGHTS = "states", "runtime", "weights"  # folders of a can
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a candidate computed on the windows.
+    """A candidate's output on the windows.
 
     Attributes:
         hidden: (n_scored, d) float32, memory-mapped, in window order.
@@ -91,7 +91,7 @@ def stored_states(folder: Path) -> np.ndarray:
 
 
 def _kept(capture: Capture, folder: Path, **more: tuple[tuple[int, ...], type[np.generic]]) -> WindowFile:
-    """What is kept of each window: its states, and ``more``."""
+    """Arrays kept for each window: its states, and ``more``."""
     states = ((capture.windows.scored_per_window, capture.identity.hidden_size), np.float32)
     return WindowFile(folder, capture.windows.n_windows, {"hidden": states, **more}, writable=True)
 

@@ -1,4 +1,4 @@
-"""The tokens where a candidate diverges most, in their context, with what both models would have said."""
+"""The tokens where a candidate diverges most, in their context, with both models' predictions."""
 
 from __future__ import annotations
 

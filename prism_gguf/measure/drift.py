@@ -1,4 +1,4 @@
-"""After which block the drift begins: the residual streams of reference and candidate, compared block by block.
+"""Drift by block: the residual streams of reference and candidate, compared block by block.
 
 The final states say how far a candidate is from its reference; the stream after each block says where that came about. Both
 models run a few windows once more for it: the reference's streams are kept in the cache, a candidate's are compared as they
@@ -42,7 +42,7 @@ class StreamFile:
     """Residual streams after each block, on disk: a ``StateFile`` whose windows hold their blocks one after the other.
 
     Args:
-        windows: what was read; only the shape of what is scored counts.
+        windows: the token windows; only the shape of the scored part counts.
         shape: windows in the file, blocks, width.
         writable: as in ``StateFile``.
     """
@@ -74,10 +74,10 @@ class ReferenceLayers:
     """A reference's residual streams on disk.
 
     Attributes:
-        folder: where they lie.
+        folder: their location.
         numbers: which windows of the capture they are from.
         n_blocks: blocks of the model.
-        cost: what they cost this time.
+        cost: their cost in this run.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""What candidates are, by their headers alone: which can be measured, and why the others cannot."""
+"""Headers of candidates: which candidates can be measured, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def failed_row(path: str, error: PrismGgufError) -> CandidateResult:
 
 @dataclass
 class Headers:
-    """What was read of candidates, by path.
+    """Headers of candidates, by path.
 
     Attributes:
         ftypes: of those that can be measured; None for a checkpoint.
@@ -65,7 +65,7 @@ class Headers:
         """Whether there is anything to measure, ``n_others`` candidates that are still to be made among it.
 
         Raises:
-            InvalidModelError: with what is wrong with each.
+            InvalidModelError: names the fault of each.
         """
         if not self.ftypes and not n_others:
             errors = [row.error.message for row in self.failed.values() if row.error is not None]
@@ -105,5 +105,5 @@ def read_header(
 
 
 def short_name(path: str) -> str:
-    """What progress calls a candidate."""
+    """A candidate's name in progress messages."""
     return Path(path).name.removesuffix(".gguf") or path

@@ -1,4 +1,4 @@
-"""A candidate beside the reference's capture: whether they can be compared, and what both have."""
+"""A pair of candidate and reference capture: whether they can be compared, and the rows that they share."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Pair:
     """A candidate that can be compared with a reference.
 
     Attributes:
-        capture: what the reference computed.
+        capture: the reference's output.
         heads: both output heads, without a runtime's kernel, over the vocabulary rows that both have.
-        notes: what to tell the user.
+        notes: for the user.
         other_weights: where the candidate's are not the reference's, and that was allowed.
     """
 
@@ -112,7 +112,7 @@ def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair
     if found is None:
         found, said = _other_weights(capture, model)
     if found is not None and not variant:
-        raise IncompatibleModelsError(f"{candidate.path}: {said}; `compare --variant` measures it all the same")
+        raise IncompatibleModelsError(f"{candidate.path}: {said}; `compare --variant` measures it anyway")
     notes = [] if said is None else [said]
     if isinstance(model, LlamaCppModel) and (for_types := model.gguf.text(f"{SMOOTHED}_for")) is not None:
         notes.append(f"smoothed for {one_line(for_types, 40)}: scales were moved between norms and matrices")

@@ -1,4 +1,4 @@
-"""What is gathered over the hidden states of all scored tokens, in one pass: each metric of states is a row here.
+"""Metrics gathered over the hidden states of all scored tokens in one pass: a row here for each.
 
 A metric is a class with ``add`` (and, where its numbers have no place of their own in a result, ``numbers``). It holds
 sums, never states: memory is bounded by d × d.

@@ -1,4 +1,4 @@
-"""Whether a candidate was made of its reference's weights: what is beyond anything that quantization does to them."""
+"""Check that a candidate has its reference's weights: finds differences that quantization cannot explain."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class WeightSample:
 
 
 def read_sample(path: Path) -> WeightSample | None:
-    """What ``WeightSample.save`` wrote; None where there is none, as in captures of an earlier version.
+    """Read the output of ``WeightSample.save``; None if it is missing, as in captures of an earlier version.
 
     Raises:
         SafetensorError, ValueError, KeyError, TypeError: it is damaged.
@@ -201,7 +201,7 @@ class _Change:
     """One matrix against the reference's.
 
     Attributes:
-        differs: by what no rounding explains.
+        differs: by more than rounding explains.
         relative: ‖difference‖ / ‖reference‖.
         earlier: the type that the weights once had, where that explains a difference.
     """
@@ -295,7 +295,7 @@ def _largest(rows: np.ndarray) -> float:
 
 
 def _rounding(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """What ggml's quantizer adds to rows, without an importance matrix."""
+    """The error that ggml's quantizer adds to rows, without an importance matrix."""
     if kind.name in UNQUANTIZED:
         dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
         return torch.from_numpy(rows).to(dtype).float().numpy() - rows
@@ -325,7 +325,7 @@ def _likeness(name: str, rows: np.ndarray, moved: np.ndarray) -> float:
 
 
 def _in_words(other: OtherWeights, sample: WeightSample, gguf: GgufFile) -> str:
-    """What differs, and what the user probably did."""
+    """The difference, and its probable cause."""
     if other.kind == "merged-adapter":
         return (
             f"made of other weights: {other.matrices_changed} of {other.matrices} sampled matrices differ from the "
@@ -346,7 +346,7 @@ def _in_words(other: OtherWeights, sample: WeightSample, gguf: GgufFile) -> str:
 
 
 def _said(sample: WeightSample, gguf: GgufFile) -> str:
-    """What the file says of its origin."""
+    """The origin that the file records."""
     has_template = gguf.metadata("tokenizer.chat_template") is not None
     said = []
     if has_template and not sample.has_template:

@@ -1,4 +1,4 @@
-"""What each step takes, from a model's header, how much is read, and how fast the machine is. Pure functions.
+"""Costs of each step, from a model's header, the amount of text, and the machine's speed. Pure functions.
 
 Bytes follow from shapes. Seconds are operations over the machine's speed: the factors below were fitted on two cores of
 an Intel Xeon with AVX-512, and stand for what products and element-wise work really reach in torch and llama.cpp.
@@ -82,7 +82,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Costs:
-    """What steps take on one machine.
+    """Costs of steps on one machine.
 
     Attributes:
         speed: of the machine.
@@ -225,11 +225,11 @@ class Costs:
         return Estimate(seconds, _PROCESS + 5 * 64 * 2**20, disk={folder: kld_base_bytes(vocab, work)})
 
     def start(self) -> Estimate:
-        """A process, and what it loads."""
+        """A process with its loaded libraries."""
         return Estimate(self._alone(_START))
 
     def _alone(self, seconds: float) -> float:
-        """What one thread does."""
+        """Speed of one thread."""
         return seconds / max(self.speed.share, 0.01)
 
     def _products(self, operations: float) -> float:
@@ -240,7 +240,7 @@ class Costs:
 
 
 def costs_of(options: RunOptions) -> Costs:
-    """What steps take here and now, with models that run as ``options`` say."""
+    """Costs of steps on this machine, with the models' ``options``."""
     threads = options.threads or psutil.cpu_count(logical=False) or 1
     return Costs(speed(threads), memory(), (options.cache_type_k, options.cache_type_v))
 

@@ -1,4 +1,4 @@
-"""What smoothing multiplies rows by and divides columns by, tensor by tensor; and the file that keeps it."""
+"""Smoothing factors of rows (multiplied) and columns (divided), tensor by tensor, and their file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Factors:
 
     @property
     def digest(self) -> str:
-        """32 hexadecimal digits: what a smoothed file says of itself."""
+        """The digest that a smoothed file records: 32 hexadecimal digits."""
         digest = hashlib.sha256()
         for kind, values in (("rows", self.rows), ("columns", self.columns)):
             for name in sorted(values):
@@ -45,7 +45,7 @@ class Factors:
         return digest.hexdigest()[:32]
 
     def smoothed(self, imatrix: ImportanceMatrix) -> ImportanceMatrix:
-        """The importance matrix of the smoothed model, named as such: inputs grow by what columns shrink."""
+        """The importance matrix of the smoothed model, with a name that says so: inputs grow as columns shrink."""
         weights = dict(imatrix.weights)
         for name, columns in self.columns.items():
             if name in weights:
@@ -60,7 +60,7 @@ class Factors:
 
 
 def read_factors(path: Path) -> Factors:
-    """What ``Factors.save`` wrote.
+    """Read the output of ``Factors.save``.
 
     Raises:
         InvalidModelError: it is not there, or damaged.
@@ -83,7 +83,7 @@ def smoothing_of_imatrix(imatrix: ImportanceMatrix) -> str | None:
 
 
 def smoothing_digest(gguf: Path | GgufFile) -> str | None:
-    """What a GGUF says of the factors that smoothed it; None for any other.
+    """The digest of the factors that smoothed a GGUF; None for any other.
 
     Raises:
         InvalidModelError: it cannot be read.
@@ -101,19 +101,17 @@ def factors_of(gguf: Path, cache: Path) -> Factors:
     if digest is None:
         raise InvalidModelError(f"{gguf}: is no smoothed file; make one with `prism-gguf smooth`")
     if not re.fullmatch(r"[0-9a-f]{32}", digest) or not (file := factors_file(cache, digest)).is_file():
-        raise InvalidModelError(
-            f"{gguf}: was smoothed with factors that are not in {cache}; smooth the file that it was made of again"
-        )
+        raise InvalidModelError(f"{gguf}: was smoothed with factors that are not in {cache}; smooth its base again")
     return read_factors(file)
 
 
 def factors_file(cache: Path, digest: str) -> Path:
-    """Where the factors of this digest lie."""
+    """Path of the factors with this digest."""
     return cache / "smoothing" / f"{digest}.safetensors"
 
 
 def smoothed_imatrix_file(cache: Path, made_of: str) -> Path:
-    """Where the importance matrix that goes with a smoothed file lies: factors alone do not say which it was made of."""
+    """Path of a smoothed file's importance matrix; factors alone do not identify its source."""
     return cache / "smoothing" / f"{made_of}.imatrix.gguf"
 
 

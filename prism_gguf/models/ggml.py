@@ -91,7 +91,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _cpu_traits(type_value: int) -> _CpuTypeTraits | None:
-    """How the CPU backend multiplies by rows of a type; None where this build keeps that to itself."""
+    """How the CPU backend multiplies by rows of a type; None where this build does not export that."""
     lib = _find("ggml-cpu")
     if lib is None:
         return None

@@ -1,4 +1,4 @@
-"""A model as far as its cost goes, from its headers: shapes and bytes, no weight, and no library that runs it."""
+"""Headers of models, for estimates: shapes and bytes, without weights and without a runtime."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """What decides how much a model takes.
+    """The sizes that decide a model's cost.
 
     Attributes:
         is_gguf: runs in llama.cpp; otherwise in transformers.
@@ -72,7 +72,7 @@ class ModelHeader:
 def model_header(path: str) -> ModelHeader | None:
     """The header of a GGUF, or of a checkpoint's folder or hub id; None where it cannot be read, or is not here yet.
 
-    What is wrong with a model is said by what runs it, in better words.
+    The runtime reports faults of a model, with better messages.
     """
     try:
         if is_gguf(path):

@@ -37,7 +37,7 @@ _MAX_PROBE_ERROR = 1e-4
 
 
 class _HeadReached(Exception):
-    """Stops a forward pass in front of the output head, whose product nobody asked for."""
+    """Stops a forward pass before the output head, whose product is not needed."""
 
 
 def _logit_transform(config: Any) -> LogitTransform:
@@ -53,7 +53,7 @@ def _logit_transform(config: Any) -> LogitTransform:
 
 
 def _quantization(config: Any) -> str | None:
-    """The method that a checkpoint's weights were quantized by, such as gptq, awq, fp8; None where they were not."""
+    """The method that a checkpoint's weights were quantized by, for example gptq, awq, fp8; None if unquantized."""
     found = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
@@ -67,7 +67,7 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
     """Find out from a checkpoint's configuration, without its weights, whether it can be run over windows of ``n_ctx``.
 
     Raises:
-        InvalidModelError: there is none, it has no safetensors, or was trained for shorter windows.
+        InvalidModelError: it does not exist, has no safetensors, or was trained for shorter windows.
     """
     folder = Path(path)
     if is_capture(folder):
@@ -81,7 +81,7 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises what it likes for a configuration that makes no sense
-        what = "not on the hub, or not to be had from here" if is_hub_id(path) else "no checkpoint"
+        what = "not on the hub, or not reachable from here" if is_hub_id(path) else "no checkpoint"
         raise InvalidModelError(f"{path}: {what}: {_reason(error)}") from error
     if folder.is_dir() and not weight_files(folder):
         raise InvalidModelError(f"{path}: has no safetensors; save it with them (save_pretrained)")
@@ -129,7 +129,7 @@ class HuggingFaceModel:
             if self._quantization is not None:  # each method has a library of its own, with errors of its own
                 raise InvalidModelError(
                     f"{self._path}: is quantized ({self._quantization}), which transformers cannot run here "
-                    f"({_reason(error)}); name the checkpoint that it was made of, or an F16 or BF16 GGUF"
+                    f"({_reason(error)}); name its original checkpoint, or an F16 or BF16 GGUF"
                 ) from error
             reason = f"transformers cannot load it as a causal LM: {_reason(error)}"
             raise InvalidModelError(f"{self._path}: {reason}") from error
@@ -274,7 +274,7 @@ class HuggingFaceModel:
         )
 
     def served_head(self) -> OutputHead:
-        """The weights themselves: no kernel rounds anything."""
+        """The exact weights: no kernel rounds them."""
         return self.output_head()
 
     def output_head(self) -> OutputHead:
@@ -308,7 +308,7 @@ class HuggingFaceModel:
 
     @property
     def _folder(self) -> Path:
-        """Where the checkpoint's files lie; for a hub id, in the hub's own cache."""
+        """Folder of the checkpoint's files; for a hub id, in the hub's cache."""
         path = Path(self._path)
         return path if path.is_dir() else Path(str(cached_file(self._path, "config.json"))).parent
 
@@ -371,7 +371,7 @@ class HuggingFaceModel:
 
     def _passes(self, tokens: np.ndarray) -> Iterator[tuple[int, torch.Tensor, DynamicCache | None]]:
         """A window in pieces: the first position, token ids and key-value cache of each."""
-        # The last token's successor lies outside the window: nothing is scored there.
+        # The last token's successor is outside the window: that position is not scored.
         ids = torch.from_numpy(tokens[:-1].astype(np.int64))
         step, cache = len(ids), None
         if len(ids) > LONGEST_PASS and self._takes_cache:

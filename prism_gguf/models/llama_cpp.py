@@ -241,7 +241,7 @@ class LlamaCppModel:
     def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
         """The text of token ids; a character whose bytes are spread over several of them comes out whole.
 
-        ``errors``: what becomes of one that is not whole, as in ``bytes.decode``.
+        ``errors``: handling of an incomplete one, as in ``bytes.decode``.
         """
         return b"".join(map(self._piece_bytes, tokens)).decode("utf-8", errors)
 

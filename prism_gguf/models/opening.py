@@ -1,4 +1,4 @@
-"""Opening a model in the runtime that its kind asks for. For the worker."""
+"""Opens a model in the runtime of its kind. For the worker."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ ROWS_PER_CHUNK = 2048
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to ``hidden @ rows.T + bias`` before it calls the result logits.
+    """The transform from ``hidden @ rows.T + bias`` to a model's logits.
 
     Attributes:
         scale: factor (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
@@ -53,7 +53,7 @@ class OutputHead:
         n_rows, width: V and d.
         read_rows: ``(start, stop) -> (stop − start, d)`` float32, dequantized.
         bias: (V,) float32 or None.
-        transform: what follows the product.
+        transform: applied after the product.
         round_activations: (n, d) float32 hidden states as the runtime's kernel rounds them before it multiplies; None for
             the exact product of the rows.
     """

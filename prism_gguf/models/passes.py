@@ -1,4 +1,4 @@
-"""How much goes through a model at once: read by what runs models, and by what estimates the cost of running them."""
+"""Batch sizes of models, shared by the runtimes and the estimates."""
 
 LONGEST_PASS = 2048
 """Tokens that transformers runs at once; longer windows go through its cache."""

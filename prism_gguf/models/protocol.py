@@ -1,4 +1,4 @@
-"""One small protocol for every runtime: who the model is, how it reads text, its head, its final hidden states."""
+"""The protocol of every runtime: a model's identity, tokenizer, output head and final hidden states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch is loaded where models run; results name models witho
 
 @dataclass(frozen=True)
 class WindowStates:
-    """What a model computed at the scored positions ``[start, stop)`` of one token window.
+    """A model's output at the scored positions ``[start, stop)`` of one token window.
 
     Attributes:
         start, stop: positions within the window.
@@ -39,7 +39,7 @@ class LayerStates:
 
     Attributes:
         start, stop: positions within the window.
-        hidden: what each block added up to, in order: (stop − start, d) float32 each, the last before the final norm.
+        hidden: the residual stream after each block, (stop − start, d) float32 each, all before the final norm.
     """
 
     start: int
@@ -63,7 +63,7 @@ class Model(Protocol):
         ...
 
     def served_head(self) -> OutputHead | None:
-        """What makes the logits that the model serves of its final states; None where only the runtime itself can."""
+        """The head that gives the served logits from the final states; None where only the runtime can."""
         ...
 
     def head_source(self) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Where scales can be moved between tensors without changing what a model computes, by architecture.
+"""Sites where scales can move between tensors without changing the model's function, by architecture.
 
 A site multiplies something (a norm's gains, or rows of a matrix with their bias) and divides the columns of every matrix
 that reads it by the same. Each follows from the graph that llama.cpp builds (src/models/*.cpp):
@@ -83,7 +83,7 @@ ARCHITECTURES: dict[str, tuple[_Kind, ...]] = {
 """GGUF architecture → its symmetries; tests run a random model of each in llama.cpp, before and after."""
 
 
-# Where the norm before them is missing, these read what is none of this table's business (OLMo 2).
+# Where the norm before them is missing (OLMo 2), their input is not in this table.
 _READ_NO_SITE = {"attn_q.weight", "attn_k.weight", "ffn_gate.weight"}
 
 
@@ -110,7 +110,7 @@ class Site:
 
     @property
     def bias(self) -> str:
-        """What goes with the source, if there is such a tensor."""
+        """The source's bias, if the model has one."""
         return self.source.removesuffix("weight") + "bias"
 
     def columns(self, scales: np.ndarray) -> np.ndarray:
@@ -149,7 +149,7 @@ def find_sites(gguf: GgufFile) -> tuple[list[Site], dict[str, str]]:
 
 
 def _site(block: str, kind: _Kind, tensors: dict[str, TensorInfo], heads: int) -> Site | str | None:
-    """A site, or why there is none; None where the block has no such tensors."""
+    """A site, or the reason that it is missing; None where the block lacks its tensors."""
     source = tensors.get(f"{kind.source}.weight")
     followers = [tensors[f"{name}.weight"] for name in kind.followers if f"{name}.weight" in tensors]
     if source is None or not followers:

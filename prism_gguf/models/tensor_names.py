@@ -1,4 +1,4 @@
-"""Which parameter of a checkpoint is which tensor of its GGUF, by gguf-py's own map."""
+"""Names of a checkpoint's parameters as tensors of its GGUF, by gguf-py's map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What quantizing will give, to the byte, and everything that could go wrong with it: known before any work is done.
+"""The plan of a quantized file: its exact size, and every possible fault, before any work begins.
 
 A plan rests on llama.cpp's own dry run. What llama.cpp would do silently (another type where rows do not divide, a pattern
 that matches nothing, a tensor that the importance matrix leaves out) is said here.
@@ -60,7 +60,7 @@ def plan(
         what: a recipe, or a mix; ``name`` says where a mix comes from.
         requantize: allow a base that is quantized already.
         metadata: to write beside the provenance.
-        quantizer: what makes the file, one of ``QUANTIZERS``.
+        quantizer: the quantizer's name, one of ``QUANTIZERS``.
 
     Raises:
         InvalidModelError: the base cannot be read, or is quantized and that was not allowed.
@@ -110,7 +110,7 @@ def check_types(wanted: Mapping[str, str], gguf: GgufFile) -> None:
     """Whether a base has these tensors, and rows that divide into these types' blocks.
 
     Raises:
-        InvalidRecipeError: with the names of what is wrong.
+        InvalidRecipeError: names the faulty tensors or types.
     """
     tensors = {t.name: t for t in gguf.tensors}
     if unknown := [name for name in wanted if name not in tensors]:
@@ -151,7 +151,7 @@ def planned_file_bytes(gguf: GgufFile, tensors: Iterable[TensorInfo], metadata: 
 
     Args:
         tensors: every tensor with its future type and size.
-        metadata: what is added; it takes the place of entries of the same name.
+        metadata: added; replaces entries of the same name.
     """
     entries = {key: n for key, n in gguf.metadata_bytes.items() if key not in _SPLIT_KEYS}
     written = {"general.quantization_version": 0, "general.file_type": 0, **metadata}
@@ -222,7 +222,7 @@ def _cut(text: str) -> str:
 
 
 def _named_types(mix: Mix, gguf: GgufFile) -> dict[str, str]:
-    """What a mix asks for by tensor name, its output and embedding type included."""
+    """The types of a mix by tensor name, with its output and embedding type."""
     names = {t.name for t in gguf.tensors}
     types = {name: kind.upper() for name, kind in mix.tensor_types.items()}
     if mix.embedding_type is not None:
@@ -238,7 +238,7 @@ def _named_types(mix: Mix, gguf: GgufFile) -> dict[str, str]:
 def _check_planned(
     wanted: Mapping[str, str], planned: Mapping[str, str], mix: Mix, gguf: GgufFile, complete: bool
 ) -> None:
-    """What llama.cpp will do is what was asked for."""
+    """Check that llama.cpp will use the requested types."""
     stored = {t.name: t.type for t in gguf.tensors}
     for name, kind in wanted.items():
         found = planned[name]

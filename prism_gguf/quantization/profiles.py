@@ -1,4 +1,4 @@
-"""quant_profiles: declarative lists of the files to make from one base GGUF, and what they must keep."""
+"""quant_profiles: declarative lists of the files to make from one base GGUF, and their limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prism_gguf.results.gates import Gate
 from prism_gguf.system.errors import InvalidProfileError, PrismGgufError
 
 _PACKAGE = Path(__file__).parents[1]
-# In the wheel the profiles lie inside the package; in a checkout, beside it.
+# In the wheel the profiles are inside the package; in a checkout, beside it.
 _FOLDERS = (_PACKAGE / "quant_profiles", _PACKAGE.parent / "quant_profiles")
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class ProfileEntry(BaseModel):
         return self
 
     def mix(self, tensors: Sequence[str] = ()) -> Mix:
-        """What llama.cpp shall make of a model with these tensors.
+        """The mix for a model with these tensors.
 
         Raises:
             InvalidRecipeError: an override matches none of them.
@@ -169,7 +169,7 @@ def load_profile(name_or_path: str) -> Profile:
     """A packaged profile by name, or a YAML file by path.
 
     Raises:
-        InvalidProfileError: not found, not YAML, or not what a profile is; the message names file, entry and key.
+        InvalidProfileError: not found, not YAML, or not a profile; the message names file, entry and key.
     """
     candidates = [Path(name_or_path), *(folder / f"{name_or_path}.yaml" for folder in _FOLDERS)]
     path = next((p for p in candidates if p.is_file()), None)

@@ -1,4 +1,4 @@
-"""What can make a quantized file: each quantizer is a module with two functions, and a row here."""
+"""Quantizers: each is a module with two functions, and a row here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Quantizer(Protocol):
     """A module that quantizes. Both functions run in the worker."""
 
     def planned_types(self, base: Path, mix: Mix, imatrix: Path | None, *, progress: Progress) -> dict[str, str]:
-        """The ggml type of every tensor that ``write`` would give; nothing is written."""
+        """The ggml type of every tensor that ``write`` would give; writes no file."""
         ...
 
     def write(self, plan: Plan, out: Path, threads: int, *, progress: Progress) -> None:
@@ -35,7 +35,7 @@ def quantizer(name: str) -> Quantizer:
     """One of ``QUANTIZERS``.
 
     Raises:
-        InvalidBackendError: there is none of this name.
+        InvalidBackendError: no quantizer has this name.
     """
     if name not in QUANTIZERS:
         raise InvalidBackendError(f"no quantizer '{name}'; there are {', '.join(sorted(QUANTIZERS))}")

@@ -1,4 +1,4 @@
-"""Which types a file shall take: by a recipe, an entry of a profile, or one of llama.cpp's ftypes."""
+"""The types of a file: from a recipe, an entry of a profile, or one of llama.cpp's ftypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized files made from one base: in the worker, whole or not at all, and known again by what they were made of."""
+"""Quantized files made from one base: in the worker, atomically, and identified by a digest of their ingredients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Workshop:
 
     Attributes:
         base: the GGUF to quantize.
-        folder: where the files go; made where there is none.
+        folder: for the files; created if missing.
         options: how the quantizer runs.
         watch: told of the work, file by file.
         allow_requantize: the base may be quantized already.
@@ -50,7 +50,7 @@ class Workshop:
         return model_fingerprint(str(self.base), self.options.cache_folder, progress)
 
     def plan(self, worker: Worker, name: str, mix: Mix, imatrix: Path | None = None) -> Plan:
-        """What the file of this name will be, and what it is made of.
+        """The plan of the file with this name, and the digest of its ingredients.
 
         Raises:
             PrismGgufError: as in ``quantization.plan.plan``.
@@ -67,10 +67,10 @@ class Workshop:
         )
 
     def build(self, worker: Worker, name: str, planned: Plan) -> bool:
-        """Make one file, unless the very same was made before; whether it had to be made.
+        """Make one file unless it already exists and is up to date; return whether it was made.
 
         Raises:
-            InvalidModelError: a file that was not made here is in the way.
+            InvalidModelError: a file of that name exists and was not made by this package.
             InvalidOutputError: the folder cannot be written to.
             LimitError: the disk is too full.
             RuntimeFailureError: llama.cpp refused or failed.
@@ -84,7 +84,7 @@ class Workshop:
                     return False
                 if found is None:
                     raise InvalidModelError(
-                        f"{out}: is in the way, and was not made here; move it or name another folder"
+                        f"{out}: already exists and was not made by prism-gguf; move it or name another folder"
                     )
             make(planned, out, self.options, worker, progress, overwrite=True)
         return True

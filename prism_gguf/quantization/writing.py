@@ -1,4 +1,4 @@
-"""Writing a planned file: whole or not at all, and known again by what it was made of."""
+"""Writes a planned file atomically, and identifies it by a digest of its ingredients."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from prism_gguf.system.worker import Worker
 
 
 def made_of(fingerprint: str, what: Recipe | Mix, imatrix: Path | None, quantizer: str = LLAMA_CPP) -> str:
-    """A digest of all that decides a file's content: the base's fingerprint, the types, the imatrix, what quantizes."""
+    """A digest of all that decides a file's content: the base's fingerprint, the types, the imatrix, the quantizer."""
     matrix = None if imatrix is None else read_imatrix(imatrix)
     other = [] if quantizer == LLAMA_CPP else [quantizer]
     return key_of([fingerprint, what, imatrix_digest(matrix), version("llama-cpp-python"), *other])
 
 
 def recorded_made_of(path: Path) -> str | None:
-    """What a file says it was made of; None for one that is none, or was not made here."""
+    """The digest that a file records; None if it is not a GGUF, or was not made by this package."""
     try:
         return GgufFile(path).text(MADE_OF)
     except InvalidModelError:
@@ -69,7 +69,7 @@ def check_output(out: Path, base: Path, *, overwrite: bool = False) -> None:
     if out.suffix != ".gguf":
         raise InvalidOutputError(f"{out}: the file to make ends in .gguf")
     if not out.parent.is_dir():
-        raise InvalidOutputError(f"{out}: there is no folder {out.parent}")
+        raise InvalidOutputError(f"{out}: the folder {out.parent} does not exist")
     if out.exists() and any(part.exists() and out.samefile(part) for part in split_parts(base)):
         raise InvalidOutputError(f"{out}: is the base itself; name another file")
     if out.is_dir() or (out.exists() and not overwrite):
@@ -77,7 +77,7 @@ def check_output(out: Path, base: Path, *, overwrite: bool = False) -> None:
 
 
 def estimate_making(plans: Iterable[Plan], folder: Path, options: RunOptions, *, keep: bool = True) -> Estimate:
-    """What making files takes: all of them on disk, or the largest alone."""
+    """The cost of making files: all of them on disk, or the largest alone."""
     costs, found, sizes = costs_of(options), Estimate(), [0]
     for plan in plans:
         found += costs.quantizing([(t.type, t.n_elements) for t in plan.tensors])

@@ -27,7 +27,7 @@ def plain_table(first: str, *others: str) -> Table:
 
 
 def print_sensitivity(found: Sensitivity, out: Console) -> None:
-    """The tensors that cost most, the sum by type, and what was left out."""
+    """Print the most expensive tensors, the sum by type, and the parameters that were left out."""
     types = list(dict.fromkeys(kind for t in found.tensors for kind in t.costs))
     shown = [
         kind for kind in ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K") if kind in types
@@ -51,9 +51,9 @@ def print_sensitivity(found: Sensitivity, out: Console) -> None:
 
 
 def print_advice(advice: Advice, file: Path, out: Console, *, base: Path | None = None) -> None:
-    """What was measured, what the kept tensors buy, and whether the recipe pays.
+    """Print the measurements, the gain of each tensor kept at higher precision, and the gain of the recipe.
 
-    ``base``: what to make the file of, where that is left to do.
+    ``base``: the base of the file, if the file is still to be made.
     """
     recipe = advice.recipe
     if advice.files:
@@ -79,7 +79,7 @@ def print_advice(advice: Advice, file: Path, out: Console, *, base: Path | None 
 
 
 def print_made(made: Made, out: Console) -> None:
-    """The finished file, and how close it came to its reference.
+    """Print the finished file and its KLD to the reference.
 
     Raises:
         RuntimeFailureError: it could not be measured.

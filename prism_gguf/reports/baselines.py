@@ -22,13 +22,13 @@ HEADINGS = (
     "head cosine",
 )
 CONTEXT = (
-    "Context only: no verdict uses these. CKA, SVCCA, cosine and δ/ρ compare the states of both models; behind them stand "
+    "Context only: no verdict uses these. CKA, SVCCA, cosine and δ/ρ compare the states of both models; after them come "
     "effective rank, isotropy (IsoScore) and mean pairwise cosine of each model's own states and head."
 )
 
 
 def baseline_rows(comparison: Comparison) -> list[tuple[str | None, list[str]]]:
-    """Cells under ``HEADINGS``: of the reference, without a path, then of each candidate by its path."""
+    """Cells under ``HEADINGS``: first of the reference, without a path, then of each candidate by path."""
     found = [(c.path, c.baselines) for c in comparison.candidates if c.baselines is not None]
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""The columns of the table of candidates: a metric that shall be seen there is a row here."""
+"""Columns of the table of candidates. A new metric in that table needs a row here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ COLUMNS: list[Column] = [
     Column("γ", lambda row: number(_geometry(row).gamma)),
     Column("bound", _bound),
 ]
-"""Left to right; widths decide where the table is broken in two."""
+"""Columns from left to right. Widths decide where the table is split in two."""
 
 
 def further_columns(rows: list[CandidateResult]) -> list[Column]:

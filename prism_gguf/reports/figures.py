@@ -24,7 +24,7 @@ from prism_gguf.reports.names import file_names
 from prism_gguf.reports.words import best_for_size, number, printable, short
 from prism_gguf.results.comparison import CandidateResult, Comparison, Part, Status
 
-# Inches. As wide as a phone's screen, so that letters stay readable there; a desktop shows two side by side.
+# Inches. A figure has the width of a phone's screen, to stay readable there. A desktop shows two side by side.
 _WIDTH, _HEIGHT = 4.8, 3.4
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _AXES = {
@@ -53,7 +53,7 @@ _STYLE: dict[Any, Any] = {
 _NAME = 22  # characters of a file's name
 # Bits per weight at the ends of the colour scale.
 _BITS = (2.0, 9.0)
-# As data flows through a block; others follow by name.
+# In the order of the data flow through a block; others follow by name.
 _ROLES = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _IN_BLOCK = re.compile(r"blk\.(?P<block>\d{1,4})\.(?P<role>.+)\.weight")
 # KLD has a logarithmic axis; a control may be at zero.
@@ -69,14 +69,14 @@ def _style() -> Iterator[None]:
 
 
 class Drawing:
-    """A comparison's figures. Every method draws one; where the result has nothing for it, it returns None."""
+    """The figures of a comparison. Every method draws one, or returns None if the result has no data for it."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self.rows = [c for c in comparison.candidates if c.divergence is not None]
         self.names = {path: short(name, _NAME) for path, name in file_names(comparison.candidates).items()}
         lossy = [r for r in self.rows if r.verdict is None or r.verdict.status is not Status.LOSSLESS]
-        # The unquantized control is orders of magnitude below the others, which would share a corner of the figure.
+        # The unquantized control is orders of magnitude below the others and would push them into a corner.
         self.lossy = lossy if len(lossy) > 1 else self.rows
         shades = matplotlib.colormaps["viridis"]
         by_size = sorted(self.lossy, key=lambda c: c.file_bytes or 0)
@@ -86,7 +86,7 @@ class Drawing:
 
     @_style()
     def size_and_kld(self) -> Figure:
-        """File size against KLD with its standard error; the best for their size joined."""
+        """File size against KLD with its standard error. A line joins the files that are best for their size."""
         figure, axes = _new()
         best = set(best_for_size(self.comparison))
         front = sorted((r for r in self.lossy if r.path in best), key=_mib)
@@ -129,7 +129,7 @@ class Drawing:
 
     @_style()
     def bound_and_measured(self) -> Figure | None:
-        """What PRISM's bound is made of beside what the measured divergence is made of, each as parts of its whole."""
+        """Parts of PRISM's bound beside parts of the measured divergence, each as shares of its whole."""
         rows = [r for r in self.rows if r.attribution is not None and r.geometry is not None and r.geometry.bound > 0]
         if not rows:
             return None
@@ -188,7 +188,7 @@ class Drawing:
 
     @_style()
     def drift_by_layer(self) -> Figure | None:
-        """How far the residual stream is from the reference's after each block, as a part of its length."""
+        """Distance of the residual stream from the reference's after each block, relative to its length."""
         rows = [(r, r.layers.blocks) for r in self.rows if r.layers is not None]
         if not rows:
             return None
@@ -225,7 +225,7 @@ class Drawing:
         figure, axes = _new(3.2, 1.5 + min(4.0, 0.1 * blocks))
         scale = LogNorm(*_BITS, clip=True)
         colours = matplotlib.colormaps["viridis"]
-        edges = np.arange(len(roles) + 1), np.arange(blocks + 1) - 0.5  # a block's number is at its middle
+        edges = np.arange(len(roles) + 1), np.arange(blocks + 1) - 0.5  # the number of a block is at its centre
         axes.pcolormesh(*edges, bits, cmap=colours, norm=scale, edgecolors="white", linewidth=0.4)
         axes.invert_yaxis()
         axes.grid(visible=False)
@@ -249,16 +249,16 @@ class Drawing:
 
 
 def svg(figure: Figure, name: str, title: str) -> str:
-    """A figure as an ``<svg>`` element that fills its place, ``title`` for those who cannot see it."""
+    """A figure as an ``<svg>`` element that fills its place, with ``title`` for screen readers."""
     out = StringIO()
-    # Ids inside are hashes: of the drawing and this salt, so that those of two figures on a page differ.
+    # Ids inside are hashes of the drawing and this salt, so that two figures on a page have different ids.
     with _style(), matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawn = out.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     head, body = drawn.split(">", 1)
     head = re.sub(r' (width|height|xmlns:xlink|version)="[^"]*"', "", head)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # groups are numbered alike in every figure, and nothing refers to them
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # group ids repeat in every figure, and nothing refers to them
     return f'{head} role="img" aria-label="{title}">{body}'
 
 
@@ -280,7 +280,7 @@ def _logarithmic(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = axes.get_ylim()
-    narrow = high / low < 50  # few powers of ten: name some values between them
+    narrow = high / low < 50  # few powers of ten: label some values between them
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if narrow and f"{value:e}"[0] in "25" else "")
 
 
@@ -317,7 +317,7 @@ def _bound_shares(row: CandidateResult) -> dict[str, float]:
 
 
 def _as_parts(shares: Mapping[str, float]) -> dict[str, float]:
-    """Shares of the sum of their sizes: one that undoes part of another's error counts for what it does."""
+    """Shares of the sum of absolute values. A part that offsets another's error has a negative share."""
     whole = sum(abs(v) for v in shares.values())
     return {name: abs(v) / whole if whole else 0.0 for name, v in shares.items()}
 
@@ -371,7 +371,7 @@ def _shortened(name: str, limit: int = 14) -> str:
 def _label_points(
     figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]], line: Sequence[tuple[float, float]]
 ) -> None:
-    """Name each point beside it, where no other name, no point and no line is."""
+    """Write each point's name beside it, clear of other names, points and lines."""
     figure.draw_without_rendering()
     at, bends = (axes.transData.transform([p[:2] for p in some]) for some in (points, line))
     along = [start + t * (end - start) for start, end in pairwise(bends) for t in np.linspace(0, 1, 40)]
@@ -380,7 +380,7 @@ def _label_points(
     for x, y, name in sorted(points, key=lambda p: -p[1]):
         sides = (1, -1) if x < middle else (-1, 1)
         places = [(7 * side, up) for up in (3, -9, 12, -18, 21, -27) for side in sides]
-        for place in [*places, places[0]]:  # where all are taken, the first is as good as any
+        for place in [*places, places[0]]:  # if all are taken, use the first
             text = axes.annotate(
                 name, (x, y), place, textcoords="offset points", ha="left" if place[0] > 0 else "right", fontsize=8.5
             )

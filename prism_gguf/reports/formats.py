@@ -1,4 +1,4 @@
-"""The files that a comparison can be written to: each format is a module with one function, and a row here."""
+"""Report formats: each is a module with one function, and a row here."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Format:
 
     Attributes:
         module: has ``write(comparison, path)``.
-        help: what the command line says of its option.
-        beside: ending of a further file that it writes beside its own; none where empty.
+        help: help text of its command line option.
+        beside: ending of a second file that it writes beside its own; empty for none.
     """
 
     module: str
@@ -29,7 +29,7 @@ class Format:
     beside: str = ""
 
     def files(self, path: Path) -> list[Path]:
-        """All files that writing to ``path`` makes."""
+        """All files that a report at ``path`` writes."""
         return [path, *([path.with_suffix(self.beside)] if self.beside else [])]
 
 
@@ -43,14 +43,14 @@ FORMATS: dict[str, Format] = {
         ".png",
     ),
 }
-"""Format by name, in the order in which they are written: the result first, which nothing else can give again."""
+"""Format by name, in the order of writing: the JSON result first, because it cannot be recovered otherwise."""
 
 
 def check_files(files: Mapping[str, Path]) -> None:
-    """Whether reports can be written there.
+    """Check that the reports can be written.
 
     Raises:
-        InvalidOutputError: an unknown format, or a file that is named twice.
+        InvalidOutputError: a format is unknown, or a file is named twice.
     """
     taken: set[Path] = set()
     for name, path in files.items():

@@ -17,7 +17,7 @@ _MIB = 2**20
 
 
 def print_heads(report: HeadReport, out: Console) -> None:
-    """A table for each candidate, body × head for several, and the answer last; failed candidates go to stderr."""
+    """Print a table for each candidate, body × head for several, and the answer. Failed candidates go to stderr."""
     print_header(report.reference, report.text, out)
     if report.imatrix is not None:
         out.print(f"imatrix    {escape(report.imatrix)}")
@@ -111,11 +111,11 @@ def _print_left_out(sweep: HeadSweep, out: Console) -> None:
 
 
 def _matrix(sweeps: list[HeadSweep]) -> Table:
-    """KLD of every body with every head: one row a type, one column a body."""
+    """Print the KLD of every body with every head: one row per type, one column per body."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("KLD, head × body", no_wrap=True)
     names = [Path(sweep.path).stem for sweep in sweeps]
-    words = [name.split("-") for name in names]  # what all names begin with says nothing here
+    words = [name.split("-") for name in names]  # the common prefix of all names is left out
     common = next((i for i, w in enumerate(zip(*words, strict=False)) if len(set(w)) > 1), 0)
     for parts in words:
         table.add_column(escape(short("-".join(parts[common:]), 16)), justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""A comparison as one standalone HTML page: nothing is fetched, nothing runs."""
+"""A comparison as one standalone HTML page that fetches nothing and runs nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Shown:
     caption: str
 
 
-# id, title, what to look at.
+# id, title, caption.
 _FIGURES: tuple[tuple[str, str, str, Callable[[Drawing], Figure | None]], ...] = (
     (
         "size",
@@ -53,14 +53,14 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Drawing], Figure | None]], ...] =
         "causes",
         "Where the nats go",
         "Scale and shape: drift of the hidden states. Head weights: error of the output head. Kernel: rounding of "
-        "activations in llama.cpp's products. Left of zero an error undoes part of another's.",
+        "activations in llama.cpp's products. A part left of zero offsets part of another's error.",
         Drawing.nats_by_axis,
     ),
     (
         "bound",
-        "What the bound says, and what was measured",
+        "Bound and measurement",
         "Parts of PRISM's bound beside parts of the measured divergence. The bound holds for the worst text: where its "
-        "parts differ from the measured ones, it would send you to the wrong tensors.",
+        "parts differ from the measured ones, it points to the wrong tensors.",
         Drawing.bound_and_measured,
     ),
     (
@@ -73,8 +73,8 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Drawing], Figure | None]], ...] =
     (
         "layers",
         "Layer by layer",
-        "Distance of the residual stream from the reference's after each block, as a part of its length: where a "
-        "line rises, there it drifts.",
+        "Distance of the residual stream from the reference's after each block, relative to its length. The drift grows "
+        "where a line rises.",
         Drawing.drift_by_layer,
     ),
 )
@@ -167,7 +167,7 @@ def _environment(comparison: Comparison) -> Environment:
 
 
 def _harmless(value: object) -> object:
-    """Whatever an expression in the page gives, without control characters; autoescaping follows."""
+    """The value of an expression in the page, without control characters. Autoescaping follows."""
     return printable(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -176,7 +176,7 @@ def _reference_name(comparison: Comparison) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token so that one sees its spaces and line breaks."""
+    """A token with visible spaces and line breaks."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "\N{OPEN BOX}") or "∅"
 
 
@@ -192,7 +192,7 @@ def _type_map(drawing: Drawing, row: CandidateResult, figure: Markup) -> dict[st
 
 
 def _numbers(drawing: Drawing) -> dict[str, Any]:
-    """The terminal's other columns."""
+    """The columns of the terminal that the overview lacks."""
     headings = (
         "gap",
         "scale",

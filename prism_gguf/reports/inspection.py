@@ -1,4 +1,4 @@
-"""What a GGUF is made of, as text."""
+"""The inspection of a GGUF as terminal text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST_VALUE = 200  # characters of a metadata value
 
 
 def print_inspection(found: Inspection, out: Console) -> None:
-    """What a GGUF is made of."""
+    """Print types, head, size, provenance and fallbacks of a GGUF."""
     head = found.head
     rows = {
         "file": f"{found.path} ({found.file_bytes / 2**20:.1f} MiB{_parts(found)})",
@@ -61,7 +61,7 @@ def _imatrix(found: Inspection) -> str:
 
 
 def _maker(found: Inspection) -> str:
-    """What `prism-gguf quantize` and `smooth` recorded."""
+    """The record of `prism-gguf quantize` and `smooth`, in words."""
     made = {key: short(str(value), _LONGEST_VALUE) for key, value in found.provenance.items()}
     again = ", which was quantized already" if found.provenance.get("requantized") else ""
     smoothed = f", smoothed for {made['smoothed_for']}" if "smoothed_for" in made else ""
@@ -78,9 +78,7 @@ def _print_fallbacks(found: Inspection, out: Console) -> None:
         out.print("\nfallbacks    none: every tensor took the type its ftype asks for")
         return
     total = len([t for t in found.tensors if len(t.shape) > 1])
-    out.print(
-        f"\nfallbacks    {len(found.fallbacks)} of {total} matrices could not take the type that the ftype stands for:"
-    )
+    out.print(f"\nfallbacks    {len(found.fallbacks)} of {total} matrices could not take the type of the ftype:")
     groups = defaultdict(list)
     for fallback in found.fallbacks:
         groups[(fallback.type, " or ".join(fallback.wanted), fallback.reason)].append(fallback.tensor)

@@ -1,4 +1,4 @@
-"""A comparison as a section of a model card: the table that a downloader needs, one figure, how it was measured."""
+"""A comparison as a section of a model card: a table for downloaders, one figure, and the method."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(comparison: Comparison, path: Path) -> None:
 
 
 def card(comparison: Comparison, figure: str | None) -> str:
-    """The section as Markdown; ``figure`` is what its image is called."""
+    """The section as Markdown; ``figure`` is the name of its image file."""
     environment = Environment(
         loader=PackageLoader("prism_gguf.reports", "."),
         undefined=StrictUndefined,
@@ -58,15 +58,15 @@ def card(comparison: Comparison, figure: str | None) -> str:
 
 
 def _text(words: str) -> str:
-    """Words in which no character means anything to Markdown or HTML."""
+    """Words, escaped for Markdown and HTML."""
     return re.sub(r"([\\`*\[\]<>&|#~$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(printable(words, keep="\n\t").split()))
 
 
 def _code(words: str) -> str:
-    """Words as code, in which nothing but a backtick and, in a table, a bar would mean anything."""
+    """Words as code. Only a backtick and, in a table, a bar need escaping there."""
     return "`" + " ".join(printable(words, keep="\n\t").split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _size(n_bytes: int) -> str:
-    """As model hubs and download managers count: in powers of 1000."""
+    """A size in powers of 1000, as model hubs and download managers count."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""What reports call files: short, told apart from each other, and harmless wherever they are shown."""
+"""Names of files in reports: short, distinct and sanitised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prism_gguf.results.comparison import CandidateResult
 
 
 def command_line(words: Sequence[str]) -> str:
-    """A command as one types it, whatever folder the program itself lay in."""
+    """A command as typed, without the folder of the program."""
     if not words:
         return ""
     program = Path(words[0]).name
@@ -20,18 +20,18 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def file_names(candidates: Sequence[CandidateResult]) -> dict[str, str]:
-    """A short name for each path: without the ending and without what all have in common, such as the model's name."""
+    """A short name for each path, without the ending and the common part of all names, such as the model's name."""
     paths = list(dict.fromkeys(c.path for c in candidates))
     stems = {path: printable(Path(path).name.removesuffix(".gguf") or path) for path in paths}
     counts = Counter(stems.values())
-    # The same name in two folders: the folder tells them apart.
+    # If two folders hold the same name, the name includes the folder.
     stems = {
         path: f"{printable(Path(path).parent.name)}/{stem}" if counts[stem] > 1 else stem
         for path, stem in stems.items()
     }
     if len(stems) < 2:
         return stems
-    # Of all names: the least and the greatest differ first where any two do.
+    # The least and the greatest name differ at the first place where any two names differ.
     low, high = min(stems.values()), max(stems.values())
     common = low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
     cut = max(common.rfind(mark) for mark in "-_./") + 1

@@ -11,7 +11,7 @@ from prism_gguf.results.quantized import Plan
 
 
 def print_plan(plan: Plan, out_file: Path, out: Console) -> None:
-    """What will be made of what."""
+    """Print the base, the recipe and the resulting file."""
     named = f", {len(plan.mix.tensor_types)} tensors named" if plan.mix.tensor_types else ""
     pure = ", pure" if plan.mix.pure else ""
     types = ", ".join(f"{kind} {n}" for kind, n in plan.types.items())

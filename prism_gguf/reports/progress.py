@@ -1,4 +1,4 @@
-"""Progress on stderr: what is being done, and when it will be finished."""
+"""Progress on stderr: the current work and the time left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Done(ProgressColumn):
 
 
 class _TimeLeft(ProgressColumn):
-    """From the pace since the first report: rich's own looks half a minute back, and is blind to slower steps."""
+    """Time left, from the pace since the first report. Rich's own estimate ignores steps longer than half a minute."""
 
     def render(self, task: Task) -> Text:
         elapsed, since, steps = task.elapsed or 0.0, task.fields["reported"], task.completed - task.fields["first"]
@@ -35,7 +35,7 @@ class _TimeLeft(ProgressColumn):
             return Text(f"{_clock(elapsed)} so far")
         if steps <= 0:
             return Text("-:-- left")
-        # A step under way is counted down, so that slow ones move too.
+        # The time counts down during a step, so that slow steps move too.
         left = since / steps * (task.total - task.completed) - (elapsed - since)
         return Text(f"{_clock(max(0.0, left))} left")
 
@@ -47,9 +47,9 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def progress_bars(*, shown: bool = True) -> Iterator[Steps]:
-    """Progress on stderr, with the time to finish from the measured pace; nothing where it is piped.
+    """Progress on stderr, with the time left from the measured pace; nothing if stderr is piped.
 
-    Two lines at most, however long the work: the whole of it, and what is being done now.
+    Two lines at most: the whole work, and the current step.
     """
     bars = Progress(
         TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=36)),
@@ -59,9 +59,9 @@ def progress_bars(*, shown: bool = True) -> Iterator[Steps]:
         console=Console(stderr=True),
         transient=True,
         disable=not (shown and sys.stderr.isatty()),
-        redirect_stdout=sys.stdout.isatty(),  # otherwise what is piped would go to stderr
+        redirect_stdout=sys.stdout.isatty(),  # otherwise piped output goes to stderr
     )
-    current: dict[bool, tuple[tuple[str, str], TaskID]] = {}  # of the whole (True), and of what is being done
+    current: dict[bool, tuple[tuple[str, str], TaskID]] = {}  # of the whole work (True), and of the current step
 
     def steps(name: str, done: int, total: int, stage: str = "", /) -> None:
         whole, key = not name, (name, stage)
@@ -69,7 +69,7 @@ def progress_bars(*, shown: bool = True) -> Iterator[Steps]:
         if whole in current and (finished or current[whole][0] != key):
             bars.remove_task(current.pop(whole)[1])
         if finished:
-            bars.refresh()  # what is printed next begins on a line of its own
+            bars.refresh()  # the next output begins on a new line
         if finished or (whole and total < 2):
             return
         if whole not in current:

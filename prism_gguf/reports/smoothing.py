@@ -1,4 +1,4 @@
-"""What smoothing did, as terminal text."""
+"""The result of smoothing as terminal text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def print_smoothed(smoothed: Smoothed, out: Console) -> None:
-    """What each kind of site is predicted to save, what was left alone, and the proof that the function is the same."""
+    """Print the predicted gain of each kind of site, the sites left alone, and the check of the function."""
     kinds: dict[str, list[SiteChoice]] = {}
     for choice in smoothed.choices:
         kinds.setdefault(choice.site.rpartition(".")[2], []).append(choice)
@@ -27,7 +27,7 @@ def print_smoothed(smoothed: Smoothed, out: Console) -> None:
     if len(kinds) > 1:
         table.add_row("all", _moved(smoothed.choices), "", *map(number, smoothed.predicted))
     out.print(table)
-    out.print("KLD: predicted, of the matrices behind the sites, nats per token\n", soft_wrap=True)
+    out.print("KLD: predicted, of the matrices after the sites, nats per token\n", soft_wrap=True)
     if all(choice.exponent is None for choice in smoothed.choices):
         said = "no site gains by other scales: the weights are the base's own (were they quantized before?)\n"
         out.print(said, soft_wrap=True)
@@ -35,7 +35,7 @@ def print_smoothed(smoothed: Smoothed, out: Console) -> None:
         out.print(escape(printable(f"left alone: {name} ({reason})")), soft_wrap=True)
     file, imatrix = printable(str(smoothed.out)), printable(str(smoothed.imatrix))
     if smoothed.found:
-        out.print(escape(f"{file}: is there already, made of the very same"), soft_wrap=True)
+        out.print(escape(f"{file}: already exists and is up to date"), soft_wrap=True)
     elif smoothed.control_kld is not None:
         said = f"{file}: the same function, to {number(smoothed.control_kld)} nats of KLD, as llama.cpp runs it"
         out.print(escape(said), soft_wrap=True)

@@ -30,11 +30,11 @@ from prism_gguf.results.comparison import CandidateResult, Comparison, TextInfo
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.system.sanitize import printable, short
 
-if TYPE_CHECKING:  # gguf-py is loaded where a file is inspected
+if TYPE_CHECKING:  # gguf-py is loaded only to inspect a file
     pass
 
 WIDTH = 100
-_NAME = 16  # of a name that is cut, so much is left: columns rather go to a table of their own
+_NAME = 16  # least width of a cut name; columns that do not fit go to a second table
 _MARK = "* "
 _BLOCKS_SHOWN = 8
 _LONGEST_VALUE = 200  # characters of a metadata value
@@ -47,14 +47,14 @@ HOW_TO_READ = (
 
 
 class _Console(Console):
-    """Prints strings that came from files' names and contents without what a terminal would obey."""
+    """Prints strings from file names and contents without terminal control characters."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(short(text, _LONGEST), keep="\n"), **options)
 
 
 def console() -> Console:
-    """Plain text of a fixed width where output is piped, so that scripts see whole rows. A narrow screen cuts no cell."""
+    """A console. Piped output is plain text of fixed width, so that scripts see whole rows. No cell is cut."""
     found = _Console(highlight=False, soft_wrap=False, emoji=False)
     found.width = max(WIDTH, found.width) if sys.stdout.isatty() else WIDTH
     return found
@@ -68,10 +68,10 @@ class _Row:
 
 
 def _tables(heading: str, columns: Sequence[str], rows: Sequence[_Row], left: Collection[str] = ()) -> Iterator[Table]:
-    """Rows by name; as many tables as it takes for the columns to fit, and names cut to what is left.
+    """Tables of rows by name: as many as the columns need, with names cut to the remaining width.
 
     Args:
-        left: columns of words, which are not flush right.
+        left: columns of words, which are aligned left.
     """
     widths = [max(map(cell_len, (column, *(row.cells[i] for row in rows)))) for i, column in enumerate(columns)]
     longest = max(map(cell_len, (heading, *(row.name for row in rows))))
@@ -94,7 +94,7 @@ def _tables(heading: str, columns: Sequence[str], rows: Sequence[_Row], left: Co
 
 
 def comparison_tables(comparison: Comparison) -> Iterator[Table]:
-    """One row a candidate, those best for their size marked; failed ones are left to ``print_comparison``."""
+    """One row per candidate, with those best for their size marked. ``print_comparison`` prints the failed ones."""
     best = best_for_size(comparison)
     marked = bool(best)
     columns = [*COLUMNS, *further_columns(comparison.candidates)]
@@ -115,7 +115,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
 
 
 def attribution_tables(candidates: list[CandidateResult]) -> Iterator[Table]:
-    """Where the nats go, and the verdict: one row a candidate."""
+    """The divergence by cause, and the verdict: one row per candidate."""
     split = any(c.attribution is not None and c.attribution.body_kernel is not None for c in candidates)
     names = ("scale", "shape", "head_weights", "head_kernel", *(["body_kernel"] if split else []), "total")
     rows = []
@@ -128,7 +128,7 @@ def attribution_tables(candidates: list[CandidateResult]) -> Iterator[Table]:
 
 
 def parts_tables(candidates: list[CandidateResult], way: str) -> Iterator[Table]:
-    """KLD by one way of splitting the tokens: one row a candidate, one column a part."""
+    """KLD by one way of splitting the tokens: one row per candidate, one column per part."""
     names = list(dict.fromkeys(name for c in candidates for name in getattr(c.parts, way)))
     rows = []
     for candidate in candidates:
@@ -139,7 +139,7 @@ def parts_tables(candidates: list[CandidateResult], way: str) -> Iterator[Table]
 
 
 def print_comparison(comparison: Comparison, out: Console, *, details: bool = False) -> None:
-    """Header, tables, verdicts and notes; failed candidates go to stderr."""
+    """Print header, tables, verdicts and notes. Failed candidates go to stderr."""
     done = [c for c in comparison.candidates if c.error is None]
     perplexity = done[0].divergence.ppl_reference if done and done[0].divergence is not None else None
     print_header(comparison.reference, comparison.text, out, perplexity=perplexity)
@@ -167,7 +167,7 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
     _print_notes(done, out)
     if (kept := len(comparison.measured_before)) and not comparison.merged_from:
         out.print(
-            f"{kept} of {len(comparison.candidates)} files were measured before; --fresh measures again", style="dim"
+            f"{kept} of {len(comparison.candidates)} files are from the cache; --fresh measures again", style="dim"
         )
     if comparison.choice is not None:
         chosen = comparison.choice.path
@@ -182,7 +182,7 @@ def _print_tables(tables: Iterable[Table], out: Console) -> None:
 
 
 def _pairs(pairs: Iterable[tuple[str, str]], out: Console) -> None:
-    """Labels, and text that is broken behind them."""
+    """Print labels, with wrapped text beside them."""
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(no_wrap=True, min_width=10)
     grid.add_column(overflow="fold")
@@ -192,7 +192,7 @@ def _pairs(pairs: Iterable[tuple[str, str]], out: Console) -> None:
 
 
 def print_header(reference: ModelIdentity, text: TextInfo, out: Console, *, perplexity: float | None = None) -> None:
-    """The reference, with its perplexity where that is known, and what was read."""
+    """Print the reference, with its perplexity if known, and the text."""
     kind = f"{reference.architecture}, {reference.dtype}, d {reference.hidden_size}, V {reference.vocab_size}"
     source = "packaged: " if text.is_default else ""
     known = "" if perplexity is None else f"; reference perplexity {perplexity:.3f}"
@@ -207,7 +207,7 @@ def print_header(reference: ModelIdentity, text: TextInfo, out: Console, *, perp
 
 
 def _print_adapters(done: list[CandidateResult], out: Console) -> None:
-    """Which adapters were applied, and to what, where that is not all."""
+    """Print the adapters, with their candidates unless all have the same."""
     applied = defaultdict(list)
     for candidate in done:
         applied[with_adapters(candidate)].append(label(candidate.path))
@@ -231,14 +231,14 @@ def _print_control(comparison: Comparison, out: Console) -> None:
 
 
 def _print_words(comparison: Comparison, done: list[CandidateResult], out: Console) -> None:
-    """A line a candidate."""
+    """Print one line per candidate."""
     labels = [label(c.path) for c in done]
     limit = WIDTH - 1 - max(10, *map(cell_len, labels))
     _pairs(((n, escape(verdict_in_words(c, comparison, limit=limit))) for n, c in zip(labels, done, strict=True)), out)
 
 
 def _statistics(candidates: list[CandidateResult]) -> Iterator[Table]:
-    """Every statistic by its name in the JSON, so that a limit can be set on it."""
+    """Print every statistic by its name in the JSON, which a limit can name."""
     columns = [asdict(c.divergence) for c in candidates if c.divergence is not None]
     rows = []
     for name in columns[0]:
@@ -250,7 +250,7 @@ def _statistics(candidates: list[CandidateResult]) -> Iterator[Table]:
 
 
 def _print_layers(comparison: Comparison, out: Console) -> None:
-    """Drift of the residual stream after some blocks, one row a candidate, and what it cost."""
+    """Print the drift of the residual stream after some blocks, one row per candidate, and its cost."""
     done = [(c, c.layers) for c in comparison.candidates if c.layers is not None]
     cost = comparison.layer_cost
     if cost is None or not done:
@@ -268,7 +268,7 @@ def _print_layers(comparison: Comparison, out: Console) -> None:
 
 
 def _print_baselines(comparison: Comparison, out: Console) -> None:
-    """Similarity and spread: the reference first, then one row a candidate."""
+    """Print similarity and spread: the reference first, then one row per candidate."""
     found = baseline_rows(comparison)
     if found:
         rows = [_Row("reference" if path is None else label(path), cells) for path, cells in found]

@@ -1,4 +1,4 @@
-"""Results in words: what every report says of a file in one sentence. Pure functions, and names made fit to print."""
+"""Results in words, shared by all reports: pure functions, and sanitised names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from prism_gguf.results.verdict import differs_on_purpose, is_lossless
 from prism_gguf.system.sanitize import printable, short
 
 LOSSLESS = "no measurable loss"
-# Below so many nats of mean KLD. Our own convention: nobody has said how many nats a reader notices. The steps are about
-# threefold, and where the types of a small model fall (docs/results.md: Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
+# Upper limits in nats of mean KLD. These are a convention: nobody has measured how many nats a reader notices. The steps
+# are about threefold, and separate the types of a small model (docs/results.md: Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
 LEVELS = (
     (0.01, "hardly distinguishable"),
     (0.05, "small loss"),
@@ -22,7 +22,7 @@ LEVELS = (
     (0.5, "heavy loss"),
     (float("inf"), "broken"),
 )
-# What other weights did is no loss.
+# A difference of other weights is a change, not a loss.
 _CHANGES = {
     "hardly distinguishable": "hardly distinguishable",
     "small loss": "small change",
@@ -30,7 +30,7 @@ _CHANGES = {
     "heavy loss": "large change",
     "broken": "far from the reference",
 }
-_HEAVY = 0.15  # from here on a file is advised against
+_HEAVY = 0.15  # a file above this is not recommended
 _AXES = {
     "scale": "hidden states' scale",
     "shape": "hidden states' shape",
@@ -42,7 +42,7 @@ _STANDS_OUT = 1.5  # times the mean: a domain worth naming
 
 
 def label(path: str, limit: int = 24) -> str:
-    """A file's name as tables show it: without folder and ending, fit to print."""
+    """A file's name in tables: without folder and ending, sanitised."""
     return short(printable(Path(path).name.removesuffix(".gguf") or path), limit)
 
 
@@ -56,27 +56,27 @@ def number(value: float | None) -> str:
 
 
 def loss_in_words(kld_mean: float, floor: NoiseFloor | None) -> str:
-    """One of ``LEVELS`` for a mean KLD in nats, or ``LOSSLESS`` where it cannot be told from the noise floor."""
+    """One of ``LEVELS`` for a mean KLD in nats, or ``LOSSLESS`` within the noise floor."""
     if not (floor is not None and floor.conversion_problem) and is_lossless(kld_mean, floor):
         return LOSSLESS
     return next((words for limit, words in LEVELS if kld_mean < limit), LEVELS[-1][1])
 
 
 def _difference(candidate: CandidateResult, comparison: Comparison) -> str:
-    """``loss_in_words``, or how large the change is where the weights are others on purpose."""
+    """``loss_in_words``, or the size of the change if the weights differ on purpose."""
     assert candidate.divergence is not None
     loss = loss_in_words(candidate.divergence.kld_mean, comparison.noise_floor)
     return _CHANGES.get(loss, loss) if differs_on_purpose(candidate, comparison.noise_floor) else loss
 
 
 def title(comparison: Comparison) -> str:
-    """What a report is about."""
+    """The subject of a report."""
     variants = any(c.is_variant for c in comparison.candidates)
     return "how far its variants are" if variants else "what quantization lost"
 
 
 def quantized_reference(reference: ModelIdentity) -> str | None:
-    """What it means that the reference is quantized itself, in a sentence; None where it is not."""
+    """A warning that the reference is quantized, in a sentence; None if it is not."""
     kind = reference.quantization
     if kind is None and reference.kind == "gguf" and reference.dtype not in UNQUANTIZED:  # results of earlier versions
         kind = reference.dtype
@@ -89,12 +89,12 @@ def quantized_reference(reference: ModelIdentity) -> str | None:
 
 
 def with_adapters(candidate: CandidateResult) -> str:
-    """The adapters that a candidate ran with, fit to print; nothing for none."""
+    """The adapters of a candidate, sanitised; empty for none."""
     return printable(in_words(candidate.lora))
 
 
 def verdict_in_words(candidate: CandidateResult, comparison: Comparison, *, limit: int = 100) -> str:
-    """One sentence of ``limit`` characters at most: how much was lost, and the most telling of what else is known."""
+    """One sentence of at most ``limit`` characters: the loss, and the most important other facts."""
     divergence = candidate.divergence
     if candidate.error is not None or divergence is None:
         reason = "no numbers" if candidate.error is None else candidate.error.message
@@ -110,7 +110,7 @@ def verdict_in_words(candidate: CandidateResult, comparison: Comparison, *, limi
 
 
 def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
-    """What somebody who looks for a file to download would take it for, in a few words."""
+    """The use of a file for a downloader, in a few words."""
     divergence = candidate.divergence
     if candidate.error is not None or divergence is None:
         return "not made: over the budget" if candidate.over_budget else "could not be measured"
@@ -135,7 +135,7 @@ def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
 
 
 def dominating(candidate: CandidateResult, comparison: Comparison) -> CandidateResult | None:
-    """Of the files that are no larger and no farther from the reference, the closest; None where there is none."""
+    """The closest of the files that are no larger and no farther from the reference; None if there is none."""
     if candidate.divergence is None or candidate.is_checkpoint:
         return None
     own = (candidate.divergence.kld_mean, candidate.file_bytes or 0)
@@ -152,7 +152,7 @@ def dominating(candidate: CandidateResult, comparison: Comparison) -> CandidateR
 
 
 def _changes(divergence: Divergence) -> str:
-    """How often the most likely token is another one."""
+    """The share of tokens with another most likely token, in words."""
     changed = max(0.0, 1 - divergence.same_top)
     if changed == 0:
         return "no first choice changes"
@@ -163,7 +163,7 @@ def _changes(divergence: Divergence) -> str:
 
 
 def _telling(candidate: CandidateResult, comparison: Comparison, loss: str) -> Iterator[str]:
-    """Phrases, the most telling first."""
+    """Phrases, the most important first."""
     if broken := _broken_limits(candidate):
         yield f"fails {broken}"
     if (better := dominating(candidate, comparison)) is not None:
@@ -201,7 +201,7 @@ def _beaten_by(candidate: CandidateResult, better: CandidateResult) -> str:
 
 
 def _best_below(candidate: CandidateResult, comparison: Comparison) -> str:
-    """``best below 110 MB``, by the next larger file worth having; nothing for the largest."""
+    """``best below 110 MB``, by the next larger file worth having; empty for the largest."""
     own = candidate.file_bytes or 0
     larger = [
         c.file_bytes
@@ -229,6 +229,6 @@ def _cut(text: str, limit: int) -> str:
 
 
 def best_for_size(comparison: Comparison) -> Sequence[str]:
-    """Paths of the files that no other beats in both size and divergence; none where there is nothing to choose."""
+    """Paths of the files that no other beats in both size and divergence; empty if there is no choice."""
     front = comparison.ranking.best_for_size
     return front if len(comparison.candidates) > 1 else []

@@ -1,4 +1,4 @@
-"""What `advise` found: the recipe, the files that were measured, and what was made of it on the way."""
+"""Results of `advise`: the recipe, the measured files, and the file that was made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEMA = "prism-gguf/advice/1"
 
 @dataclass(frozen=True)
 class Check:
-    """One choice of the recipe: what the whole file's KLD falls by (nats per token) where this tensor is in ``finest``.
+    """One choice of the recipe: the fall of the whole file's KLD (nats per token) where this tensor is in ``finest``.
 
     Not where it stays unquantized: the kernel's rounding would go too, which no other choice of type can mend.
     """
@@ -47,7 +47,7 @@ class MeasuredFile:
 
 @dataclass(frozen=True)
 class Advice:
-    """What `prism-gguf advise` found.
+    """The result of `prism-gguf advise`.
 
     Attributes:
         recipe: the best that was found.
@@ -59,7 +59,7 @@ class Advice:
         checks: choices that were measured one by one.
         left_out: quantizable tensors without sensitivity, which keep the default's type.
         smoothed: the base is a smoothed file, for the default mix as for the recipe.
-        smoothing: what was smoothed first, where that was asked for.
+        smoothing: the smoothed base, where smoothing was asked for.
         made: the file that was made by the recipe at once, where that was asked for.
     """
 

@@ -1,4 +1,4 @@
-"""What a comparison found. ``to_dict`` gives the JSON result, whose names are a public interface."""
+"""Results of a comparison. ``to_dict`` gives the JSON result, whose names are a public interface."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class Attribution:
 
 
 class Status(str, Enum):
-    """What a candidate's divergence amounts to."""
+    """Class of a candidate's divergence."""
 
     LOSSLESS = "lossless"
     SCALE = "scale-dominated"
@@ -195,7 +195,7 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class GateResult:
-    """One limit, and what was compared with it.
+    """One limit, and the number compared with it.
 
     Attributes:
         key: the number's full path in a candidate's JSON.
@@ -212,7 +212,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the numbers mean, and what to do about it.
+    """Meaning of the numbers, and the remedy.
 
     Attributes:
         axis: the largest share: ``scale``, ``shape``, ``head_weights``, ``head_kernel`` or ``body_kernel``.
@@ -228,7 +228,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """The unquantized control: what the path itself costs.
+    """The unquantized control: the divergence of the runtime path alone.
 
     Attributes:
         limit: above this, in nats, the conversion is to blame.
@@ -257,7 +257,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class TextInfo:
-    """What was read, and which of it was scored.
+    """The text, and the part of it that was scored.
 
     Attributes:
         fingerprint: SHA-256 over the token ids and how they are scored.

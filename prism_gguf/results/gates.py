@@ -58,7 +58,7 @@ class Gate:
         """Compare a candidate's number, or its confidence bound on the side where it fails.
 
         Args:
-            confidence: one-sided level, such as 0.95; numbers without a standard error are compared as they are.
+            confidence: one-sided level, for example 0.95; numbers without a standard error are compared directly.
         """
         value = _value(candidate, self.key)
         if value is None:

@@ -1,4 +1,4 @@
-"""What a head sweep found. ``to_dict`` gives the JSON result, whose names are a public interface."""
+"""Results of a head sweep. ``to_dict`` gives the JSON result, whose names are a public interface."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SCHEMA = "prism-gguf/head/1"
 
 @dataclass(frozen=True)
 class Body:
-    """What a candidate's own run left in ``folder``: its hidden states, and its divergence token by token.
+    """Output of a candidate's own run in ``folder``: its hidden states, and its divergence token by token.
 
     Attributes:
-        shared_rows, notes: what ``measure.pair.check_pair`` found.
+        shared_rows, notes: from ``measure.pair.check_pair``.
         kernel: whether the CPU backend's kernels were proven to be the ones that ran.
     """
 
@@ -36,12 +36,12 @@ class Body:
 
 @dataclass(frozen=True)
 class HeadScore:
-    """What one body serves through one head.
+    """Scores of one body with one head.
 
     Attributes:
         source: ``exact`` (the head's rows times the body's stored hidden states), or ``run`` (llama.cpp ran the file).
         kernel: whether the rounding of activations in llama.cpp's product with the head is in it.
-        kld_change: mean KLD minus that of the candidate as it is, nats; the error is paired, token by token, and clustered
+        kld_change: mean KLD minus that of the unchanged candidate, nats; the error is paired, token by token, and clustered
             by window.
         passed: whether every gate was passed.
     """
@@ -89,7 +89,7 @@ class HeadSweep:
     """All head types for one candidate's body. Numbers are None where ``error`` is not.
 
     Attributes:
-        own: the candidate as it is; always from a run.
+        own: the unchanged candidate; always from a run.
         rows: by type, largest first.
         cheapest: the cheapest type that passes every gate, by the run where the head is tied; None where none does, or no
             gate was given.

@@ -1,4 +1,4 @@
-"""An importance matrix that was collected."""
+"""A collected importance matrix."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SCHEMA = "prism-gguf/imatrix/1"
 
 @dataclass(frozen=True)
 class CollectedImatrix:
-    """What `prism-gguf imatrix` wrote.
+    """The result of `prism-gguf imatrix`.
 
     Attributes:
         out: the file.
         tokens: tensor → tokens that went through it; for merged experts those of the expert that saw fewest.
-        n_windows, n_ctx: what was read.
+        n_windows, n_ctx: size of the text, in windows of n_ctx tokens.
         domains: of which texts.
         left_out: parameter → why it has no entry.
     """

@@ -1,4 +1,4 @@
-"""What a GGUF is made of. ``to_dict`` gives the JSON, whose names are a public interface."""
+"""Contents of a GGUF. ``to_dict`` gives the JSON, whose names are a public interface."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Inspection:
 
     Attributes:
         parts: files that it is split into.
-        name: ``general.name``; None where there is none.
-        ftype: what the file records; ``named_ftype``: what its name says.
+        name: ``general.name``; None if it is absent.
+        ftype: recorded in the file; ``named_ftype``: from the file's name.
         parameters: how many weights.
         bits_per_weight: of the tensors alone.
         types: number of tensors of each type, most frequent first.
         head: the tensor of the output head; ``tied``: whether the embedding serves as one.
-        imatrix: what the file records of the importance matrix it was quantized with.
-        provenance: what `prism-gguf quantize` and `smooth` recorded.
+        imatrix: the file's record of its importance matrix.
+        provenance: records of `prism-gguf quantize` and `smooth`.
         fallbacks: tensors that could not take their ftype's own type.
     """
 
@@ -50,7 +50,7 @@ class Inspection:
 
     @classmethod
     def of(cls, gguf: GgufFile) -> Inspection:
-        """What an open file says of itself."""
+        """The inspection of an open file."""
         return cls(
             path=gguf.path,
             parts=len(gguf.parts),
@@ -79,7 +79,7 @@ class Inspection:
         return recipe_of(GgufFile(self.path))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `prism-gguf inspect --json` prints."""
+        """The JSON of `prism-gguf inspect --json`."""
         return {
             "path": str(self.path),
             "parts": self.parts,

@@ -1,4 +1,4 @@
-"""What a model is and what its files hold, as far as a comparison has to know and a result has to say."""
+"""Identity of a model and contents of its files, as comparisons and results use them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a model is, as far as a comparison needs to know and a result has to say.
+    """Identity of a model, as comparisons and results use it.
 
     ``fingerprint`` is a hash of its content (see ``formats.fingerprint``); None where only the model itself was asked.
     ``quantization`` is a quantized GGUF's ftype, or a quantized checkpoint's method, such as ``gptq``; else None.
@@ -30,7 +30,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a model's own files hold.
+    """Contents of a model's files.
 
     Attributes:
         bits_per_weight: of the tensors alone.

@@ -1,4 +1,4 @@
-"""Options of every workflow, as one object each: how models run, what is read, what is measured and made.
+"""Options of every workflow, one class each: how models run, the text, the metrics and the output.
 
 Each option says whether it decides a number that is measured. ``measuring`` collects those that do, for cache keys: an
 option that is added counts until it is marked otherwise, so that none can be forgotten.
@@ -71,7 +71,7 @@ class RunOptions:
     Attributes:
         cache: folder for captures; None takes the user's cache folder.
         threads, n_gpu_layers, cache_type_k, cache_type_v: see ``RuntimeOptions``.
-        trust_remote_code: let transformers run code that comes with a checkpoint.
+        trust_remote_code: allow transformers to run a checkpoint's code.
         verbose: let llama.cpp log to stderr.
         stall_limit: seconds without progress after which a model counts as hung; 0 waits forever.
         force: continue even if memory or disk looks insufficient.
@@ -127,7 +127,7 @@ class RunOptions:
         return default_cache() if self.cache is None else Path(self.cache)
 
     def limit_threads(self) -> None:
-        """Let torch use as many threads as llama.cpp does. For the worker."""
+        """Set torch's threads to llama.cpp's. For the worker."""
         import torch
 
         torch.set_num_threads(self.runtime().n_threads)
@@ -148,7 +148,7 @@ class ReadOptions(RunOptions):
     score: Score = field(default=Score.HALF, metadata=_ASIDE)
 
     def reading(self, texts: Sequence[Source] | TokenSource | None) -> Reading:
-        """What is read of ``texts``, or of the packaged ones where None; ready-made windows keep their length."""
+        """The reading of ``texts``, or of the packaged texts if None; ready-made windows keep their length."""
         n_ctx = texts.tokens.shape[1] if isinstance(texts, TokenSource) else self.n_ctx
         return Reading(default_texts() if texts is None else texts, n_ctx, self.windows, self.score)
 
@@ -184,7 +184,7 @@ class CompareOptions(ReadOptions):
             from the reference on purpose.
         fail_on: limits such as ``kld_mean>0.05``.
         confidence: compare confidence bounds with the limits, at this one-sided level.
-        fresh: measure again what was measured before with the same code, packages and processor.
+        fresh: measure again, even if the cache has a result of the same code, packages and processor.
     """
 
     attribution: bool = True
@@ -292,12 +292,12 @@ class QuantizeOptions(CompareOptions):
     Attributes:
         name: where a mix comes from, for the file's metadata.
         imatrix: importance matrix to quantize with.
-        quantizer: what makes the file, one of ``quantization.quantizers.QUANTIZERS``.
+        quantizer: the quantizer's name, one of ``quantization.quantizers.QUANTIZERS``.
         requantize: allow a base that is quantized already.
         overwrite: replace the file if it exists.
         dry_run: stop after the plan.
         verify: a reference to compare the file with, as ``compare`` takes it.
-        texts: what the comparison reads; None takes the packaged text.
+        texts: the text of the comparison; None takes the packaged text.
         planned: called with the plan before work begins.
     """
 
@@ -324,7 +324,7 @@ class AdviseOptions(CompareOptions):
         smooth: smooth the base first (see ``smooth``).
         folder: where the smoothed base goes; None takes the base's folder.
         make: a file to make by the recipe at once, and to compare with the reference.
-        recipe_file: where the recipe is written as soon as it is known, before ``make``; None writes none.
+        recipe_file: path of the recipe, written before ``make``; None writes none.
     """
 
     imatrix: str | Path | None = field(default=None, metadata=_ASIDE)

@@ -1,4 +1,4 @@
-"""A file that can be made, to the byte (``Plan``), and one that was (``Made``)."""
+"""A planned file, with its exact size (``Plan``), and a made one (``Made``)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from prism_gguf.formats.mix import Mix
 from prism_gguf.results.comparison import Comparison
 
 Metadata = Mapping[str, str | int | bool]
-"""What is added to a file's metadata, by key."""
+"""Metadata added to a file, by key."""
 
 MADE_OF = "prism_gguf.made_of"
-"""Metadata key of a file that was made here: a digest of what it was made of, 32 hexadecimal digits."""
+"""Metadata key of a file made by this package: the digest of its ingredients, 32 hexadecimal digits."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Plan:
         mix: the types asked for; ``name`` says where they come from.
         tensors: every tensor as it will be, by llama.cpp's dry run.
         file_bytes: size of the file, exact.
-        metadata: what is added to the base's metadata.
+        metadata: added to the base's metadata.
         imatrix: file of the importance matrix; ``imatrix_text`` says what it is.
         requantize: the base is quantized already, and that was allowed.
-        notes: what the user should know, one line each.
-        quantizer: what makes it, one of ``quantization.quantizers.QUANTIZERS``.
+        notes: for the user, one line each.
+        quantizer: the quantizer's name, one of ``quantization.quantizers.QUANTIZERS``.
     """
 
     base: Path
@@ -81,7 +81,7 @@ SCHEMA = "prism-gguf/quantize/1"
 
 @dataclass(frozen=True)
 class Made:
-    """A file as planned, whether it was written, and its comparison; ``found``: it was there, made of the very same."""
+    """A planned file, whether it was written, and its comparison; ``found``: it already exists and is up to date."""
 
     out: Path
     plan: Plan

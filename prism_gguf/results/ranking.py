@@ -1,4 +1,4 @@
-"""Candidates in order: by what was measured, by PRISM's bound, and the best for their size."""
+"""Candidates in order: by measured KLD, by PRISM's bound, and the best for their size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rank(candidates: Sequence[CandidateResult]) -> Ranking:
 
 
 def _best_for_size(candidates: Sequence[CandidateResult]) -> list[str]:
-    """The Pareto front of bytes against KLD, smallest file first; a checkpoint is nothing that one would take instead."""
+    """The Pareto front of bytes against KLD, smallest file first; checkpoints are left out."""
     files = [c for c in candidates if not c.is_checkpoint]
     sizes = [(c.file_bytes or 0, c.divergence.kld_mean, c.path) for c in files if c.divergence is not None]
     front: list[str] = []

@@ -1,4 +1,4 @@
-"""What each tensor costs in each type. ``to_dict`` gives the JSON, whose names are a public interface."""
+"""Costs of each tensor in each type. ``to_dict`` gives the JSON, whose names are a public interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = "prism-gguf/sensitivity/1"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a type costs a tensor.
+    """Cost of a type for a tensor.
 
     Attributes:
         kld: predicted mean KLD with this tensor alone in this type, nats per token: of weights and kernel together.
@@ -49,11 +49,11 @@ class TensorSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What `prism-gguf sensitivity` writes.
+    """The result of `prism-gguf sensitivity`.
 
     Attributes:
         reference: path and fingerprint of the checkpoint.
-        text: fingerprint, windows and n_ctx of what it read, and the domains.
+        text: fingerprint, windows and n_ctx of the text, and the domains.
         imatrix: file and SHA-256 of the importance matrix, or None.
         smoothed: what a smoothed GGUF, of which these are, says of itself (``prism_gguf.smoothed``); None for any other.
         tensors: in the model's order.
@@ -94,10 +94,10 @@ class Sensitivity:
 
 
 def read_sensitivity(path: str | Path) -> Sensitivity:
-    """Read what ``Sensitivity.to_dict`` gave.
+    """Read the output of ``Sensitivity.to_dict``.
 
     Raises:
-        InvalidSensitivityError: it is none, or one of another version.
+        InvalidSensitivityError: it is no sensitivity file, or has another version.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""A smoothed file, and what was chosen for each of its sites."""
+"""A smoothed file, and the choice for each of its sites."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SCHEMA = "prism-gguf/smoothing/1"
 
 @dataclass(frozen=True)
 class SiteChoice:
-    """What was chosen for a site.
+    """The choice for a site.
 
     Attributes:
-        exponent: α, the mean over the site's runs of columns; None where the scales stay as they are.
+        exponent: α, the mean over the site's runs of columns; None where the scales stay unchanged.
         before, after: predicted KLD of quantizing the followers, nats per token, on rows that the choice did not see.
     """
 
@@ -38,8 +38,8 @@ class Smoothed:
         digest: of the factors; ``prism_gguf.smoothed`` in the file's metadata.
         control_kld: mean KLD of the smoothed file to its base, as llama.cpp runs them, nats per token.
         choices: one for each site.
-        left_alone: architecture, block, site or tensor → why it stays as it is.
-        found: it was there already, made of the very same.
+        left_alone: architecture, block, site or tensor → why it stays unchanged.
+        found: it already exists and is up to date.
     """
 
     out: Path

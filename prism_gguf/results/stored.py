@@ -1,4 +1,4 @@
-"""Stored results: read again without a model, and put together where they are of the same reference and text."""
+"""Stored results: read without a model, and merged if they share reference and text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_result(path: str | Path) -> Comparison:
     """A comparison from the JSON that ``compare``, ``demo`` or ``sweep`` wrote, or ``quantize --verify``.
 
     Raises:
-        InvalidResultError: the file is no such result; the message says what is wrong in it.
+        InvalidResultError: the file is not a comparison result; the message names the fault.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
@@ -68,7 +68,7 @@ def merge_results(results: Mapping[str, Comparison]) -> Comparison:
     A candidate that failed in one and not in another has its numbers; one that was measured twice has the later ones.
 
     Args:
-        results: by what messages shall call them, such as their files.
+        results: by their names in messages, for example their files.
 
     Raises:
         InvalidResultError: the results are of different references or texts, disagree on a file, or one of their

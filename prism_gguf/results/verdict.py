@@ -1,4 +1,4 @@
-"""What the numbers of a candidate mean, and what mends them."""
+"""Verdicts: the meaning of a candidate's numbers, and the remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.results.comparison import Attribution, CandidateResult, NoiseFloor, Status, Verdict
 from prism_gguf.results.gates import Gate
 
-# What the path itself costs where no control was run. Controls measured here: 5e-7 to 2e-6 nats with F16.
+# Assumed noise floor where no control was run. Controls measured here: 5e-7 to 2e-6 nats with F16.
 ASSUMED_FLOOR = 1e-5
 _LOSSLESS = 3.0  # times the floor
 _DOMINATED = 0.5  # of the total
@@ -43,7 +43,7 @@ def judge(
 
 
 def differs_on_purpose(candidate: CandidateResult, floor: NoiseFloor | None) -> bool:
-    """Whether more than quantization lies between a candidate and its reference: other weights, which no type mends.
+    """Whether a candidate has other weights than its reference, which no type mends.
 
     So it is with another checkpoint or its GGUFs, and with an adapter, unless a control with that adapter shows that the
     reference has it too.
@@ -53,7 +53,7 @@ def differs_on_purpose(candidate: CandidateResult, floor: NoiseFloor | None) -> 
 
 
 def is_lossless(kld: float, floor: NoiseFloor | None) -> bool:
-    """Whether a divergence (nats) cannot be told from what the path itself costs."""
+    """Whether a divergence (nats) is within the noise floor."""
     return kld <= _LOSSLESS * max(ASSUMED_FLOOR if floor is None else floor.kld_mean, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, even where the process is killed, the disk fills up, or the power fails."""
+"""Files that appear whole or not at all, even if the process is killed, the disk is full, or the power fails."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _BLOCK = 2**20
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; it takes the place of ``path`` when the block ends without error.
+    """A temporary name beside ``path`` to write to. It replaces ``path`` when the block ends without error.
 
-    What a process that was killed here left half-written is removed first.
+    Half-written files of killed processes are removed first.
     """
     _remove_left_behind(path)
     partial = path.with_name(f"{path.name}.{_host()}-{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("r+b") as stream:
-            os.fsync(stream.fileno())  # or, after a power failure, the name may be there and the content not
+            os.fsync(stream.fileno())  # otherwise a power failure may leave the name without the content
         partial.replace(path)
         _fsync_folder(path.parent)
     finally:
@@ -41,12 +41,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def reserve(path: Path, start: int) -> None:
-    """Take the room that a new file's zeros from byte ``start`` on do not yet have.
+    """Allocate disk space for a new file from byte ``start`` on, which is sparse until then.
 
-    A write through a memory map to a full disk kills the process; this says so before.
+    A write through a memory map to a full disk kills the process. This fails earlier, with an error.
 
     Raises:
-        OSError: there is no such room; the file is then gone.
+        OSError: there is too little space; the file is then removed.
     """
     n_bytes = path.stat().st_size
     try:
@@ -63,7 +63,7 @@ def reserve(path: Path, start: int) -> None:
 
 
 def _host() -> str:
-    """Process numbers of another machine, on a shared disk, say nothing of its processes."""
+    """Host name, because process numbers on a shared disk may belong to another machine."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", platform.node()) or "unknown"
 
 
@@ -77,7 +77,7 @@ def _remove_left_behind(path: Path) -> None:
 
 
 def _fsync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows opens no folders
+    with contextlib.suppress(OSError):  # Windows cannot open folders
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

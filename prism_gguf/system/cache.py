@@ -1,4 +1,4 @@
-"""Where captures are kept, and what tells one from another: the content of the model, not its name."""
+"""The cache folder: captures and hashes, addressed by the content of the model, not its name."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ MANIFEST = "manifest.json"
 KEY = "key"
 ENVIRONMENT_VARIABLE = "PRISM_GGUF_CACHE"
 _READ_BYTES = 4 * 2**20
-_HEARTBEAT = 10.0  # seconds; whoever waits for a lock says so that often
-_TICK = 2 * 10**9  # nanoseconds; FAT's clock, the coarsest, counts two seconds
+_HEARTBEAT = 10.0  # seconds between progress reports while waiting for a lock
+_TICK = 2 * 10**9  # nanoseconds; FAT has the coarsest clock, two seconds
 
 
 def default_cache() -> Path:
-    """The user's cache folder for this package, or what PRISM_GGUF_CACHE says."""
+    """The folder in PRISM_GGUF_CACHE, or else the user's cache folder for this package."""
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("prism-gguf", appauthor=False))
 
 
 def is_capture(path: Path) -> bool:
-    """Whether a folder holds a whole capture; one that was cut short has no manifest yet."""
+    """Whether a folder holds a complete capture. An interrupted capture has no manifest yet."""
     return (path / MANIFEST).is_file()
 
 
 def recorded_key(folder: Path) -> str | None:
-    """The key of what was captured here, whole or not."""
+    """The key of the capture in this folder, complete or not."""
     path = folder / KEY
     return path.read_text().strip() if path.is_file() else None
 
 
 def is_hashed(file: Path, cache: Path) -> bool:
-    """Whether a file was hashed before, and has not changed since."""
+    """Whether a file has a stored hash and has not changed since."""
     return _remembered(file, cache) is not None
 
 
@@ -60,7 +60,7 @@ def _memo(file: Path, cache: Path) -> Path:
 
 
 def _state(file: Path) -> list[int]:
-    """What changes with a file's content, by all that its folder says of it."""
+    """The file's size, times and other metadata, which change with its content."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
@@ -74,7 +74,7 @@ def file_digest(file: Path, cache: Path, progress: Progress) -> str:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
             progress(stream.tell(), state[0])
-    # A file may change twice within a tick of its clock; and one from the future does not tell its next change.
+    # A file may change twice within a tick of its clock. A file time in the future does not show the next change.
     if state[1] < time.time_ns() - _TICK and _state(file) == state:
         with contextlib.suppress(OSError):  # a read-only cache, or a full one
             memo.parent.mkdir(parents=True, exist_ok=True)
@@ -89,10 +89,10 @@ def key_of(parts: Sequence[object]) -> str:
 
 @contextmanager
 def locked(folder: Path, cache: Path, progress: Progress = no_progress) -> Iterator[None]:
-    """Hold ``folder`` for this process, after whoever holds it now. The lock goes with the process, however it ends."""
+    """Wait for the lock of ``folder`` and hold it. The system releases the lock when the process ends."""
     lock = cache / "locks" / _name_of(folder)
     held = FileLock(lock)
-    with contextlib.suppress(OSError):  # a read-only cache, in which nothing changes under our hands
+    with contextlib.suppress(OSError):  # a read-only cache, which nobody changes
         lock.parent.mkdir(parents=True, exist_ok=True)
         patience = 0.0
         while not held.is_locked:
@@ -108,5 +108,5 @@ def locked(folder: Path, cache: Path, progress: Progress = no_progress) -> Itera
 
 
 def _name_of(path: Path) -> str:
-    """A file name for what belongs to a path."""
+    """A file name derived from a path."""
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]

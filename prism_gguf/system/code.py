@@ -1,4 +1,4 @@
-"""Which code computes something: a module, and all of this package that it imports."""
+"""Digest of the code behind a result: a module and every module of this package that it imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).parents[1]
 def code_digest(module: str) -> str:
     """SHA-256 of a module of this package and of all that it imports, inside functions too.
 
-    What only reads a result, such as a report, is not among it: changing that measures nothing again.
+    Code that only reads a result, such as a report, is not included: a change there invalidates no cached result.
     """
     digest = hashlib.sha256()
     for name, content in sorted(_closure(module).items()):
@@ -48,7 +48,7 @@ def _imports(content: bytes) -> Iterator[str]:
 
 
 def _file(module: str) -> Path | None:
-    """Where a module lies; None for what is none, such as a name within one. The package's own root computes nothing."""
+    """The file of a module; None if the name is no module, or is the package's root, which computes nothing."""
     path = _PACKAGE.joinpath(*module.split(".")[1:])
     if path == _PACKAGE:
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """What this runs on: Python, the packages that compute, operating system and processor."""
+    """Versions of Python and the packages that compute, operating system and processor."""
     packages = ("llama-cpp-python", "gguf", "transformers", "torch", "numpy")
     return {
         "python": platform.python_version(),

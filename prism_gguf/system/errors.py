@@ -1,4 +1,4 @@
-"""What can go wrong, said in one line: what was wrong, where, and what to do about it."""
+"""Errors of this package, each one line: the problem, the place, and the remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prism_gguf.system.sanitize import one_line
 
 
 class PrismGgufError(Exception):
-    """Base of every error that this package raises on purpose: one line, fit to print, whatever files put into it."""
+    """Base of every error that this package raises on purpose: one sanitised line."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
@@ -32,7 +32,7 @@ class InvalidTextError(PrismGgufError):
 class RuntimeFailureError(PrismGgufError):
     """A model that was loaded but did not run: a failed decode, undefined hidden states, a crashed process.
 
-    ``log``: what llama.cpp said last, where its process ended.
+    ``log``: the last lines of llama.cpp's log, if its process ended.
     """
 
     def __init__(self, message: str, *, log: Sequence[str] = ()) -> None:
@@ -45,7 +45,7 @@ class OutOfMemoryError(PrismGgufError):
 
 
 class StorageError(PrismGgufError):
-    """A file that the system does not let us read or write: a full disk, a read-only folder."""
+    """A file that the system does not allow to be read or written: a full disk, a read-only folder."""
 
 
 class UndefinedMetricError(PrismGgufError):
@@ -53,15 +53,15 @@ class UndefinedMetricError(PrismGgufError):
 
 
 class InvalidCaptureError(PrismGgufError):
-    """A capture that is none, is damaged, or whose model has gone."""
+    """A folder that is not a capture, is damaged, or whose model is missing."""
 
 
 class InvalidGateError(PrismGgufError):
-    """A limit that names no number of the result, or cannot be read."""
+    """A limit that names no number of the result, or cannot be parsed."""
 
 
 class InvalidBackendError(PrismGgufError):
-    """A backend that no table names."""
+    """An unknown backend."""
 
 
 class InvalidProfileError(PrismGgufError):
@@ -73,7 +73,7 @@ class InvalidRecipeError(PrismGgufError):
 
 
 class InvalidImatrixError(PrismGgufError):
-    """An importance matrix that is none, is damaged, or belongs to another model."""
+    """A file that is not an importance matrix, is damaged, or belongs to another model."""
 
 
 class InvalidOutputError(PrismGgufError):
@@ -81,7 +81,7 @@ class InvalidOutputError(PrismGgufError):
 
 
 class InvalidBudgetError(PrismGgufError):
-    """A size that cannot be read."""
+    """A size that cannot be parsed."""
 
 
 class OverBudgetError(PrismGgufError):
@@ -89,11 +89,11 @@ class OverBudgetError(PrismGgufError):
 
 
 class InvalidSensitivityError(PrismGgufError):
-    """A sensitivity file that is none, or belongs to another model."""
+    """A file that is not a sensitivity file, or belongs to another model."""
 
 
 class MissingPackageError(PrismGgufError, ImportError):
-    """A package that is asked for only where it is used, and is not installed."""
+    """An optional package that is not installed."""
 
 
 class InfeasibleBudgetError(PrismGgufError):
@@ -105,24 +105,24 @@ class InvalidAdapterError(PrismGgufError):
 
 
 class InvalidResultError(PrismGgufError):
-    """A stored result cannot be read, or results cannot be put together."""
+    """Stored results that cannot be read or combined."""
 
 
 class LimitError(PrismGgufError):
-    """More memory or disk than there is; the message has the figures."""
+    """A step that needs more memory or disk than there is; the message has the figures."""
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's own words, in a RuntimeError
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's messages, in a RuntimeError
 
 
 def known(error: BaseException) -> PrismGgufError | None:
-    """The error as this package's own: itself, or one that says in a line what the system refused. None for a mistake."""
+    """The error as an error of this package, or None for a programming error. Errors of the system are converted."""
     if isinstance(error, PrismGgufError):
         return error
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in _NO_MEMORY)):
         return OutOfMemoryError("out of memory; close other programs, or use fewer --windows or a smaller --n-ctx")
-    if said := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries in Rust, such as safetensors
+    if said := re.search(r"\(os error (\d+)\)", str(error)):  # from Rust libraries, such as safetensors
         error = OSError(int(said[1]), os.strerror(int(said[1])))
     if not isinstance(error, OSError) or error.errno is None:
         return None

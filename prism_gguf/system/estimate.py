@@ -1,4 +1,4 @@
-"""An estimate in figures and in words, and whether this machine has what it asks for."""
+"""Estimates of time, memory and disk, and checks against this machine."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 from prism_gguf.system.errors import LimitError
 from prism_gguf.system.machine import free_disk, mapping_limit, memory, nearest_folder
 
-# Memory is estimated to some 20 %: less than this much too little of it is said, and not refused.
+# Memory estimates are good to some 20 %: a smaller shortage gives a warning, not an error.
 _CLEARLY = 1.25
 _SHOWN_DISK = 2**20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes; a sum is what steps take one after the other.
+    """Time, memory and disk of a step. A sum stands for steps that run one after the other.
 
     Attributes:
-        seconds: on this machine, as fast as it was just now.
+        seconds: on this machine, at its current speed.
         memory_bytes: at the peak, without weights, which are mapped from their files.
-        mapped_bytes: of weights. More than the memory is slow, and no more than that.
-        largest_mapping: of these the largest file that is mapped for writing, which a system has to be able to hold.
+        mapped_bytes: of mapped weights. More than the memory is slow, but works.
+        largest_mapping: bytes of the largest file mapped for writing, which memory and swap must be able to hold.
         disk: bytes that stay, by folder.
-        temporary: bytes that go when the step is over, by folder.
-        warnings: what was found to be scarce.
+        temporary: bytes that are removed after the step, by folder.
+        warnings: shortages that were found.
     """
 
     seconds: float = 0.0
@@ -52,7 +52,7 @@ class Estimate:
         )
 
     def needed_on(self) -> dict[Path, int]:
-        """Bytes at most by folder, whether they stay or go."""
+        """Peak bytes by folder, permanent and temporary."""
         found: defaultdict[Path, int] = defaultdict(int)
         for folder, n_bytes in [*self.disk.items(), *self.temporary.items()]:
             found[folder] += n_bytes
@@ -69,7 +69,7 @@ class Estimate:
 
 NOTHING = Estimate()
 Estimated = Callable[[Estimate], None]
-"""What is told of an estimate before its step begins."""
+"""Called with the estimate of a step before the step begins."""
 
 
 def not_told(estimate: Estimate) -> None:
@@ -77,14 +77,14 @@ def not_told(estimate: Estimate) -> None:
 
 
 def admit(estimate: Estimate, *, force: bool = False, estimated: Estimated = not_told) -> None:
-    """Tell of an estimate, unless this machine will clearly not do for it.
+    """Report an estimate, if this machine looks sufficient for it.
 
     Raises:
-        LimitError: with what is needed, what is there and where, and what to do; with ``force`` that is a warning.
+        LimitError: the machine is too small. The message has the figures and the remedy. ``force`` makes it a warning.
     """
     problems = [problem for problem in (_of_disk(estimate), _of_memory(estimate)) if problem]
     if problems and not force:
-        raise LimitError(f"{problems[0]}; --force (force=True) goes on all the same")
+        raise LimitError(f"{problems[0]}; --force (force=True) continues anyway")
     estimated(replace(estimate, warnings=(*estimate.warnings, *(problems or _scarce(estimate)))))
 
 
@@ -128,7 +128,7 @@ def _scarce(estimate: Estimate) -> list[str]:
 
 
 def size(n_bytes: float) -> str:
-    """Such as ``52.0 MiB``."""
+    """A size in words, such as ``52.0 MiB``."""
     unit, name = next(
         (u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (1, "bytes")) if n_bytes >= u or u == 1
     )
@@ -136,7 +136,7 @@ def size(n_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """To two figures: nobody knows it better."""
+    """A duration in words, to two significant figures."""
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * unit:
             return (

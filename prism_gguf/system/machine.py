@@ -1,4 +1,4 @@
-"""What this machine has: memory, also inside a container, free disk, and how fast it is."""
+"""Memory (also inside a container), free disk and speed of this machine."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import psutil
 _CGROUPS = Path("/sys/fs/cgroup")
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 _MEASURED = 0.05  # seconds
-_UNLIMITED = 2**60  # what version 1 says where there is no limit
+_UNLIMITED = 2**60  # version 1's value for no limit
 
 
 def memory() -> int:
-    """Bytes that are available now: memory and swap, or what the container may still have of them."""
+    """Bytes that are available now: memory and swap, within the container's limit."""
     available = psutil.virtual_memory().available + psutil.swap_memory().free
     return min([available, *(max(0, limit - used) for limit, used in _container_limits())])
 
 
 def mapping_limit() -> int | None:
-    """Bytes of the largest private mapping of a file that this system grants; None where it never says no (proc(5))."""
+    """Bytes of the largest private file mapping that this system grants; None if it has no limit (proc(5))."""
     with contextlib.suppress(OSError, ValueError):
         if int(_OVERCOMMIT.read_text()) != 1:
             return psutil.virtual_memory().total + psutil.swap_memory().total
@@ -50,14 +50,14 @@ def _container_limits() -> Iterator[tuple[int, int]]:
         # Inside a container its own group may be mounted as the root.
         own = root / path.lstrip("/")
         for folder in (own, *(p for p in own.parents if p == root or root in p.parents)):
-            with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            with contextlib.suppress(OSError, ValueError):  # "max" is not a number
                 allowed = int((folder / limit).read_text())
                 if allowed < _UNLIMITED:
                     yield allowed, int((folder / used).read_text()) - _droppable(folder / "memory.stat")
 
 
 def _droppable(stat: Path) -> int:
-    """Bytes of cached files, which count as used."""
+    """Bytes of cached files, which the control group counts as used."""
     for line in stat.read_text().splitlines():
         name, _, value = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file"):
@@ -66,30 +66,30 @@ def _droppable(stat: Path) -> int:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
+    """The folder, or its nearest parent that exists."""
     path = path.absolute()
     return next(p for p in (path, *path.parents) if p.is_dir())
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that can still be written there."""
+    """Bytes that can still be written in a folder."""
     return shutil.disk_usage(nearest_folder(path)).free
 
 
 def allocated(path: Path) -> int:
-    """Bytes that a file, or a folder's files, really take on the disk: sparse ones less than their size."""
+    """Bytes that a file, or the files of a folder, take on disk. Sparse files take less than their size."""
     files = [path] if path.is_file() else [f for f in path.glob("*") if f.is_file()]
     return sum(getattr(s := f.stat(), "st_blocks", -(-s.st_size // 512)) * 512 for f in files)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast it is with so many threads, as busy as it is now.
+    """Speed of the machine with a number of threads, at its current load.
 
     Attributes:
         products: float32 operations of matrix products per second.
-        elements: exponentials per second: a measure of all that is done element by element.
-        share: of the time that a busy thread runs; others have the rest.
+        elements: exponentials per second, which stand for all elementwise work.
+        share: part of the time that a busy thread runs; other processes have the rest.
     """
 
     products: float
@@ -101,8 +101,8 @@ class Speed:
 def speed(threads: int) -> Speed:
     """Measured now, in a tenth of a second. numpy, not torch, which some steps never load.
 
-    Products as small as these take one thread whatever the library, and end before another process takes over: the least
-    time is the core's own speed. How much of the time others take is measured apart.
+    Products this small use one thread in every library, and end before another process takes over. Their least time is
+    the core's own speed. The share of other processes is measured separately.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""What was worked out stays in the cache under all that it depends on: the same command goes on from what is finished."""
+"""Cached results under keys of all that they depend on, so that a repeated command continues from finished work."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ T = TypeVar("T")
 
 
 def kept_key(module: str, *parts: object) -> str:
-    """The key of what ``parts``, the code of a module, the packages that compute and the processor make.
+    """A cache key of ``parts``, the code of a module, the packages that compute, and the processor.
 
     Args:
-        module: what computes it; all that it imports counts (see ``code.code_digest``).
+        module: the module that computes the result, with all that it imports (see ``code.code_digest``).
     """
     return key_of([module, code_digest(module), sorted(environment().items()), *parts])
 
 
 def find_kept(cache: Path, key: str, kind: type[T]) -> T | None:
-    """What is kept under a key; None where nothing is, or nothing that this version can read."""
+    """The cached result of a key; None if there is none that this version can read."""
     try:
         data = json.loads(_file(cache, key).read_text(encoding="utf-8"))
         return TypeAdapter(kind).validate_python(data)
@@ -44,25 +44,25 @@ def find_kept(cache: Path, key: str, kind: type[T]) -> T | None:
 def ensure_kept(
     cache: Path, key: str, kind: type[T], make: Callable[[Path], T], *, fresh: bool = False, progress: Progress
 ) -> T:
-    """What is kept under a key, or what ``make`` gives.
+    """The cached result of a key, or else the result of ``make``, which is then cached.
 
     Args:
-        kind: a dataclass, which is kept as JSON.
-        make: called with a folder for what it has finished of its work; after a kill, the next run has the same folder.
-        fresh: make it again, from the start.
+        kind: a dataclass, which is stored as JSON.
+        make: called with a folder for finished parts of its work. After a kill, the next run has the same folder.
+        fresh: compute it again, from the start.
     """
     unfinished = cache / "unfinished" / key
     with locked(_file(cache, key), cache, progress):
         if not fresh and (found := find_kept(cache, key, kind)) is not None:
             return found
-        if not _can_write(cache):  # somebody else's: what it lacks is not kept
+        if not _can_write(cache):  # another user's cache: new results are not stored
             with scratch_folder() as folder:
                 return make(folder)
         if fresh:
             shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True, exist_ok=True)
         made = make(unfinished)
-        with contextlib.suppress(OSError):  # a full disk: the result is here all the same
+        with contextlib.suppress(OSError):  # a full disk: the result is returned anyway
             _file(cache, key).parent.mkdir(exist_ok=True)
             write_whole(_file(cache, key), json.dumps(asdict(made)))  # type: ignore[call-overload]
         shutil.rmtree(unfinished, ignore_errors=True)

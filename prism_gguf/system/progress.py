@@ -1,4 +1,4 @@
-"""How work tells of its progress: one piece of it (``Progress``), or many things by name (``Steps``)."""
+"""Progress callbacks: for one piece of work (``Progress``), or for many by name (``Steps``)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with steps done, steps in all (0 where nobody can know), and which stage of the work they are steps of."""
+    """Called with steps done, steps in all (0 if unknown), and the stage of the work."""
 
     def __call__(self, done: int, total: int, stage: str = "", /) -> None: ...
 
@@ -16,7 +16,7 @@ def no_progress(done: int, total: int, stage: str = "", /) -> None:
 
 
 def stage(progress: Progress, name: str) -> Progress:
-    """``progress`` for a part of the work that does not know which stage it is."""
+    """``progress`` for one stage of the work, which does not know its own name."""
 
     def report(done: int, total: int, _: str = "", /) -> None:
         progress(done, total, name)
@@ -25,7 +25,7 @@ def stage(progress: Progress, name: str) -> Progress:
 
 
 def part(progress: Progress, before: int, total: int) -> Progress:
-    """``progress`` for a part of the work that does not know how much of ``total`` was done before it."""
+    """``progress`` for a part of ``total``, which does not know how much was done before it."""
 
     def report(done: int, _: int, stage: str = "", /) -> None:
         progress(before + done, total, stage)
@@ -34,7 +34,7 @@ def part(progress: Progress, before: int, total: int) -> Progress:
 
 
 class Steps(Protocol):
-    """``Progress`` of many things: called with the name of one first, or with none for the whole of the work."""
+    """``Progress`` of many things: called with the name of one first, or with an empty name for the whole work."""
 
     def __call__(self, name: str, done: int, total: int, stage: str = "", /) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What strangers wrote, made fit to be shown: no control characters, one line, no longer than anybody reads."""
+"""Sanitises untrusted text for display: no control characters, one line, limited length."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import unicodedata
 
 _INERT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, invisible and direction marks, halves of characters, line ends
 LONGEST = 1000
-"""Characters of an error, a name or a value that is shown; machines read whole ones in the JSON."""
+"""Longest error, name or value that is displayed, in characters. The JSON has whole ones."""
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text from a file's name or content that cannot move a cursor, change colours or turn the line around."""
+    """Text without characters that move a cursor, change colours or reverse the line."""
     if text.isascii() and text.isprintable():
         return text
     return "".join("�" if unicodedata.category(c) in _INERT and c not in keep else c for c in text)
@@ -22,5 +22,5 @@ def short(text: str, limit: int = 24) -> str:
 
 
 def one_line(text: str, limit: int = LONGEST) -> str:
-    """Text on one line, fit to print, its middle left out where it is longer than ``limit``."""
+    """Sanitised text on one line. The middle is left out if it is longer than ``limit`` characters."""
     return short(printable(" ".join(short(text, 4 * limit).split())), limit)

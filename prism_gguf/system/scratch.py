@@ -1,4 +1,4 @@
-"""Temporary folders that go with their process, however it ends: what a killed one left is removed by the next."""
+"""Temporary folders that end with their process. Folders of killed processes are removed by the next process."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _PREFIX, _LOCK = "prism-gguf-scratch-", ".lock"
 
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A folder of this process in ``parent``, gone with the block; None takes the system's temporary folder.
+    """A folder in ``parent`` that is removed when the block ends; None takes the system's temporary folder.
 
-    A lock beside it tells a folder in use from one that was left behind: the system lets it go when its process ends.
+    A lock beside it shows that the folder is in use. The system releases the lock when the process ends.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     _remove_left_behind(parent)
@@ -45,16 +45,16 @@ def _remove_left_behind(parent: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is a plain one of this user: anybody may put links into the system's temporary folder."""
+    """Whether this is a regular file of this user. Anybody may put links into the system's temporary folder."""
     found = path.lstat()
     return stat.S_ISREG(found.st_mode) and found.st_uid == getattr(os, "getuid", lambda: 0)()
 
 
 def _new_lock(parent: Path) -> FileLock:
-    """The lock is there before its folder, so nobody takes a new folder for one that was left behind."""
+    """Take the lock before the folder exists, so that no process takes a new folder for an abandoned one."""
     while True:
         lock = FileLock(parent / f"{_PREFIX}{secrets.token_hex(8)}{_LOCK}")
-        with contextlib.suppress(Timeout):  # someone took it, in the moment before we locked it, for one that was left
+        with contextlib.suppress(Timeout):  # another process took it for an abandoned one before it was locked
             lock.acquire(timeout=0)
             return lock
 

@@ -1,4 +1,4 @@
-"""Results as pandas tables. Pandas is no dependency of this package: it is asked for where a table is."""
+"""Results as pandas tables. Pandas is optional: it is imported only when a table is requested."""
 
 from __future__ import annotations
 
@@ -38,5 +38,7 @@ def table(rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError as error:
-        raise MissingPackageError(f"a table needs pandas, which is not there ({error}): pip install pandas") from error
+        raise MissingPackageError(
+            f"a table needs pandas, which is not installed ({error}): pip install pandas"
+        ) from error
     return pandas.DataFrame(list(rows))

@@ -1,3 +1,3 @@
-"""The version of this package: in results, in files that were made, and in the wheel."""
+"""The version of this package: in results, in new files, and in the wheel."""
 
 __version__ = "0.1.0"

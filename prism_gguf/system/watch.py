@@ -1,4 +1,4 @@
-"""What a caller sees of long work: its progress, and an estimate before each step. One object goes through all of it."""
+"""Progress of long work, and an estimate before each step, in one object that is passed through all of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Watch:
     """Watches work.
 
     Attributes:
-        steps: called with (what is being done, steps done, steps in all) as work proceeds.
-        estimated: called with what a step will take, before it begins.
+        steps: called with (current work, steps done, steps in all) as work proceeds.
+        estimated: called with the estimate of a step before the step begins.
     """
 
     steps: Steps = no_steps
@@ -26,11 +26,11 @@ class Watch:
         return partial(self.steps, name)
 
     def count(self, done: int, total: int, what: str) -> None:
-        """How many things of the whole work are done."""
+        """Report how many things of the whole work are done."""
         self.steps("", done, total, what)
 
     def admit(self, estimate: Estimate, *, force: bool = False) -> None:
-        """Tell of an estimate.
+        """Report an estimate.
 
         Raises:
             LimitError: the machine is too small for it, and ``force`` is not set.

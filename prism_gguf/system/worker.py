@@ -1,4 +1,4 @@
-"""Native code runs in child processes: an abort, a segfault or a hang there becomes an error, and nothing else is lost."""
+"""Workers that run native code in child processes, where an abort, a segfault or a hang becomes an error."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MEASURING = (
     "numpy.random",
     "numpy.ma",
 )
-"""What to ``preload`` for measuring: torch, llama.cpp, our own metrics, and what these load when they are first used."""
+"""Modules to ``preload`` for measuring: torch, llama.cpp, the metrics, and modules that these load on first use."""
 _KEPT_LINES = 20  # of llama.cpp's log, with an error
-# llama.cpp's threads meet many times a layer, and OpenMP has those that are early spin: where one core is busy with
-# something else, all wait for it, and take from it too (scripts/bench_waiting.py). What the user has set stays.
+# llama.cpp's threads synchronise many times a layer, and OpenMP lets early threads spin. If another process uses a
+# core, all threads wait for that core and slow it further (scripts/bench_waiting.py). The user's settings stay.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-# An assertion says where it failed before a backtrace says how it got there; C++ says what was thrown.
+# An assertion prints its place before the backtrace; C++ prints the exception.
 _TELLING = ("ggml_assert", "what():", "error")
 
 
@@ -44,7 +44,7 @@ class Worker(Protocol):
     """Runs functions where a crash cannot take the caller down. Use it as a context manager."""
 
     def start(self) -> None:
-        """Get ready while the caller does something else; ``run`` does it where it must."""
+        """Prepare in the background; ``run`` does it if nobody did."""
         ...
 
     def run(
@@ -78,7 +78,7 @@ def open_worker(
     """A worker of one of ``BACKENDS``.
 
     Raises:
-        InvalidBackendError: there is none of this name.
+        InvalidBackendError: there is no backend of this name.
     """
     if backend not in BACKENDS:
         raise InvalidBackendError(f"no backend '{backend}'; there are {', '.join(sorted(BACKENDS))}")
@@ -87,8 +87,8 @@ def open_worker(
     return cast("Worker", kind(verbose=verbose, stall_limit=stall_limit, preload=preload))
 
 
-# `python -c` would look for modules in the current folder first, which may be full of a stranger's files. The package
-# itself may lie where only the caller's own sys.path says, such as a notebook's.
+# `python -c` searches the current folder for modules first, which may hold untrusted files. The package may be in a
+# folder that only the caller's sys.path names, such as a notebook's.
 _CHILD = (
     "import sys; sys.path[:] = filter(None, sys.path); "
     f"here = {str(Path(__file__).parents[2])!r}; here in sys.path or sys.path.insert(0, here); "
@@ -97,7 +97,7 @@ _CHILD = (
 
 
 class NativeWorker:
-    """Runs module-level functions in order, in a child process that is replaced when it dies or ``renew`` is called.
+    """Runs module-level functions in order in a child process. A new child starts after a crash or ``renew``.
 
     A function runs as ``function(*args, progress=…)``. Its return value and arguments travel by pickle, so they should be
     small; arrays travel by file. The child's temporary files go with the worker. (Not multiprocessing: its spawn runs the
@@ -106,8 +106,8 @@ class NativeWorker:
     Args:
         verbose: let llama.cpp log to stderr.
         stall_limit: seconds without progress after which the child is ended; None waits forever.
-        preload: modules that each new child has at once. Where the system can fork, a clean process that never runs
-            anything native imports them once and forks the children: a new one costs milliseconds, not torch's seconds.
+        preload: modules that each new child has from the start. If the system can fork, a clean process that never runs
+            native code imports them once and forks the children: a new child costs milliseconds, not torch's seconds.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class NativeWorker:
         self._log_before = 0  # bytes of the log that earlier functions left
         self._open = ExitStack()
         self._scratch = self._open.enter_context(scratch_folder())
-        # llama.cpp's last words before an abort go to the file descriptor: a file keeps them.
+        # llama.cpp writes its last message before an abort to the file descriptor, so a file is needed.
         self._log = None if verbose else self._open.enter_context((self._scratch / "log").open("w+b"))
 
     def run(
@@ -129,7 +129,7 @@ class NativeWorker:
         """Run ``function`` in the child.
 
         Args:
-            of: the file that is worked on, to be named where the child dies.
+            of: the file in work, named in the error if the child dies.
 
         Raises:
             PrismGgufError: what the function raised.
@@ -138,7 +138,7 @@ class NativeWorker:
         """
         self.start()
         self._last_step, self._of = "starting", "" if of is None else f"{of}: "
-        # By its size: the child writes where this file object stands, which must not move.
+        # Taken from its size: the child writes at the position of this file object, which must not move.
         self._log_before = 0 if self._log is None else os.fstat(self._log.fileno()).st_size
         self._send((function, args))
         while True:
@@ -160,22 +160,22 @@ class NativeWorker:
                 raise RuntimeError(f"in the child process:\n{value}")
 
     def renew(self) -> None:
-        """Let the next function run in a new child: what the last one left in memory is gone."""
+        """Run the next function in a new child, without the memory of the last one."""
         if self._process is None:
             return
         self._send(None)
         kind, _ = self._answers.get()
-        if kind == "end":  # where the system cannot fork, or the child did not end well
+        if kind == "end":  # the system cannot fork, or the child ended with an error
             self._end_process()
 
     def _send(self, job: object) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the answers end too, and say so
+        with contextlib.suppress(BrokenPipeError):  # the end of the answers reports it
             pickle.dump(job, self._process.stdin)
             self._process.stdin.flush()
 
     def start(self) -> None:
-        """Start the child, so that it imports while the caller does something else; ``run`` does it where it must."""
+        """Start the child, so that it imports in the background; ``run`` does it if nobody did."""
         if self._process is not None:
             return
         if self._log is not None:
@@ -193,7 +193,7 @@ class NativeWorker:
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
 
     def _ended(self, what: str, *, kill: bool) -> RuntimeFailureError:
-        """The error that says how the child ended; ``kill`` where it has not yet."""
+        """The error that says how the child ended; ``kill`` ends a child that still runs."""
         assert self._process is not None
         if not kill:
             what += f" ({_in_words(self._process.wait(timeout=10))})"
@@ -208,7 +208,7 @@ class NativeWorker:
     def _log_lines(self) -> list[str]:
         if self._log is None:
             return []
-        self._log.seek(self._log_before)  # what was said of an earlier file is not the reason
+        self._log.seek(self._log_before)  # the log of an earlier file is not the reason
         lines = (line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines())
         return [one_line(line, 300) for line in lines if line.strip(".")]
 
@@ -239,7 +239,7 @@ class NativeWorker:
 
 
 def _read(stream: IO[bytes], answers: queue.Queue[tuple[str, Any]]) -> None:
-    """Put the child's answers into the queue; last that there are no more."""
+    """Put the child's answers into the queue, then a mark for the end."""
     with contextlib.suppress(EOFError, OSError, ValueError, pickle.UnpicklingError):
         while True:
             answers.put(pickle.load(stream))

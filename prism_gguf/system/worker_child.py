@@ -1,4 +1,4 @@
-"""The other side of ``worker``: a process that takes functions from its stdin and answers on its stdout."""
+"""The child process of ``worker``, which takes functions from stdin and answers on stdout."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import IO, Any
 from prism_gguf.system.errors import known
 
 _CALLER_GONE = 3  # our exit code
-# macOS has frameworks, such as Metal, that do not survive a fork; there, and on Windows, the caller starts us anew.
+# Frameworks of macOS, such as Metal, do not survive a fork. There, and on Windows, the caller starts a new process.
 _FORKS = sys.platform == "linux"
 
 
 def serve(preload: Sequence[str]) -> None:
-    """Import ``preload``, then work until stdin ends: in forks of this process, one at a time, where that is safe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle; it ends us
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # or ggml's aborts start a debugger, where there is one, for seconds
+    """Import ``preload``, then work until stdin ends: in forks of this process, one at a time, if that is safe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and ends this process
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # otherwise ggml's aborts start a debugger, if there is one, for seconds
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource  # not on Windows
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no core file in the user's folder
-    # Whatever prints to stdout here must not end up in the stream of answers.
+    # Output on stdout must not get into the stream of answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     for name in preload:
@@ -47,7 +47,7 @@ def serve(preload: Sequence[str]) -> None:
 
 
 def _end_as(status: int) -> None:
-    """End this process the way its fork ended: the caller knows only us."""
+    """End this process the way its fork ended: the caller knows only this process."""
     if os.WIFSIGNALED(status):
         with contextlib.suppress(OSError):  # SIGKILL has nothing to reset
             signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
@@ -56,9 +56,9 @@ def _end_as(status: int) -> None:
 
 
 def _work(answers: IO[bytes], *, forked: bool) -> None:
-    """Run jobs until the caller wants another process, or is gone."""
+    """Run jobs until the caller wants a new process, or is gone."""
     jobs: queue.Queue[Any] = queue.Queue()
-    # Beside the work, which may be deep in native code when the caller goes.
+    # In a thread of its own: the work may be deep in native code when the caller ends.
     threading.Thread(target=_receive, args=(jobs,), daemon=True).start()
 
     def send(kind: str, value: Any = None) -> None:

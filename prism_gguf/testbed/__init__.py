@@ -1,4 +1,4 @@
-"""The embedded testbed: a small trained language model, its held-out text, and its F16 GGUF made on the spot."""
+"""The embedded testbed: a small trained language model, its held-out text, and its F16 GGUF, which is made on demand."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ MODEL = FOLDER / "model"
 
 
 def held_out_texts() -> list[EvaluationText]:
-    """The text that the testbed never saw in training, one domain per source."""
+    """The testbed's held-out text, not used in training, one domain per source."""
     return read_folder(FOLDER / "text")

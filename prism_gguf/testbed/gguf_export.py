@@ -1,7 +1,7 @@
-"""Llama checkpoints as F16 GGUF, through gguf-py's writer and name map.
+"""Export of Llama checkpoints as F16 GGUF, with gguf-py's writer and name map.
 
-Enough for the testbed, whose F16 file is made on the user's machine, and for tests; llama.cpp's convert_hf_to_gguf.py is
-what publishers use.
+It serves the testbed, whose F16 file is made on the user's machine, and the tests. Publishers use llama.cpp's
+convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prism_gguf.system.errors import InvalidModelError
 
 
 def _permute(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """From Hugging Face's rotary layout (halves) to llama.cpp's (pairs), as convert_hf_to_gguf.py does for Llama."""
+    """Convert Hugging Face's rotary layout (halves) to llama.cpp's (pairs), as convert_hf_to_gguf.py does for Llama."""
     rows, columns = weight.shape
     return weight.reshape(n_heads, 2, rows // n_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -85,7 +85,7 @@ def write_f16(folder: Path, out: Path, *, name: str) -> None:
 
 
 def rewrite_f16(template: Path, out: Path, tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]) -> None:
-    """Write ``out`` as F16 with the metadata of the GGUF ``template`` and other tensors."""
+    """Write ``out`` as F16 with the metadata of the GGUF ``template`` and new tensors."""
     reader = gguf.GGUFReader(template)
     writer = gguf.GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
     for key, value, kind, sub_type in metadata_entries(reader):
@@ -102,7 +102,7 @@ def _write(writer: gguf.GGUFWriter, tensors: Iterator[tuple[str, np.ndarray]]) -
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
-    """Write what was added to the writer, and close it."""
+    """Write the added metadata and tensors, and close the writer."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

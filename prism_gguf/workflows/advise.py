@@ -1,4 +1,4 @@
-"""`advise`: the best recipe for a budget, from sensitivities, checked by measuring, held against llama.cpp's own mix."""
+"""`advise`: the best recipe for a budget, from sensitivities, measured and compared with llama.cpp's own mix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from prism_gguf.workflows.keywords import AdviseKeywords
 
 ADVISED, REFINED, DEFAULT = "advised", "refined", "default"
-# A measured share may come out at nothing, or below; its tensor still is not free.
+# A measured share may be zero or negative; its tensor still has a cost.
 _LEAST_FACTOR = 0.1
 
 
@@ -58,16 +58,16 @@ def advise(
     Args:
         reference: the checkpoint that ``base`` was converted from.
         base: the GGUF to quantize, F16, BF16 or F32.
-        budget: such as ``5.2GiB``, ``4.8bpw`` or ``same-as:Q4_K_M``.
-        sensitivity: of the reference, with the same imatrix: what the function of this name gave, or the file of
+        budget: for example ``5.2GiB``, ``4.8bpw`` or ``same-as:Q4_K_M``.
+        sensitivity: of the reference, with the same imatrix: the result of `sensitivity`, or the file of
             `prism-gguf sensitivity`. None takes it from the cache, or measures it.
-        texts: to measure files on, best not what the sensitivities have read; None takes the packaged text.
+        texts: to measure files on, preferably not the text of the sensitivities; None takes the packaged text.
         options: ``AdviseOptions``, or ``CompareOptions`` for how files are measured.
         keywords: single options, such as ``imatrix``, ``n_checks`` or ``smooth``; ``steps``, called with (what is being
             done, steps done, steps in all) as work proceeds; ``estimated``, called with what a step will take before each.
 
     Raises:
-        LimitError: memory or disk will clearly not do.
+        LimitError: memory or disk is clearly insufficient.
         InfeasibleBudgetError: the message names the smallest feasible budget.
         PrismGgufError: the base, the reference or the imatrix cannot be used.
     """
@@ -89,7 +89,7 @@ def advise(
 
 @dataclass(frozen=True)
 class _Adviser:
-    """One search: what is quantized, what files are compared with, and how."""
+    """One search: the base, the reference, and the options."""
 
     reference: str
     base: Path
@@ -186,7 +186,7 @@ class _Adviser:
 
 
 def _leading(problem: Problem, best: Solution, n: int) -> dict[str, float]:
-    """What the most expensive choices would gain in their finest type, as predicted, the largest first."""
+    """Predicted gain of the most expensive choices in their finest type, largest first."""
     gains = {name: cost - problem.finest(name)[1] for name, cost in best.costs.items()}
     return dict(sorted(((name, gain) for name, gain in gains.items() if gain > 0), key=lambda g: -g[1])[:n])
 
@@ -216,7 +216,7 @@ def _checks(
 
 
 def _factors(best: Solution, checks: Sequence[Check]) -> dict[str, float]:
-    """What predictions are off by: each tensor that was measured for itself, the others by as much as these together."""
+    """Correction factors of the predictions: one for each measured tensor, and a common one for all others."""
     overall = sum(c.measured for c in checks) / sum(c.predicted for c in checks)
     factors = dict.fromkeys(best.costs, max(overall, _LEAST_FACTOR))
     return factors | {c.tensor: max(c.measured / c.predicted, _LEAST_FACTOR) for c in checks}

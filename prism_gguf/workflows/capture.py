@@ -26,17 +26,17 @@ def capture(
 ) -> Path:
     """Run a reference once and keep its hidden states, unless that was done before; the folder, which ``compare`` takes.
 
-    Killed at any moment, the next run goes on where this one was.
+    The next run resumes an interrupted one.
 
     Args:
         reference: a checkpoint directory, a hub id, or a GGUF (best F16 or BF16).
         texts: texts and chats, or ready-made token windows; None takes the packaged text.
         steps: called with (what is being done, windows done, windows in all) as work proceeds.
-        estimated: called with what it will take, before it begins.
+        estimated: called with the estimated cost before work begins.
 
     Raises:
-        LimitError: memory or disk will clearly not do.
-        PrismGgufError: the reference or what it shall read cannot be used, or ``out`` holds something else.
+        LimitError: memory or disk is clearly insufficient.
+        PrismGgufError: the reference or the text cannot be used, or ``out`` holds something else.
     """
     options, watch = options or CaptureOptions(), Watch(steps, estimated)
     reading, progress = options.reading(texts), watch.progress("reference")
@@ -59,7 +59,7 @@ def export_kld_base(
 
     Raises:
         InvalidCaptureError: the capture is damaged, or scores other tokens than that format has.
-        LimitError: the disk will clearly not do, and ``force`` is not set.
+        LimitError: the disk is clearly too small, and ``force`` is not set.
     """
     from prism_gguf.measure.capture.kld_base import export_kld_base as export
 

@@ -49,13 +49,13 @@ def compare(
     A candidate that fails becomes a row that says why; the others still finish.
 
     Args:
-        candidates: GGUF files; or checkpoints (directories, hub ids), such as fine-tunes of the reference.
-        texts: evaluation text and chats; None takes the packaged text, or what a given capture has read.
+        candidates: GGUF files; or checkpoints (directories, hub ids), for example fine-tunes of the reference.
+        texts: evaluation text and chats; None takes the packaged text, or the text of a given capture.
         steps: called with (what is being done, windows done, windows in all) as work proceeds.
-        estimated: called with what all of it will take, before it begins.
+        estimated: called with the estimated cost of all steps before work begins.
 
     Raises:
-        LimitError: memory or disk will clearly not do.
+        LimitError: memory or disk is clearly insufficient.
         PrismGgufError: the reference, the text, a limit, or every one of the candidates cannot be used.
     """
     options = options or CompareOptions()
@@ -70,7 +70,7 @@ class Candidate:
     Attributes:
         path: where it is, or will be.
         made: for one that is made just in time: a context, entered with the worker, inside which the file exists.
-        content: for such a one: what it is made of, which is known before it is made.
+        content: for such a file: the digest of its ingredients, known before it is made.
         wanted: whether the file shall be there afterwards; otherwise it is not made where its numbers are known.
     """
 
@@ -99,7 +99,7 @@ def compare_candidates(
     """``compare``, for candidates some of which are made just in time; the control is among those that are there.
 
     Args:
-        making: what making those takes.
+        making: the cost of making those files.
     """
     from prism_gguf.results.gates import Gate
 
@@ -143,7 +143,7 @@ def compare_candidates(
 
 
 def _headers(paths: Sequence[str], source: ReferenceSource, options: CompareOptions, watch: Watch) -> Headers:
-    """What the candidates that are there say of themselves, in a process of their own: reading may end it."""
+    """Headers of the existing candidates, read in a separate process: a damaged file may crash it."""
     with options.worker() as reader:
 
         def read_one(path: str) -> str | None:
@@ -160,7 +160,7 @@ def _estimate(
     options: CompareOptions,
     watch: Watch,
 ) -> Estimate:
-    """What measuring takes of the candidates that no earlier run has measured."""
+    """Cost of measuring the candidates that are not in the cache."""
     progress = watch.progress("reference")
     folder = source.place(options, worker, progress)
     rows = None if folder is None else Rows(folder, None, options, worker)
@@ -181,7 +181,7 @@ def _estimate(
 def estimate_comparison(
     source: ReferenceSource, candidates: Sequence[str], options: CompareOptions, *, progress: Progress = no_progress
 ) -> Estimate:
-    """What comparing takes, the reference's capture included; a file that is not made yet is taken for one of the others.
+    """Cost of a comparison, with the reference's capture; a file that does not exist yet counts like one of the others.
 
     Runs in the worker: it may have to hash a model.
     """

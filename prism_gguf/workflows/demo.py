@@ -34,10 +34,10 @@ def demo(
         folder: where the files stay; None keeps none of them.
         texts: None takes text that the model was not trained on.
         steps: called with (what is being done, steps done, steps in all) as work proceeds.
-        estimated: called with what comparing will take, before it begins.
+        estimated: called with the estimated cost of the comparison before it begins.
 
     Raises:
-        LimitError: memory or disk will clearly not do.
+        LimitError: memory or disk is clearly insufficient.
         PrismGgufError: the text or a limit cannot be used.
     """
     options, watch = options or CompareOptions(), Watch(steps, estimated)
@@ -45,7 +45,7 @@ def demo(
         paths = build_ladder(place, options, watch)
         texts = held_out_texts() if texts is None else texts
         found = compare(MODEL, paths, texts, options, steps=steps, estimated=estimated)
-    # Where the package lies says nothing to a reader.
+    # The package's location is of no use to a reader.
     return replace(found, reference=replace(found.reference, path="testbed"))
 
 

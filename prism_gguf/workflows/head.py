@@ -1,4 +1,4 @@
-"""`head`: which type the output head should take. Every type against each candidate's body, which runs once."""
+"""`head`: the best type of the output head. Scores every type against each candidate's body, which runs once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def head(
         PrismGgufError: the reference, the text, an option, or every one of the candidates cannot be used.
     """
     options, watch = options or HeadOptions(), Watch(steps, estimated)
-    settings.gates(options), settings.column_weights(options)  # what is wrong with them is found before anything runs
+    settings.gates(options), settings.column_weights(options)  # raises for bad options before anything runs
     paths = list(dict.fromkeys(map(str, candidates)))
     with options.worker(preload=MEASURING) as worker, scratch_folder() as temporary:
         source = ReferenceSource.of(reference, texts, options)
@@ -94,7 +94,7 @@ def head(
 def estimate_heads(
     source: ReferenceSource, candidates: Sequence[str], options: HeadOptions, *, progress: Progress = no_progress
 ) -> Estimate:
-    """What scoring head types takes; of the files of a tied head's runs one at a time is on disk.
+    """Cost of scoring head types; the files of a tied head's runs are on disk one at a time.
 
     Runs in the worker: it may have to hash a model.
     """

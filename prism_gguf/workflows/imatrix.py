@@ -1,4 +1,4 @@
-"""`imatrix`: the importance matrix of a checkpoint, collected in a process of its own."""
+"""`imatrix`: the importance matrix of a checkpoint, collected in a worker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def imatrix(
         steps: called with (what is being done, windows done, windows in all) as work proceeds.
 
     Raises:
-        PrismGgufError: the reference is a GGUF, nothing in it has a name, or its text cannot be used.
+        PrismGgufError: the reference is a GGUF, none of its tensors can be mapped, or the text cannot be used.
     """
     options = options or ImatrixOptions()
     reading = Reading(calibration_texts() if texts is None else texts, options.n_ctx, options.windows, Score.ALL)

@@ -1,4 +1,4 @@
-"""`inspect`: what a GGUF is made of, from its header alone."""
+"""`inspect`: the contents of a GGUF, from its header alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prism_gguf.results.inspection import Inspection
 
 
 def inspect(file: str | Path) -> Inspection:
-    """Types, bits per weight, head, imatrix, and tensors that fell back to another type. Nothing is run.
+    """Types, bits per weight, head, imatrix, and tensors that fell back to another type. No model runs.
 
     Args:
         file: a GGUF, the first part of a split one.

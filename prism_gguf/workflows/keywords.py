@@ -1,6 +1,6 @@
-"""Keywords that workflows take beside their options: each is an option too, and ``steps`` and ``estimated`` watch.
+"""Keywords of workflows: single options, and the callbacks ``steps`` and ``estimated``.
 
-They are what earlier versions took as parameters of their own. Type checkers see them here.
+Earlier versions took them as separate parameters. Type checkers see them here.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SweepKeywords(_Watched, total=False):
 
 
 def taken(kind: type[Options], options: RunOptions | None, keywords: Mapping[str, Any]) -> tuple[Options, Watch]:
-    """Options and what watches, from options of any kind and keywords.
+    """Options and callbacks, from options of any kind and keywords.
 
     Raises:
         TypeError: a keyword is no option.

@@ -1,4 +1,4 @@
-"""`quantize`: a quantized file, planned first, made whole or not at all, and compared at once if that is wanted."""
+"""`quantize`: a quantized file, planned first, written atomically, and compared on request."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def quantize(
     Args:
         base: the GGUF to quantize, best F16 or BF16.
         out: the file to make; it appears whole or not at all. One that is up to date is not made again.
-        what: a recipe (``advise(…).recipe``, ``read_recipe``), a mix, or one of llama.cpp's ftypes, such as ``Q4_K_M``.
+        what: a recipe (``advise(…).recipe``, ``read_recipe``), a mix, or one of llama.cpp's ftypes, for example ``Q4_K_M``.
         options: ``QuantizeOptions``, or ``CompareOptions`` for how models run and how ``out`` is compared.
         keywords: single options, such as ``imatrix`` or ``verify``; ``steps``, called with (what is being done, steps
-            done, steps in all) as work proceeds; ``estimated``, called with what making and comparing will take.
+            done, steps in all) as work proceeds; ``estimated``, called with the estimated cost of both steps.
 
     Raises:
-        LimitError: memory or disk will clearly not do.
+        LimitError: memory or disk is clearly insufficient.
         PrismGgufError: the base, the types, the importance matrix, ``out`` or the reference cannot be used.
     """
     given, watch = taken(QuantizeOptions, options, dict(keywords))
@@ -84,7 +84,7 @@ def quantize(
 
 
 def _check_reference(reference: str | Path, options: CompareOptions, progress: Progress) -> None:
-    """Find out what is wrong with a comparison before the file is made, not after.
+    """Check the options of the comparison before the file is made.
 
     Raises:
         PrismGgufError: the reference or a limit cannot be used.

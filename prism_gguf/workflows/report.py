@@ -1,4 +1,4 @@
-"""`report`: stored results again, as table, page or model card, without any model."""
+"""`report`: stored results as table, page or model card, without a model."""
 
 from __future__ import annotations
 

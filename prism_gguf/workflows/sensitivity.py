@@ -1,4 +1,4 @@
-"""`sensitivity`: what quantizing each tensor to each type would cost, in nats. Measured once, good for any budget."""
+"""`sensitivity`: the cost in nats of each tensor in each type. Measured once, valid for any budget."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def sensitivity(
 ) -> Sensitivity:
     """Sensitivities of a checkpoint's tensors, unless they were measured before.
 
-    Killed at any moment, the next run goes on where this one was.
+    The next run resumes an interrupted one.
 
     Args:
         reference: a checkpoint directory or hub id.
         texts: texts and chats; None takes the second halves of the packaged ones, which `compare` does not reach.
         steps: called with (what is being done, tensors and windows done, those in all) as work proceeds.
-        estimated: called with what it will take, before it begins.
+        estimated: called with the estimated cost before work begins.
 
     Raises:
-        LimitError: memory or disk will clearly not do.
+        LimitError: memory or disk is clearly insufficient.
         PrismGgufError: the reference, its text or the imatrix cannot be used.
     """
     options, watch = options or SensitivityOptions(), Watch(steps, estimated)

@@ -1,4 +1,4 @@
-"""`smooth`: an unquantized GGUF smoothed for the types it will be quantized to, and proved to compute what it did."""
+"""`smooth`: an unquantized GGUF, smoothed for its later types, and verified to compute the same function."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def smooth(
 ) -> Smoothed:
     """Write ``base`` to ``out`` with scales moved along its symmetries, so that quantizing it costs fewer nats.
 
-    ``out`` computes the same function; an importance matrix for it lies beside it (see ``imatrix_beside``). Killed at any
-    moment, the next run goes on where this one was.
+    ``out`` computes the same function; its importance matrix is written beside it (see ``imatrix_beside``). The next
+    run resumes an interrupted one.
 
     Args:
         reference: the checkpoint that ``base`` was converted from.
@@ -88,8 +88,8 @@ def smooth(
         InvalidProfileError: ``what`` is no quantized type.
         InvalidImatrixError: the importance matrix cannot be read, or is of a smoothed model.
         IncompatibleModelsError: base and reference are of different models.
-        InvalidOutputError: ``out`` is in the way, or the importance matrix that goes with it.
-        LimitError: memory or disk will clearly not do.
+        InvalidOutputError: ``out`` or its importance matrix already exists.
+        LimitError: memory or disk is clearly insufficient.
         RuntimeFailureError: the smoothed file is not the same function; nothing was written.
     """
     given, watch = taken(SmoothOptions, options, dict(keywords))
@@ -132,7 +132,7 @@ def check_base(base: Path) -> GgufFile:
     if gguf.ftype not in UNQUANTIZED:
         raise InvalidModelError(f"{base}: is {gguf.ftype}; smooth the F16, BF16 or F32 file, and quantize that")
     if smoothing_digest(gguf) is not None:
-        raise InvalidModelError(f"{base}: is smoothed already; name the file that it was made of")
+        raise InvalidModelError(f"{base}: is already smoothed; name the file that it was made from")
     return gguf
 
 
@@ -145,7 +145,7 @@ def _is_smoothed(out: Path) -> bool:
 
 
 def _check_inputs(reference: str, mix: Mix, imatrix: Path | None) -> None:
-    """What would be found out after minutes, or never."""
+    """Check early what would otherwise fail after minutes, or never."""
     if is_gguf(reference) or is_capture(Path(reference)):
         raise InvalidModelError(f"{reference}: gradients need the Hugging Face checkpoint; name its folder or hub id")
     if mix.ftype.upper() in UNQUANTIZED:
@@ -167,7 +167,7 @@ def _find(*job: Any, progress: Progress) -> Found:
 def _make(
     base: GgufFile, out: Path, found: Found, name: str, options: SmoothOptions, worker: Worker, watch: Watch
 ) -> float:
-    """Write the file and its importance matrix, once llama.cpp has shown that it computes what the base does; that KLD.
+    """Write the file and its importance matrix after llama.cpp shows that both files compute the same; return the KLD.
 
     Raises:
         RuntimeFailureError: it does not.
@@ -255,7 +255,7 @@ def _smooth_under_its_name(
     options: AdviseOptions | SweepOptions,
     watch: Watch,
 ) -> Smoothed:
-    """Under the base's name; what an earlier run smoothed there is taken, or replaced."""
+    """Path under the base's name; a smoothed file of an earlier run is used or replaced."""
     out = Workshop(base.path, folder).path(f"smooth-{'F32' if base.ftype == 'F32' else 'F16'}")
     folder.mkdir(parents=True, exist_ok=True)
     is_ours = out.is_file() and smoothing_digest(out) is not None

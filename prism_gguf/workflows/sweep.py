@@ -1,4 +1,4 @@
-"""`sweep`: a profile's files, made from one base and measured one by one, so that few have to lie on disk."""
+"""`sweep`: a profile's files, made from one base and measured one by one, so that few are on disk at once."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def sweep(
     """Make a profile's files from ``base`` and compare each with ``reference`` as soon as it is made.
 
     The base is the first row, and the control where it is unquantized. An entry that cannot be made, or is over the
-    profile's budget, is a row that says why. Files made of the same base, mix and imatrix before are not made again.
+    profile's budget, is a row that says why. Files that are up to date are not made again.
 
     Args:
         profile: a profile (``load_profile``), its name, or its file.
         texts: None takes the profile's, else the packaged text.
         options: ``SweepOptions`` or ``CompareOptions``; None takes the profile's (``profile_options``).
         keywords: single options, such as ``imatrix`` or ``keep``; ``steps``, called with (what is being done, steps done,
-            steps in all) as work proceeds; ``estimated``, called with what all of it will take, once the files are planned.
+            steps in all) as work proceeds; ``estimated``, called with the estimated cost once the files are planned.
 
     Raises:
-        LimitError: memory or disk will clearly not do, for all files that are kept, or for the largest.
+        LimitError: memory or disk is clearly insufficient, for all files that are kept, or for the largest.
         PrismGgufError: as in ``compare``; or none of the entries can be made.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
@@ -89,7 +89,7 @@ def sweep(
 
 
 def _candidate(workshop: Workshop, path: str, name: str, plan: Plan | PrismGgufError, *, keep: bool) -> Candidate:
-    """An entry's file, made when it is its turn, and known before by what it is made of."""
+    """An entry's file, made on its turn, and identified before by the digest of its ingredients."""
 
     @contextmanager
     def made(worker: Worker) -> Iterator[None]:
@@ -130,7 +130,7 @@ def _plans(
     imatrix: Path | None,
     workshop: Workshop,
 ) -> Iterator[Plan | PrismGgufError]:
-    """What each entry makes of the base, or why it is not made."""
+    """Each entry's plan for the base, or the reason that it is not made."""
     # llama.cpp quantizes matrices only: a pattern that fits nothing else is a mistake.
     tensors = [t.name for t in base.tensors if len(t.shape) > 1]
     watch = workshop.watch

@@ -37,5 +37,5 @@ def test_what_cannot_be_read_says_how_to_write_it(text: str) -> None:
 
 
 def test_an_unknown_ftype() -> None:
-    with pytest.raises(InvalidBudgetError, match="budget 'same-as:Q9': 'Q9' is no ftype"):
+    with pytest.raises(InvalidBudgetError, match="budget 'same-as:Q9': 'Q9' is not an ftype"):
         Budget.parse("same-as:Q9")

@@ -116,10 +116,10 @@ def test_truncated_files(ladder: dict[str, Path], tmp_path: Path, keep: int) -> 
 
 def test_models_without_next_token(ladder: dict[str, Path], tmp_path: Path) -> None:
     embedding = edited(ladder["F16"], tmp_path / "bert.gguf", architecture="nomic-bert")
-    with pytest.raises(InvalidModelError, match="'nomic-bert' is no causal language model"):
+    with pytest.raises(InvalidModelError, match="'nomic-bert' is not a causal language model"):
         GgufFile(embedding)
     encoder = edited(ladder["F16"], tmp_path / "enc.gguf", metadata={"llama.attention.causal": False})
-    with pytest.raises(InvalidModelError, match="no causal language model"):
+    with pytest.raises(InvalidModelError, match="not a causal language model"):
         GgufFile(encoder)
     mmproj = edited(ladder["F16"], tmp_path / "mmproj.gguf", metadata={"general.type": "mmproj"})
     with pytest.raises(InvalidModelError, match="holds a mmproj, not a language model"):

@@ -102,7 +102,7 @@ def test_foreign_files(ladder: dict[str, Path], tmp_path: Path) -> None:
     for path, message in [
         (tmp_path / "none", "No such file"),
         (tmp_path, "Is a directory"),
-        (tmp_path / "text", "no importance matrix"),
+        (tmp_path / "text", "not an importance matrix"),
         (ladder["Q8_0"], "a GGUF, but no importance matrix"),
     ]:
         with pytest.raises(InvalidImatrixError, match=message):

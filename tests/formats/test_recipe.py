@@ -112,7 +112,7 @@ def test_patterns_are_searched_and_the_first_wins() -> None:
     with pytest.raises(InvalidRecipeError, match="'attn_v' matches no tensor"):
         expand({"attn_v": "Q6_K"}, names)
     for bad in ("(", "[[:digit:]]"):
-        with pytest.raises(InvalidRecipeError, match="no regular expression"):
+        with pytest.raises(InvalidRecipeError, match="not a usable regular expression"):
             expand({bad: "Q6_K"}, names)
     assert expand(group(dict.fromkeys(names, "Q6_K")), names) == dict.fromkeys(names, "Q6_K")
 
@@ -120,7 +120,7 @@ def test_patterns_are_searched_and_the_first_wins() -> None:
 def test_patterns_that_list_nothing_need_the_model(tmp_path: Path) -> None:
     path = tmp_path / "r.txt"
     path.write_text("ATTN_V=q6_k\n^blk\\.9\\.ffn_up\\.weight$=q2_K")
-    with pytest.raises(InvalidRecipeError, match=r"r\.txt: the pattern 'attn_v' says nothing without a model"):
+    with pytest.raises(InvalidRecipeError, match=r"r\.txt: the pattern 'attn_v' needs a model"):
         read_recipe(path)
     found = read_recipe(path, names=["blk.0.attn_v.weight"], ftype="Q4_K_M")
     assert found.tensor_types == {"blk.0.attn_v.weight": "Q6_K", "blk.9.ffn_up.weight": "Q2_K"}
@@ -133,14 +133,14 @@ def test_patterns_that_list_nothing_need_the_model(tmp_path: Path) -> None:
         ("r.yaml", "a: [", "not YAML"),
         ("r.json", "{", "not JSON"),
         ("r.yaml", "[]", "mapping that has an 'ftype'"),
-        ("r.yaml", "{ftype: Q9_K}", "'Q9_K' is no ftype"),
-        ("r.yaml", "{ftype: Q4_K_M, tensor_types: {output.weight: Q4_K_M}}", "'Q4_K_M' is no ggml type"),
+        ("r.yaml", "{ftype: Q9_K}", "'Q9_K' is not an ftype"),
+        ("r.yaml", "{ftype: Q4_K_M, tensor_types: {output.weight: Q4_K_M}}", "'Q4_K_M' is not a ggml type"),
         ("r.yaml", "{ftype: Q4_K_M, colour: red}", "has no 'colour'"),
         ("r.yaml", "{ftype: Q4_K_M, overrides: {a: 3}}", "'overrides' is .* a mapping from text to text is needed"),
         ("r.yaml", "{ftype: Q4_K_M, file_bytes: many}", "'file_bytes' is 'many', where a number"),
         ("r.yaml", "{ftype: Q4_K_M, schema: prism-gguf/recipe/9}", "its schema is prism-gguf/recipe/9"),
         ("r.txt", "# a comment\na=q6_k", "'#' is not of the form pattern=type"),
-        ("r.txt", "^a$=q9_k", "'Q9_K' is no ggml type"),
+        ("r.txt", "^a$=q9_k", "'Q9_K' is not a ggml type"),
         ("r.txt", "", "names no tensor"),
         ("r.txt", b"\xff\xfe", "not UTF-8"),
         ("none.yaml", None, "No such file"),
@@ -156,7 +156,7 @@ def test_bad_recipes_are_one_line(name: str, content: str | bytes | None, messag
 
 def test_only_tensor_type_files_take_an_ftype_from_outside(tmp_path: Path) -> None:
     write_recipe(tmp_path / "r.yaml", random_recipe(0))
-    with pytest.raises(InvalidRecipeError, match="says itself that the ftype is Q4_K_M"):
+    with pytest.raises(InvalidRecipeError, match="has its own ftype, Q4_K_M"):
         read_recipe(tmp_path / "r.yaml", ftype="Q8_0")
     with pytest.raises(InvalidOutputError, match=r"ends in \.yaml, \.json, or \.txt"):
         write_recipe(tmp_path / "r.csv", random_recipe(0))

@@ -274,4 +274,4 @@ def test_a_quantized_checkpoint_that_cannot_run_is_one_line(method: str, tmp_pat
         InvalidModelError, match=rf"is quantized \({method}\), which transformers cannot run here"
     ) as error:
         HuggingFaceModel(tmp_path / "model")
-    assert "\n" not in str(error.value) and "name the checkpoint that it was made of" in str(error.value)
+    assert "\n" not in str(error.value) and "name its original checkpoint" in str(error.value)

@@ -148,7 +148,7 @@ def test_a_control_is_named_where_files_may_differ_on_purpose(adapter: Path) -> 
     ("lora", "message"),
     [
         ("MISSING.gguf:2", "MISSING.gguf: no such adapter file"),
-        ("ADAPTER:much", "scale 'much' is no number"),
+        ("ADAPTER:much", "scale 'much' is not a number"),
         ("MODEL", "holds a model, not a LoRA adapter"),
         ("OTHER", "adapts architecture 'qwen3', "),
     ],
@@ -182,7 +182,7 @@ def test_adapters_of_another_model(ladder: dict[str, Path], body: Updates, tmp_p
     file.check_fits(base)
     with pytest.raises(InvalidAdapterError, match=r"which is the output head of .*tied\.gguf too"):
         file.check_fits(GgufFile(tmp_path / "tied.gguf"))
-    with pytest.raises(InvalidAdapterError, match="scale nan is no number"):
+    with pytest.raises(InvalidAdapterError, match="scale nan is not a number"):
         adapters([LoraAdapter(str(tmp_path / "embd.gguf"), float("nan"))])
 
 

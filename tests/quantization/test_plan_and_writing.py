@@ -54,9 +54,9 @@ def test_requantizing_needs_a_word(ladder: dict[str, Path], tmp_path: Path) -> N
 
 def test_bad_types_and_bases(ladder: dict[str, Path], tmp_path: Path) -> None:
     out = str(tmp_path / "out.gguf")
-    with pytest.raises(InvalidProfileError, match="'Q9_K' is no ftype"):
+    with pytest.raises(InvalidProfileError, match="'Q9_K' is not an ftype"):
         Mix("Q9_K")
-    with pytest.raises(InvalidProfileError, match="'Q4_K_M' is no ggml type"):
+    with pytest.raises(InvalidProfileError, match="'Q4_K_M' is not a ggml type"):
         Mix("Q8_0", output_type="Q4_K_M")
     with pytest.raises(InvalidModelError, match="no such file"):
         quantize_gguf(tmp_path / "none.gguf", out, Mix("Q8_0"))
@@ -258,7 +258,7 @@ def test_outputs_that_must_not_be_written(ladder: dict[str, Path], tmp_path: Pat
     for path, base, options, message in [
         (out, ladder["F16"], {}, "exists already"),
         (out, out, {"overwrite": True}, "is the base itself"),
-        (tmp_path / "none" / "out.gguf", ladder["F16"], {}, "there is no folder"),
+        (tmp_path / "none" / "out.gguf", ladder["F16"], {}, "the folder .*none does not exist"),
         (tmp_path / "out.bin", ladder["F16"], {}, r"ends in \.gguf"),
     ]:
         with pytest.raises(InvalidOutputError, match=message):

@@ -75,7 +75,7 @@ def test_the_readme_has_every_key_and_its_example_loads(tmp_path: Path) -> None:
         ("{description: x, entries: [Q8_0]}", "entry 1: 'Q8_0' is no entry; write {name: …, ftype: …}"),
         ("{description: x, entries: [{name: a}]}", "entry 1 (a): ftype: is missing"),
         ("{description: x, entries: [E, {ftype: Q8_0}]}", "entry 2: name: is missing"),
-        ("{description: x, entries: [E, {name: b, ftype: Q9}]}", "entry 2 (b): ftype: 'Q9' is no ftype"),
+        ("{description: x, entries: [E, {name: b, ftype: Q9}]}", "entry 2 (b): ftype: 'Q9' is not an ftype"),
         ("{description: x, entries: [{name: a, ftype: Q8_0, colour: red}]}", "entry 1 (a): colour: no such key; there"),
         ("{description: x, entries: [{name: a, ftype: 8}]}", "entry 1 (a): ftype: should be a valid string, not 8"),
         ("{description: x, entries: [{name: ../a, ftype: Q8_0}]}", "name: '../a' becomes part of a file's name"),
@@ -83,12 +83,12 @@ def test_the_readme_has_every_key_and_its_example_loads(tmp_path: Path) -> None:
         ("{description: x, entries: [{name: a, ftype: Q4_0, pure: 1}]}", "(a): pure: should be a valid boolean, not 1"),
         (
             "{description: x, entries: [{name: a, ftype: Q4_0, output_type: Q4_K_M}]}",
-            "output_type: 'Q4_K_M' is no ggml",
+            "output_type: 'Q4_K_M' is not a ggml",
         ),
         ("{description: x, entries: [{name: a, ftype: Q4_0, imatrix: m.dat}]}", "imatrix: should be 'required', 'opt"),
         (
             "{description: x, entries: [{name: a, ftype: Q4_0, overrides: {v: Q9}}]}",
-            "(a): overrides: v: 'Q9' is no ggml",
+            "(a): overrides: v: 'Q9' is not a ggml",
         ),
         ("{description: x, entries: [{name: a, ftype: Q4_0, overrides: {'(': Q8_0}}]}", "(: no regular expression"),
         (
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_one_line_with_file_entry_and_key(tmp_path: Path, conte
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
-    with pytest.raises(InvalidProfileError, match=r"\(a\): ftype: 'Q9' is no ftype.*; windows: should be"):
+    with pytest.raises(InvalidProfileError, match=r"\(a\): ftype: 'Q9' is not an ftype.*; windows: should be"):
         written(tmp_path, "{description: x, entries: [{name: a, ftype: Q9}], windows: x}")
 
 

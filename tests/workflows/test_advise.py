@@ -166,7 +166,7 @@ def test_from_checkpoint_to_file_on_the_command_line(ladder: dict[str, Path], tm
     ("arguments", "message"),
     [
         (["sensitivity", "{f16}", "-o", "{tmp}/s.json"], "gradients need the Hugging Face checkpoint"),
-        (["sensitivity", str(MODEL), "-o", "{tmp}/s.json", "--type", "Q9"], "'Q9' is no ggml type"),
+        (["sensitivity", str(MODEL), "-o", "{tmp}/s.json", "--type", "Q9"], "'Q9' is not a ggml type"),
         (["sensitivity", str(MODEL), "-o", "{tmp}/s.json", "--imatrix", "{tmp}/none"], "none"),
         (["imatrix", "{f16}", "-o", "{tmp}/i.gguf"], "taken from the Hugging Face checkpoint"),
         (["advise", str(MODEL), "--base", "{f16}", "--budget", "nine", "-o", "{tmp}/r.yaml"], "budget 'nine'"),

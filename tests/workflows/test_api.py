@@ -129,7 +129,7 @@ def test_a_table_without_pandas_is_refused(found: Comparison, monkeypatch: pytes
 
 def test_what_scripts_get_wrong(ladder: dict[str, Path], tmp_path: Path) -> None:
     base, out = str(ladder["F16"]), str(tmp_path / "out.gguf")
-    with pytest.raises(InvalidProfileError, match="'Q4_KM' is no ftype"):
+    with pytest.raises(InvalidProfileError, match="'Q4_KM' is not an ftype"):
         quantize(base, out, "Q4_KM")
     with pytest.raises(InvalidBudgetError, match="budget 'Q4_K_M'"):
         advise(MODEL, base, "Q4_K_M")

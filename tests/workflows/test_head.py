@@ -215,7 +215,7 @@ def test_the_command(ladder: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--type", "Q4_K_M"], "'Q4_K_M' is no ggml type"),
+        (["--type", "Q4_K_M"], "'Q4_K_M' is not a ggml type"),
         (["--type", "IQ1_S"], "heads are tried in F16"),
         (["--fail-on", "attribution.shape>1"], "heads are judged by their divergence alone"),
         (["--fail-on", "nothing>1"], "the result has no number 'nothing'"),

@@ -87,8 +87,8 @@ def test_verify_says_what_was_predicted(ladder: dict[str, Path], tmp_path: Path)
     [
         ([], "exactly one of --recipe, --profile and --type"),
         (["--type", "Q8_0", "--profile", "demo"], "exactly one of"),
-        (["--type", "Q9_K"], "'Q9_K' is no ftype"),
-        (["--type", "Q8_0", "--output-type", "Q4_K_M"], "'Q4_K_M' is no ggml type"),
+        (["--type", "Q9_K"], "'Q9_K' is not an ftype"),
+        (["--type", "Q8_0", "--output-type", "Q4_K_M"], "'Q4_K_M' is not a ggml type"),
         (["--profile", "demo"], "has 7 entries; name one of Q8_0"),
         (["--profile", "demo", "--entry", "Q1"], "has no entry 'Q1'"),
         (["--profile", "demo", "--entry", "Q8_0", "--pure"], "go with --type"),
@@ -98,7 +98,7 @@ def test_verify_says_what_was_predicted(ladder: dict[str, Path], tmp_path: Path)
         (["--recipe", "UNMATCHED.txt", "--type", "Q4_K_M"], "the pattern 'attn_x' matches no tensor"),
         (["--recipe", "MISSING.yaml"], "cannot be read"),
         (["--type", "IQ2_XXS"], "needs an importance matrix; give one with --imatrix"),
-        (["--type", "Q8_0", "--imatrix", "PART.txt"], "no importance matrix"),
+        (["--type", "Q8_0", "--imatrix", "PART.txt"], "not an importance matrix"),
         (["--type", "Q8_0", "--verify", "MISSING"], "no such checkpoint directory"),
         (["--type", "Q8_0", "--verify", "BASE", "--fail-on", "x>1"], "the result has no number 'x'"),
     ],
@@ -129,7 +129,10 @@ def test_bases_and_outputs(ladder: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     assert_one_line(run("quantize", ladder["Q8_0"], out, "--type", "Q4_K_M"), "or say --allow-requantize")
     assert_one_line(run("quantize", tmp_path / "none.gguf", out, "--type", "Q4_K_M"), "none.gguf: no such file")
-    assert_one_line(run("quantize", ladder["F16"], tmp_path / "no" / "o.gguf", "--type", "Q8_0"), "there is no folder")
+    assert_one_line(
+        run("quantize", ladder["F16"], tmp_path / "no" / "o.gguf", "--type", "Q8_0"),
+        f"the folder {tmp_path / 'no'} does not exist",
+    )
     assert run("quantize", ladder["Q8_0"], out, "--type", "Q4_K_M", "--allow-requantize").exit_code == 0
     kept = out.read_bytes()
     assert_one_line(

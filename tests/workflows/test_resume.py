@@ -129,7 +129,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(
             # Finished by then; or Python was just starting or ending, when signals do what the system has them do.
             if how is signal.SIGINT and process.returncode not in (0, -signal.SIGINT):
                 assert process.returncode == 130 and len(said.splitlines()) == 1, said
-                assert "interrupted; the same command goes on from what is finished" in said
+                assert "interrupted; run the same command again to continue from the finished work" in said
         assert psutil.wait_procs(children, timeout=10)[1] == []
         assert list(temporary.iterdir()) == [] or how is signal.SIGKILL
     assert interrupted
@@ -252,5 +252,5 @@ def test_terminated_is_interrupted(ladder: dict[str, Path], tmp_path: Path) -> N
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=20)
-    assert process.returncode == 130 and said.startswith("error: interrupted; the same command goes on")
+    assert process.returncode == 130 and said.startswith("error: interrupted; run the same command again to continue")
     assert list(out.iterdir()) == [] and list((tmp_path / "tmp").iterdir()) == []

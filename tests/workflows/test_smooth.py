@@ -223,9 +223,9 @@ def test_a_changed_function_is_refused(subject: Subject, factors: Factors, cache
     ("more", "message"),
     [
         (["--base", "{plain}"], "is Q4_K_M; smooth the F16, BF16 or F32 file, and quantize that"),
-        (["--base", "{smoothed}"], "is smoothed already; name the file that it was made of"),
+        (["--base", "{smoothed}"], "is already smoothed; name the file that it was made from"),
         (["--base", "{f16}", "--type", "Q4_0", "--recipe", "{tmp}"], "by one of --type and --recipe"),
-        (["--base", "{f16}", "--type", "Q9"], "'Q9' is no ftype"),
+        (["--base", "{f16}", "--type", "Q9"], "'Q9' is not an ftype"),
         (["--base", "{f16}", "--type", "f16"], "'F16' rounds nothing; name the type"),
         (["--base", "{f16}", "--imatrix", "{tmp}/none"], "none"),
         (["--base", "{tmp}/none.gguf"], "no such file"),

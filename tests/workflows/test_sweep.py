@@ -105,7 +105,8 @@ def test_files_that_are_there_are_not_made_again(ladder: dict[str, Path], tmp_pa
     assert (out / "testbed-Q4_K_M.gguf").stat().st_mtime_ns == made["testbed-Q4_K_M.gguf"]
     assert second["Q2_K"].types is not None and "Q2_K" not in second["Q2_K"].types
     assert not (out / "testbed-Q2_K.gguf").exists()
-    assert second["Q8_0"].error is not None and "is in the way, and was not made here" in second["Q8_0"].error.message
+    assert second["Q8_0"].error is not None
+    assert "already exists and was not made by prism-gguf" in second["Q8_0"].error.message
     assert (out / "testbed-Q8_0.gguf").read_bytes() == b"another's"
 
 

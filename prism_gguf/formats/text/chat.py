@@ -18,7 +18,7 @@ Conversation = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ChatSource:
-    """Conversations of one domain, not yet rendered: the template is the model's."""
+    """Conversations of one domain, to be rendered by the model's own template."""
 
     domain: str
     conversations: list[Conversation]
@@ -28,7 +28,7 @@ class ChatSource:
 
         Raises:
             InvalidTextError: the template refuses a conversation.
-            InvalidModelError: it is no template, or reaches for what Jinja's sandbox keeps from it.
+            InvalidModelError: the template is invalid, or uses something that Jinja's sandbox forbids.
         """
         from jinja2 import TemplateSyntaxError
         from jinja2.sandbox import SecurityError
@@ -39,10 +39,10 @@ class ChatSource:
                 rendered.append(template(conversation))
             except (SecurityError, TemplateSyntaxError) as error:
                 raise InvalidModelError(
-                    f"chat '{self.domain}': the model's chat template is none that can be run ({type(error).__name__}): "
+                    f"chat '{self.domain}': the model's chat template cannot run ({type(error).__name__}): "
                     f"{one_line(str(error), 300)}"
                 ) from error
-            except Exception as error:  # templates raise what they like: Jinja's errors, TypeError, KeyError …
+            except Exception as error:  # templates raise any error: Jinja's errors, TypeError, KeyError …
                 raise InvalidTextError(
                     f"chat '{self.domain}': the model's chat template refuses conversation {number}: "
                     f"{one_line(str(error), 300)}"
@@ -54,7 +54,7 @@ def read_chat(path: str | Path) -> ChatSource:
     """Read a JSON-lines file: on each line ``{"messages": [{"role": …, "content": …}, …]}``, or the bare list.
 
     Raises:
-        InvalidTextError: the file is missing or empty, or a line is no conversation.
+        InvalidTextError: the file is missing or empty, or a line is not a conversation.
     """
     path = Path(path)
     try:

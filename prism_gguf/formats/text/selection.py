@@ -1,4 +1,4 @@
-"""What a reference shall read: texts, chats, or ready-made token windows, with the options that cut them."""
+"""The text of a comparison: texts, chats, or ready-made token windows, with the options that cut them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Source = EvaluationText | ChatSource
 
 
 class Reader(Protocol):
-    """What reads text: a model, as far as its vocabulary and its chat template go."""
+    """A reader of text: a model's vocabulary and chat template."""
 
     @property
     def vocabulary(self) -> Vocabulary: ...
@@ -28,10 +28,10 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Token windows that somebody else cut, such as those of a llama-perplexity base file.
+    """Ready-made token windows, such as those of a llama-perplexity base file.
 
     Attributes:
-        name: names their domain.
+        name: name of their domain.
         tokens: (n_windows, n_ctx) int32.
         n_vocab: size of the vocabulary the ids are from.
     """
@@ -43,12 +43,12 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class Reading:
-    """What to read, and how it is cut into windows.
+    """Texts, and how they are cut into windows.
 
     Attributes:
-        sources: texts and chats, or one ``TokenSource``, whose windows are taken as they are.
+        sources: texts and chats, or one ``TokenSource``, whose windows are used unchanged.
         n_ctx: tokens per window.
-        max_windows: windows at most; None takes all.
+        max_windows: maximum number of windows; None takes all.
         score: which tokens of a window are scored.
     """
 
@@ -59,7 +59,7 @@ class Reading:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that decides what is read."""
+        """SHA-256 of everything that decides the windows."""
         parts: list[object] = [self.n_ctx, self.max_windows, self.score.value]
         if isinstance(self.sources, TokenSource):
             parts += [
@@ -74,11 +74,11 @@ class Reading:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def windows(self, model: Reader) -> tuple[TokenWindows, list[EvaluationText]]:
-        """The windows as ``model`` reads them, and the texts as far as they reach; no texts for ready-made windows.
+        """The windows as ``model`` reads them, and the texts that they cover; no texts for ready-made windows.
 
         Raises:
-            InvalidTextError: nothing to read, or too little.
-            IncompatibleModelsError: ready-made windows of another vocabulary.
+            InvalidTextError: the text is missing or too short.
+            IncompatibleModelsError: the ready-made windows are of another vocabulary.
         """
         vocabulary = model.vocabulary
         if isinstance(self.sources, TokenSource):

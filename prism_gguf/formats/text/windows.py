@@ -1,4 +1,4 @@
-"""Evaluation text into token windows, made once and read by every model of a comparison."""
+"""Token windows of evaluation text, made once and read by every model of a comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
 
-# A first guess of how much of a long text the windows will need.
+# A first guess of how much of a long text the windows need.
 _CHARACTERS_PER_TOKEN = 8
 _OTHER_TOKENIZER = (
     "probably made of another model, of a fine-tune with another tokenizer, or converted with another pre-tokenizer"
@@ -24,11 +24,11 @@ class Vocabulary:
     """How a model reads text.
 
     Attributes:
-        tokenize: (text, special) to token ids (n,) int32, without special tokens of its own accord; markup of special
-            tokens in the text is read as those tokens where ``special``, else as plain text.
+        tokenize: (text, special) to token ids (n,) int32, without added special tokens. With ``special``, markup of
+            special tokens in the text becomes those tokens; otherwise it is plain text.
         piece: the text of one token id, for messages.
         n_tokens: real tokens, padding rows of the embedding not counted.
-        bos: id that begins a window, or None where the vocabulary asks for none.
+        bos: id that begins a window, or None if the vocabulary asks for none.
     """
 
     tokenize: Callable[[str, bool], np.ndarray]
@@ -39,14 +39,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Text of one domain, such as code or prose; ``special`` where markup in it stands for special tokens."""
+    """Text of one domain, such as code or prose; ``special`` if its markup stands for special tokens."""
 
     domain: str
     text: str
     special: bool = False
 
     def read(self, vocabulary: Vocabulary) -> np.ndarray:
-        """Token ids (n,) int32, BOS first where the vocabulary asks for one."""
+        """Token ids (n,) int32, with BOS first if the vocabulary asks for one."""
         tokens = vocabulary.tokenize(self.text, self.special)
         return tokens if vocabulary.bos is None else np.concatenate([[vocabulary.bos], tokens]).astype(np.int32)
 
@@ -60,10 +60,10 @@ class Score(str, Enum):
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """What both models read.
+    """The token windows that both models read.
 
     The protocol is llama-perplexity's (tools/perplexity/perplexity.cpp): each domain's tokens are cut into windows of
-    ``n_ctx``, the first token of each is replaced by BOS where the vocabulary asks for one, and the tokens of the second
+    ``n_ctx``, the first token of each is replaced by BOS if the vocabulary asks for one, and the tokens of the second
     half (or all) are scored: positions ``first_scored`` … n_ctx − 2 each predict the token that follows.
 
     Attributes:
@@ -97,7 +97,7 @@ class TokenWindows:
         return self.n_windows * self.scored_per_window
 
     def rows(self, window: int, start: int, stop: int) -> slice:
-        """Where positions ``[start, stop)`` of a window stand among all scored positions."""
+        """Indices of positions ``[start, stop)`` of a window among all scored positions."""
         first = window * self.scored_per_window - self.first_scored
         return slice(first + start, first + stop)
 
@@ -150,7 +150,7 @@ def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
     texts: dict[str, EvaluationText] = {}
     for source in sources:
         name, _, rest = source.partition("=")
-        # A path may itself contain "=": only what is not a file as it stands is taken for NAME=FILE.
+        # A path may contain "=": an argument that names a file is a path, any other is NAME=FILE.
         path = Path(rest) if rest and not Path(source).is_file() else Path(source)
         domain = name if rest and path != Path(source) else path.stem
         if not path.is_file():
@@ -165,12 +165,12 @@ def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
 
 
 def first_half(text: EvaluationText) -> EvaluationText:
-    """What lies before the line in the middle: to judge by, where ``second_half`` was learned from."""
+    """The text's first half: for evaluation, if ``second_half`` was used for calibration."""
     return replace(text, text=text.text[: _middle(text)])
 
 
 def second_half(text: EvaluationText) -> EvaluationText:
-    """What lies behind the line in the middle."""
+    """The text's second half."""
     return replace(text, text=text.text[_middle(text) :])
 
 
@@ -189,7 +189,7 @@ def default_texts() -> list[EvaluationText]:
 
 
 def calibration_texts() -> list[EvaluationText]:
-    """The second halves of the packaged texts, for what is learned from text: comparisons do not reach them by default."""
+    """The second halves of the packaged texts, for calibration: comparisons do not reach them by default."""
     return [second_half(text) for text in default_texts()]
 
 
@@ -239,7 +239,7 @@ def make_windows(
 
 
 def covered(texts: Sequence[EvaluationText], windows: TokenWindows, vocabulary: Vocabulary) -> list[EvaluationText]:
-    """The texts without what lies well behind their windows: what another reader needs to check its tokenizer."""
+    """The texts, cut well after their windows: enough to check another model's tokenizer."""
     kept = []
     for text in texts:
         expected = _expected(text, windows)
@@ -250,7 +250,7 @@ def covered(texts: Sequence[EvaluationText], windows: TokenWindows, vocabulary: 
 
 
 def _shares(available: list[int], total: int | None) -> list[int]:
-    """How many windows each domain gives: as even as their lengths allow."""
+    """Number of windows of each domain, as even as their lengths allow."""
     if total is None or total >= sum(available):
         return available
     shares = [0] * len(available)
@@ -261,7 +261,7 @@ def _shares(available: list[int], total: int | None) -> list[int]:
 
 
 def check_same_pieces(pieces: Mapping[int, str], candidate: Vocabulary, name: str) -> None:
-    """Check that the token ids in use mean the same text to the candidate, where there is no text to read again.
+    """Check that the token ids in use mean the same text to the candidate, if there is no text to tokenize again.
 
     Runtimes differ in how they show a leading space and a part of a character; neither counts here.
 
@@ -287,8 +287,8 @@ def check_same_reading(
     """Check that the candidate's own tokenizer reads the text as the reference's did.
 
     Args:
-        bos: what the reference's windows begin with, or None.
-        pieces: the text of each token id in the windows, as the reference's vocabulary has it.
+        bos: first token id of the reference's windows, or None.
+        pieces: the text of each token id in the windows, from the reference's vocabulary.
         name: the candidate, for the message.
 
     Raises:
@@ -315,7 +315,7 @@ def _expected(text: EvaluationText, windows: TokenWindows) -> np.ndarray:
 
 
 def _as_windows(text: EvaluationText, windows: TokenWindows, vocabulary: Vocabulary) -> np.ndarray:
-    """The text's tokens as far as the windows reach, BOS put where each window begins: (n,) int32."""
+    """The text's tokens that the windows cover, with BOS at the start of each window: (n,) int32."""
     found = text.read(vocabulary)[: len(_expected(text, windows))].copy()
     if vocabulary.bos is not None:
         found[:: windows.n_ctx] = vocabulary.bos

@@ -1,4 +1,4 @@
-"""What passes through each matrix of a reference: how large inputs are, and how much the output distribution minds errors.
+"""Activations of each matrix of a reference: input sizes, and the output distribution's response to errors.
 
 The KLD that errors D of a matrix cost is, for independent errors, Σ_ij F_ij D_ij² / 2 per token, with F the diagonal of the
 Fisher information (see ``fisher``). Its row and column sums are kept in place of F, which is as large as the weights.
@@ -72,7 +72,7 @@ def ensure_activations(
     cache: Path,
     progress: Progress,
 ) -> Activations:
-    """Activations over windows (n, n_ctx) of tokens, unless they were measured before; killed, the next run goes on.
+    """Activations over windows (n, n_ctx) of tokens, from the cache or measured; resumes an interrupted run.
 
     Args:
         fingerprint: of the model; with ``reading``, it names what is kept.

@@ -80,7 +80,7 @@ class FisherProducts:
     def _add_kernel(
         self, tensor: QuantizableTensor, matrix: int, window: int, x: torch.Tensor, at_input: torch.Tensor
     ) -> None:
-        """What rounding x costs: the same for all types that are multiplied by activations of the same kind."""
+        """The cost of rounding x: the same for all types that are multiplied by activations of the same kind."""
         windows, costs = slice(window, window + len(x)), {}
         by = self._errors.divisors(tensor, matrix)
         gradient = at_input.flatten(0, -2).numpy()

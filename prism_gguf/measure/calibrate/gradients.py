@@ -1,4 +1,4 @@
-"""One backward pass through the reference, and what a change of each weight would do to its loss: ⟨g, D⟩ for any D.
+"""One backward pass through the reference, and the loss's response to a change of each weight: ⟨g, D⟩ for any D.
 
 The loss is not that of the text. Its gradient with respect to the logits is a random vector u with the covariance of the
 softmax's Fisher information, diag(p) − p pᵀ, for each position: u = √p ⊙ ξ − p ⟨√p, ξ⟩ with random signs ξ. Then

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """A checkpoint's fingerprint, its sensitivities' file, and the folder of what is measured on the way."""
+    """A checkpoint's fingerprint, its sensitivities' file, and the folder of intermediate results."""
 
     fingerprint: str
     result: Path
@@ -145,7 +145,7 @@ def _gradients(
     folder: Path,
     progress: Progress,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(directional, diagonal, kernel) sums of one batch after the other; each is kept, for a later run to go on from."""
+    """(directional, diagonal, kernel) sums of one batch after the other; each is kept, so that a later run can resume."""
     import torch
 
     from prism_gguf.measure.calibrate.fisher import FisherProducts
@@ -192,7 +192,7 @@ def _costs(
 def estimate_sensitivity(
     reference: str, reading: Reading, options: SensitivityOptions, *, progress: Progress = no_progress
 ) -> Estimate:
-    """What sensitivities still take: nothing where they were measured before."""
+    """The remaining cost of sensitivities: zero if they are in the cache."""
     costs, model = costs_of(options), model_header(reference)
 
     def whole(folder: Path) -> Estimate:

@@ -1,4 +1,4 @@
-"""What quantization adds to each weight, D = dequantize(quantize(W)) − W, of every tensor and type, packed on disk.
+"""Quantization errors of each weight, D = dequantize(quantize(W)) − W, of every tensor and type, packed on disk.
 
 For a smoothed model, W / c is what is quantized, with c the factors of its columns, and c · D' what that adds to W: so the
 gradients are the reference's own. Factors of rows change nothing, for ggml quantizes row by row.
@@ -66,7 +66,7 @@ class WeightErrors:
         return None if weights is None or weights.size != n * width else weights.reshape(n, width)
 
     def divisors(self, tensor: QuantizableTensor, matrix: int) -> np.ndarray | None:
-        """What the columns are divided by before they are quantized, and inputs multiplied by: (columns,), or None."""
+        """The divisors of columns before quantization, and factors of inputs: (columns,), or None."""
         columns = None if self._factors is None else self._factors.columns.get(tensor.name)
         return None if columns is None else columns[matrix if len(columns) > 1 else 0]
 
@@ -79,7 +79,7 @@ class WeightErrors:
         )
 
     def prepare(self, tensors: Sequence[QuantizableTensor], progress: Progress) -> None:
-        """Quantize what was not quantized before; progress counts weights."""
+        """Quantize the remaining tensors; progress counts weights."""
         missing = [(t, name) for t in tensors for name in self.types_of(t) if not self._path(t, name).exists()]
         total = sum(t.rows.numel() * len(self.types_of(t)) for t in tensors)
         done = total - sum(t.rows.numel() for t, _ in missing)

@@ -1,4 +1,4 @@
-"""A capture: a reference's hidden states, token windows, identity and K_feat in a folder, made once and read ever after."""
+"""A capture: a reference's hidden states, token windows, identity and K_feat in a folder, written once."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Capture:
-    """What a reference computed on token windows.
+    """A reference's output on token windows.
 
     Attributes:
-        folder: where it lies.
+        folder: its location.
         identity: the reference.
-        windows: what it read.
+        windows: its token windows.
         texts: the texts behind the windows; empty where only token ids were given.
         states: hidden states of the scored positions, in window order, read by slice.
         head: its output head, read from disk chunk by chunk.
@@ -79,10 +79,10 @@ def write_capture(
     self_contained: bool = False,
     progress: Progress = no_progress,
 ) -> None:
-    """Run a model over what it shall read, and keep the result in ``folder``, going on where an earlier run was cut off.
+    """Run a model over its text, and keep the result in ``folder``; resumes an interrupted run.
 
     Args:
-        key: what the capture depends on; windows that an earlier run left under the same key are kept.
+        key: of everything that the capture depends on; windows that an earlier run left under the same key are kept.
         fingerprint: the model's content (``formats.fingerprint.model_fingerprint``).
         self_contained: keep the head's rows too, rather than where to find them in the model's own file.
     """
@@ -188,11 +188,11 @@ def _save_head(path: Path, head: OutputHead) -> None:
 
 
 def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
-    """Open what ``write_capture`` wrote; hidden states and head stay on disk until they are used.
+    """Open a capture of ``write_capture``; hidden states and head stay on disk until they are used.
 
     Raises:
-        InvalidCaptureError: it is none, a window in it is damaged, or the model file that its head is read from is gone
-            or another.
+        InvalidCaptureError: it is not a capture, a window is damaged, or the model file with its head is missing or
+            different.
     """
     if not is_capture(folder):
         raise InvalidCaptureError(

@@ -16,7 +16,7 @@ from prism_gguf.system.progress import Progress, no_progress, stage
 
 
 class CapturePlace(NamedTuple):
-    """A model's fingerprint, what its capture depends on, and where that lies."""
+    """A model's fingerprint, the key of its capture, and the capture's folder."""
 
     fingerprint: str
     key: str
@@ -24,7 +24,7 @@ class CapturePlace(NamedTuple):
 
 
 def capture_place(reference: str, reading: Reading, options: CaptureOptions, progress: Progress) -> CapturePlace:
-    """Where the capture of what ``reading`` says is, or will be."""
+    """The location of the capture of ``reading``, made or not."""
     from prism_gguf.measure.capture.capture_file import SCHEMA
 
     fingerprint = model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
@@ -44,7 +44,7 @@ def capture_place(reference: str, reading: Reading, options: CaptureOptions, pro
 def ensure_capture(
     reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
 ) -> Path:
-    """The folder of a whole capture of what ``reading`` says, made where there is none. Runs in the worker."""
+    """The folder of a complete capture of ``reading``, made if it is missing. Runs in the worker."""
     from prism_gguf.measure.capture.capture_file import adopt_head, write_capture
 
     cache, out = options.cache_folder, None if options.out is None else Path(options.out)

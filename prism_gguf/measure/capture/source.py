@@ -1,4 +1,4 @@
-"""What candidates are compared with, and what it takes to have it: a model and its text, or a capture with its own."""
+"""The reference of a comparison and its cost: a model and its text, or a capture with its own text."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _BYTES_PER_TOKEN = 3.5  # of UTF-8: from 2.5 where a vocabulary is small or of a
 
 @dataclass(frozen=True)
 class ReferenceSource:
-    """A reference, and what is read.
+    """A reference, and its text.
 
     Attributes:
         path: the model, or its capture.
         capture: the folder, where it is a capture, which has its own text.
-        reading: what is read of the texts otherwise.
+        reading: the reading of the texts otherwise.
         is_default: whether that is the packaged text.
     """
 
@@ -62,11 +62,11 @@ class ReferenceSource:
 
     @property
     def n_ctx(self) -> int:
-        """Context that candidates need as far as it is known before the reference is opened; 0 where it is not."""
+        """Context that candidates need, if known before the reference is opened; else 0."""
         return 0 if self.capture is not None else self.reading.n_ctx
 
     def place(self, options: ReadOptions, worker: Worker, progress: Progress) -> Path | None:
-        """The folder of a whole capture; None where there is none yet, without hashing a model that is new here."""
+        """The folder of a complete capture; None if it does not exist yet. Does not hash a model that is new here."""
         folder, header = self.capture, None if self.capture is not None else model_header(self.path)
         if header is not None and not is_new(header, options):
             running = CaptureOptions.of(options)
@@ -74,7 +74,7 @@ class ReferenceSource:
         return folder if folder is not None and is_capture(folder) else None
 
     def open(self, options: ReadOptions, worker: Worker, watch: Watch) -> OpenReference:
-        """The capture, made where there is none, and what a result says of it."""
+        """The capture, made if it is missing, and its record in results."""
         progress = watch.progress("reference")
         progress(0, 0, "starting")
         if self.capture is not None:
@@ -96,7 +96,7 @@ class OpenReference:
 
 
 def _describe(folder: Path, is_default: bool, *, progress: Progress) -> tuple[ModelIdentity, TextInfo]:
-    """What a result says of its reference and text. Runs in the worker."""
+    """The record of reference and text in results. Runs in the worker."""
     from prism_gguf.measure.capture.capture_file import read_capture
 
     capture = read_capture(folder, progress)
@@ -116,7 +116,7 @@ def _describe(folder: Path, is_default: bool, *, progress: Progress) -> tuple[Mo
 def estimate_capture(
     reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
 ) -> Estimate:
-    """What capturing a reference still takes: nothing where that was done before."""
+    """The remaining cost of a capture: zero if it exists."""
     return _capturing(model_header(reference), reference, reading, options, progress)
 
 
@@ -141,7 +141,7 @@ def _capturing(
 def estimate_reference(
     source: ReferenceSource, options: ReadOptions, progress: Progress
 ) -> tuple[Estimate, ModelHeader | None, Work]:
-    """What the reference's capture still takes, its header, and what is read."""
+    """The remaining cost of the reference's capture, its header, and the amount of text."""
     if source.capture is not None:
         return Estimate(), None, captured_work(source.capture)[1]
     model = model_header(source.path)
@@ -150,7 +150,7 @@ def estimate_reference(
 
 
 def estimate_export(folder: Path, file: Path, *, progress: Progress = no_progress) -> Estimate:
-    """What writing a capture as a base-logits file takes."""
+    """The cost of writing a capture as a base-logits file."""
     manifest, work = captured_work(folder)
     costs = costs_of(RunOptions())
     width, vocab = manifest["identity"]["hidden_size"], manifest["n_tokens"]
@@ -200,7 +200,7 @@ def sized(n_windows: int, n_ctx: int, score: Score) -> Work:
 
 
 def resumed(whole: Estimate, folder: Path, n_bytes: int) -> Estimate:
-    """What is left of a step that leaves so many bytes in ``folder``, by what an earlier run has left there."""
+    """The rest of a step that writes so many bytes to ``folder``, less those of an earlier run."""
     done = min(1.0, allocated(folder) / max(1, n_bytes))
     left = {"disk": whole.disk, "temporary": whole.temporary}
     shares = {k: {f: round(n * (1 - done)) for f, n in v.items()} for k, v in left.items()}

@@ -1,4 +1,4 @@
-"""The divergence split between its causes, in nats: what the bound of the paper cannot say.
+"""The divergence split between its causes, in nats; the paper's bound cannot give this.
 
 For a coalition S of the axes scale, shape and head, v(S) is KLD(p_T ‖ p_S) with p_S made of the candidate's scale, shape
 and head weights for the members of S, and of the reference's for the rest. An axis's Shapley value is its share; the three
@@ -62,7 +62,7 @@ def coalitions(
     Args:
         targets: token that follows each position, (n,) int.
         ratio: r = ρ_P / ρ_T.
-        finish: what the reference's and the candidate's head do to a product (bias, scale, soft cap), in place.
+        finish: the transforms of the reference's and the candidate's head (bias, scale, soft cap), in place.
 
     Raises:
         UndefinedMetricError: a logit is NaN or infinite.

@@ -175,7 +175,7 @@ class _Search:
                 self.measure()
 
     def measure(self) -> None:
-        """Measure what waits, on the head's own rows in float64."""
+        """Measure the waiting pairs, on the head's own rows in float64."""
         waiting = [pairs[at_most >= self.floor] for at_most, pairs in self._pending]
         self._pending = []
         if not any(map(len, waiting)):

@@ -95,7 +95,7 @@ class MomentAccumulator(SquareAccumulator):
         self._sum += z_p.sum(0)
 
     def moments(self) -> FeatureMoments:
-        """What has been gathered; raises as ``squares`` does."""
+        """The gathered sums; raises as ``squares`` does."""
         s = self.squares()
         matrices = self._cross.numpy(), self._second.numpy(), self._sum.numpy()
         return FeatureMoments(s.n, s.reference_square, s.candidate_square, s.residual_square, *matrices)

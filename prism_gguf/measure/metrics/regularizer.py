@@ -1,4 +1,4 @@
-"""PRISM's shape term as a training penalty (Lin & Sun, arXiv 2605.11608): what keeps a model's final states in shape."""
+"""PRISM's shape term as a training penalty (Lin & Sun, arXiv 2605.11608): it keeps the shape of a model's final states."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _isotropy(covariance: np.ndarray) -> float:
     d = len(covariance)
     variances = np.maximum(np.linalg.eigvalsh(covariance), 0.0)
     if d < 2 or not variances.any():
-        raise UndefinedMetricError("rows that are all the same, or of width 1, have no isotropy")
+        raise UndefinedMetricError("rows that are all equal, or of width 1, have no isotropy")
     normalised = np.sqrt(d) * variances / np.linalg.norm(variances)
     defect_square = np.square(normalised - 1.0).sum() / (2.0 * (d - np.sqrt(d)))
     used = (d - defect_square * (d - np.sqrt(d))) ** 2 / d**2
@@ -139,7 +139,7 @@ class SimilarityAccumulator:
         cross = self._cross.numpy() / t.n - np.outer(t.mean, p.mean)
         norms = np.linalg.norm(first), np.linalg.norm(second)
         if min(norms) <= 0.0 or min(t.n_directed, p.n_directed) < t.n:
-            raise UndefinedMetricError("states that are zero, or all the same, have no similarity")
+            raise UndefinedMetricError("states that are zero, or all equal, have no similarity")
         own = self._unbiased(0, 0), self._unbiased(1, 1)
         if min(own) <= 0.0:
             raise UndefinedMetricError(

@@ -1,4 +1,4 @@
-"""What llama-perplexity --kl-divergence prints, from per-token values, with standard errors clustered by window."""
+"""Statistics of llama-perplexity --kl-divergence, from per-token values, with standard errors clustered by window."""
 
 from __future__ import annotations
 

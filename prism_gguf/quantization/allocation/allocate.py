@@ -14,7 +14,7 @@ from prism_gguf.system.errors import InfeasibleBudgetError, RuntimeFailureError
 
 @dataclass(frozen=True)
 class Option:
-    """One type that a tensor can take: what it weighs, and the KLD it costs (nats per token)."""
+    """One type that a tensor can take: its size, and its cost in KLD (nats per token)."""
 
     n_bytes: int
     kld: float
@@ -24,7 +24,7 @@ def allocate(options: Mapping[str, Mapping[str, Option]], budget: int) -> dict[s
     """Type of each tensor for the least sum of KLDs within ``budget`` bytes: a multiple-choice knapsack, solved exactly.
 
     Args:
-        options: tensor → type → what it costs.
+        options: tensor → type → its cost.
 
     Raises:
         InfeasibleBudgetError: even the smallest choice of every tensor is over the budget; the message has its size.

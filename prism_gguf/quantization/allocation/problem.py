@@ -1,4 +1,4 @@
-"""What there is to choose for a base and a budget, and the best choice that the sensitivities know of."""
+"""The choices for a base and a budget, and the best one by the sensitivities."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Problem:
         """The recipe with the least predicted KLD, exactly.
 
         Args:
-            factors: what the KLDs of a tensor are multiplied by, where measuring showed that they are off.
+            factors: corrections of a tensor's KLDs, from measurements.
 
         Raises:
             InfeasibleBudgetError: the message names the smallest feasible budget.
@@ -154,7 +154,7 @@ class Problem:
         return Solution(recipe, self._plan(recipe, worker), costs)
 
     def finest(self, tensor: str) -> tuple[str, float]:
-        """The quantized type that costs a tensor least, and what it costs: mostly Q8_0."""
+        """The cheapest quantized type of a tensor, and its cost: mostly Q8_0."""
         costs = self._found[tensor].costs
         kind = min(costs, key=lambda kind: costs[kind].kld)
         return kind, costs[kind].kld
@@ -175,7 +175,7 @@ class Problem:
     def _reasons(
         self, types: Mapping[str, str], options: Mapping[str, Mapping[str, Option]], ftype: str
     ) -> dict[str, str]:
-        """What every tensor above the file's commonest type buys with its bytes."""
+        """The gain of every tensor above the file's commonest type."""
         common = next((kind for kind, name in _FTYPE_OF.items() if name == ftype), ftype)
         reasons = {}
         for name, kind in types.items():
@@ -199,7 +199,7 @@ def _allocate(
 
 
 def _check_conditions(found: Sensitivity, imatrix: Path | None, base: GgufFile) -> None:
-    """Whether the sensitivities are of what will be quantized, with what it will be quantized with."""
+    """Check that the sensitivities fit the base and its importance matrix."""
     measured = None if found.imatrix is None else found.imatrix["digest"]
     given = None if imatrix is None else imatrix_digest(read_imatrix(imatrix))
     if measured != given:

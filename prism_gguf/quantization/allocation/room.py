@@ -1,4 +1,4 @@
-"""What a budget leaves room for: llama.cpp's own mix of that size, and its smallest file."""
+"""Room in a budget: llama.cpp's own mix of that size, and the smallest file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEFAULTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "
 
 @dataclass(frozen=True)
 class Room:
-    """What a budget leaves room for.
+    """The room in a budget.
 
     Attributes:
         limit: the largest file, in bytes; ``overhead`` of them are no tensor data.

@@ -67,7 +67,7 @@ def _judge(capture: Capture, body: Body, options: HeadOptions) -> Judge:
 
 
 def decode_body(path: str, folder: Path, out: Path, options: HeadOptions, *, progress: Progress = no_progress) -> Body:
-    """Run a candidate over the captured windows, and keep what it computed in ``out``."""
+    """Run a candidate over the captured windows, and keep its output in ``out``."""
     options.limit_threads()
     capture = read_capture(folder, progress)
     out.mkdir()

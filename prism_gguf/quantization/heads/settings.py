@@ -1,4 +1,4 @@
-"""What the options of a head sweep stand for: ggml types, limits, and the importance of the head's columns."""
+"""Settings of a head sweep from its options: ggml types, limits, and the importance of the head's columns."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _changed(base: GgufFile, factors: Factors) -> Iterator[tuple[str, NewTensor]
 def _factor(
     shape: tuple[int, ...], rows: np.ndarray | None, columns: np.ndarray | None, *, is_bias: bool
 ) -> np.ndarray | None:
-    """What a tensor is multiplied by, to be broadcast, or None where that does not fit.
+    """The factors of a tensor, ready to broadcast, or None where they do not fit.
 
     Norms, biases and matrices of one row that are stored as vectors are multiplied value by value.
     """

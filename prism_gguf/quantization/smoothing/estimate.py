@@ -1,4 +1,4 @@
-"""What smoothing takes, by headers alone."""
+"""Cost of smoothing, from headers alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def estimate_smoothing(
     *,
     progress: Progress = no_progress,
 ) -> Estimate:
-    """What smoothing takes, the comparison that proves it included; the file goes to ``folder``."""
+    """The cost of smoothing, with the comparison that verifies it; the file goes to ``folder``."""
     model, written = model_header(reference), model_header(str(base))
     if model is None or written is None:
         return Estimate()

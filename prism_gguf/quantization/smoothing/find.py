@@ -32,13 +32,13 @@ from prism_gguf.system.progress import Progress, no_progress, stage
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         digest: of the factors, which lie in the cache under it.
         made_of: a digest of these, the base and the importance matrix of the smoothed model, which lies there under it.
         choices: one for each site.
-        left_alone: architecture, block, site or tensor → why it stays as it is.
+        left_alone: architecture, block, site or tensor → why it stays unchanged.
     """
 
     digest: str
@@ -58,13 +58,13 @@ def find_factors(
     *,
     progress: Progress = no_progress,
 ) -> Found:
-    """Search the scales of every site of ``base`` under the types of ``mix``; killed at any moment, the next run goes on.
+    """Search the scales of every site of ``base`` under the types of ``mix``; the next run resumes an interrupted one.
 
     Args:
         imatrix: importance matrix that the smoothed model's is made of; None takes the mean squares found here.
 
     Raises:
-        InvalidModelError: the reference is no checkpoint, or there is nothing to smooth.
+        InvalidModelError: the reference is not a checkpoint, or the base has no site to smooth.
         IncompatibleModelsError: base and reference have tensors of other shapes.
     """
     gguf, cache = GgufFile(base), options.cache_folder
@@ -140,7 +140,7 @@ def _write(path: Path, matrix: ImportanceMatrix, gguf: GgufFile, n_ctx: int) -> 
 
 
 class _Search:
-    """All sites one after the other; what is found of each is kept in ``folder`` until all are done."""
+    """All sites one after the other; keeps each site's result in ``folder`` until all are done."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class _Search:
     def all(
         self, sites: list[Site], refinements: int, progress: Progress
     ) -> tuple[dict[str, np.ndarray], list[SiteChoice]]:
-        """Scales of the sites that gain by them, and what was chosen for each site."""
+        """Scales of the sites that gain by them, and the choice for each site."""
         scales, choices = {}, []
         for number, site in enumerate(sites):
             progress(number, len(sites))

@@ -1,4 +1,4 @@
-"""The scales of one site, chosen by what llama.cpp's own rounding would cost its followers, in nats.
+"""The scales of one site, chosen by the cost of llama.cpp's rounding for its followers, in nats.
 
 With w_j and x_j the root mean square of column j's weights and inputs, both weighted by how much the output distribution
 minds them, the scales w^(1−α) / x^α lie between equal weights (α = 0) and equal inputs (α = 1), as SmoothQuant's do. They
@@ -87,7 +87,7 @@ class SiteSearch:
         self._runs = _runs(site, max(GGML_QUANT_SIZES[f.kind][0] for f in followers))
 
     def choose(self, refinements: int) -> tuple[np.ndarray, SiteChoice]:
-        """Scales (matrices, size), and what they are predicted to save; ones where nothing is saved."""
+        """Scales (matrices, size), and their predicted gain; ones where they gain nothing."""
         ones = np.ones((self.site.matrices, self.site.size))
         tried = [ones, *(self._at(exponent) for exponent in EXPONENTS)]
         costs = np.stack([self._by_run(scales) for scales in tried])
