@@ -26,7 +26,12 @@ _EMBEDDING = "token_embd.weight"
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter's file, and the factor that scales it."""
+    """A LoRA adapter that llama.cpp applies to a candidate.
+
+    Attributes:
+        path: its GGUF.
+        scale: factor of its own strength.
+    """
 
     path: str
     scale: float = 1.0

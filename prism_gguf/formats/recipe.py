@@ -254,6 +254,10 @@ def read_recipe(path: Path, *, names: Iterable[str] | None = None, ftype: str | 
 def write_recipe(path: Path, recipe: Recipe) -> None:
     """Write a recipe in the format of the file's ending: .yaml, .json, or .txt for a tensor-type-file.
 
+    Args:
+        path: the file to write; it appears whole or not at all.
+        recipe: the recipe.
+
     Raises:
         InvalidOutputError: the ending is another one, or the folder is not writable.
         InvalidRecipeError: the format cannot hold it.

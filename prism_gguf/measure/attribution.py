@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from prism_gguf.measure.decode import Decoded
+from prism_gguf.measure.decode import BLOCK, Decoded
 from prism_gguf.measure.metrics.attribution import Coalitions, ProductChunk, coalitions, shapley
 from prism_gguf.measure.metrics.divergence import clustered_mean, token_divergence
-from prism_gguf.measure.pair import BLOCK, Pair
+from prism_gguf.measure.pair import Pair
 from prism_gguf.models.passes import ATTRIBUTED_LOGITS
 from prism_gguf.results.comparison import Attribution
 from prism_gguf.system.progress import Progress, no_progress, part, stage

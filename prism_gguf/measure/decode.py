@@ -12,7 +12,7 @@ import torch
 from prism_gguf.formats.state_file import WindowFile
 from prism_gguf.measure.capture.capture_file import Capture
 from prism_gguf.measure.metrics.divergence import TokenDivergence, token_divergence
-from prism_gguf.measure.pair import BLOCK, Pair
+from prism_gguf.measure.pair import Pair
 from prism_gguf.models.llama_cpp import LlamaCppModel
 from prism_gguf.models.output_head import OutputHead
 from prism_gguf.models.protocol import Model, WindowStates
@@ -22,6 +22,8 @@ from prism_gguf.system.progress import Progress, no_progress, part, stage
 # Nats. Measured: 1e-12 to 7e-12 where the kernel is the right one; the kernels themselves cost 1e-7 (F16) to 1e-3 (Q8_0).
 _MAX_EMULATION_KLD = 1e-9
 _PROOF_POSITIONS = 64  # of each window that the emulation is checked on
+# Tokens whose logits exist at a time, over one chunk of the vocabulary.
+BLOCK = 512
 _STATES, _RUNTIME, _WEIGHTS = "states", "runtime", "weights"  # folders of a candidate's windows
 
 
@@ -57,6 +59,16 @@ def decode_windows(pair: Pair, model: Model, folder: Path, progress: Progress) -
             return Decoded(hidden, tokens, Logits("computed" if exact else "emulated", disagreement))
     hidden, tokens = _states_and_logits(pair, model, folder, progress)
     return Decoded(hidden, tokens, Logits("runtime", disagreement))
+
+
+def blocks_of_states(
+    pair: Pair, hidden: np.ndarray, progress: Progress
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(tokens, the reference's states, the candidate's), the states (k, d) float32, for a candidate's states (n, d)."""
+    for at in range(0, len(hidden), BLOCK):
+        progress(at, len(hidden))
+        block = slice(at, at + BLOCK)
+        yield block, pair.capture.states[block], np.array(hidden[block])
 
 
 def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, progress: Progress) -> np.ndarray:
@@ -145,7 +157,7 @@ def _blocks(pair: Pair, hidden: np.ndarray, served: OutputHead, progress: Progre
     """Divergence of the emulated logits, a block of tokens and a chunk of the vocabulary at a time."""
     heads, targets = pair.heads.served_by(served), pair.capture.windows.targets
     n_blocks = -(-len(hidden) // BLOCK)
-    for number, (block, reference, candidate) in enumerate(pair.blocks(hidden, no_progress)):
+    for number, (block, reference, candidate) in enumerate(blocks_of_states(pair, hidden, no_progress)):
         within = part(progress, number * heads.n_rows, n_blocks * heads.n_rows)
         pairs = heads.logits(torch.from_numpy(reference), served.enter(candidate), within)
         yield token_divergence(pairs, targets[block])

@@ -48,7 +48,7 @@ class Headers:
         return headers
 
     def attempt(self, path: str, work: Callable[[], T]) -> T | None:
-        """What ``work`` gives for a candidate that can be measured so far; None, and a row, where it fails."""
+        """The value of ``work`` for a usable candidate; None if it fails, which then becomes a row."""
         try:
             return work()
         except PrismGgufError as error:
@@ -62,7 +62,7 @@ class Headers:
         return list(self.ftypes)
 
     def check(self, n_others: int = 0) -> None:
-        """Whether there is anything to measure, ``n_others`` candidates that are still to be made among it.
+        """Checks that there is something to measure; ``n_others`` candidates are still to be made.
 
         Raises:
             InvalidModelError: names the fault of each.

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from prism_gguf.formats.lora import LoraAdapter
 from prism_gguf.formats.text.windows import check_same_pieces, check_same_reading
 from prism_gguf.measure.capture.capture_file import Capture
@@ -20,11 +18,7 @@ from prism_gguf.models.protocol import Model
 from prism_gguf.results.details import OtherWeights
 from prism_gguf.results.options import RunOptions
 from prism_gguf.system.errors import IncompatibleModelsError
-from prism_gguf.system.progress import Progress
 from prism_gguf.system.sanitize import one_line
-
-# Tokens whose logits exist at a time, over one chunk of the vocabulary.
-BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -42,13 +36,6 @@ class Pair:
     heads: HeadPair
     notes: list[str] = field(default_factory=list)
     other_weights: OtherWeights | None = None
-
-    def blocks(self, hidden: np.ndarray, progress: Progress) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """(tokens, the reference's states, the candidate's) for the candidate's states (n, d); both (k, d) float32."""
-        for at in range(0, len(hidden), BLOCK):
-            progress(at, len(hidden))
-            block = slice(at, at + BLOCK)
-            yield block, self.capture.states[block], np.array(hidden[block])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from prism_gguf.measure.decode import blocks_of_states
 from prism_gguf.measure.metrics.geometry import FeatureMoments, MomentAccumulator
 from prism_gguf.measure.metrics.similarity import SimilarityAccumulator
 from prism_gguf.measure.pair import Pair
@@ -55,7 +56,7 @@ PROBES: dict[str, Probe] = {
 def gather(pair: Pair, hidden: np.ndarray, options: CompareOptions, progress: Progress) -> dict[str, Any]:
     """The accumulators of all metrics that are wanted, by name, after the candidate's states (n, d) float32."""
     begun = {name: probe.begin(hidden.shape[1]) for name, probe in PROBES.items() if probe.wanted(options)}
-    for _, reference, candidate in pair.blocks(hidden, stage(progress, "geometry of the states")):
+    for _, reference, candidate in blocks_of_states(pair, hidden, stage(progress, "geometry of the states")):
         for metric in begun.values():
             metric.add(reference, candidate)
     return begun
@@ -64,7 +65,7 @@ def gather(pair: Pair, hidden: np.ndarray, options: CompareOptions, progress: Pr
 def moments_of(pair: Pair, hidden: np.ndarray, progress: Progress) -> FeatureMoments:
     """Second moments alone, of other states of the same candidate."""
     moments = MomentAccumulator(hidden.shape[1])
-    for _, reference, candidate in pair.blocks(hidden, stage(progress, "geometry of the states")):
+    for _, reference, candidate in blocks_of_states(pair, hidden, stage(progress, "geometry of the states")):
         moments.add(reference, candidate)
     return moments.moments()
 

@@ -170,7 +170,7 @@ def _dequantized(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def other_architecture(sample: WeightSample, gguf: GgufFile) -> str | None:
-    """What shows that a candidate's tensors are not the reference's in number or shape, and whose they may be; or None."""
+    """The evidence that tensors differ from the reference's in number or shape, and their likely origin; or None."""
     ours, theirs = gguf.architecture, sample.architecture
     shapes = {t.name: t.shape for t in gguf.tensors}
     # A checkpoint's architecture is a guess, which counts only where tensors say so too.
@@ -212,7 +212,7 @@ class _Change:
 
 
 def compare_weights(sample: WeightSample, gguf: GgufFile) -> tuple[OtherWeights | None, str | None]:
-    """What shows that a candidate was made of other weights than its reference, or None; and what to tell the user.
+    """The evidence that a candidate has other weights than its reference, or None; and the note for the user.
 
     Quantization leaves norms and biases as they are. The rest of a matrix is rounded, which moves weights independently of
     each other; training and merging move them along few directions (see docs/method.md).

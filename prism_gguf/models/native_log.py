@@ -57,7 +57,7 @@ class NativeLog:
     def reason(self) -> str:
         """The line that most likely says why: the last one that speaks of an error, else the last one."""
         errors = [line for line in self._lines if "error" in line.lower() or "fail" in line.lower()]
-        # llama.cpp goes on to say "failed to load model" after the line that says why.
+        # llama.cpp says "failed to load model" after the line with the reason.
         telling = [line for line in errors if not line.endswith("failed to load model")] or errors
         reason = (telling or list(self._lines) or ["llama.cpp gave no reason"])[0 if telling else -1]
         return one_line(reason, _LONGEST_REASON)

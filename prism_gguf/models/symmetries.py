@@ -6,7 +6,7 @@ that reads it by the same. Each follows from the graph that llama.cpp builds (sr
 - A norm's gains, and all matrices that read the norm.
 - Value rows, and the attention output's columns: attention mixes positions, never channels. Query heads of a group share
   a value head, and so its scales.
-- Up rows, and down columns: the gated product act(gate) · up is linear in up. In each expert for itself.
+- Up rows, and down columns: the gated product act(gate) · up is linear in up. In each expert separately.
 
 Left alone: the rotary pairs of query and key rows, where r and 1/r cancel, because ggml quantizes row by row and scaling a
 row scales its rounding with it (there is nothing to gain); the norm before the output head, because the states that reach

@@ -76,7 +76,7 @@ def quantizable_tensors(model: Any) -> tuple[list[QuantizableTensor], dict[str, 
     difference to anything asked here.
 
     Returns:
-        (tensors in the model's order; parameter → reason for each matrix that is none of them).
+        (tensors in the model's order; parameter → reason for every other matrix).
     """
     architecture = gguf_architecture(model.config)
     if architecture is None:

@@ -193,7 +193,7 @@ def _tensor_bytes(tensor: TensorInfo, kind: str) -> int:
 def provenance(
     gguf: GgufFile, mix: Mix, name: str, imatrix: ImportanceMatrix | None, requantized: bool
 ) -> dict[str, str | int | bool]:
-    """What the made file says of how it was made; strings are cut to what llama.cpp takes.
+    """Metadata that records how a file was made; strings are cut to the length that llama.cpp takes.
 
     Every key is written every time: llama.cpp keeps the base's entries, and cannot remove one.
     """

@@ -168,6 +168,9 @@ class Profile(BaseModel):
 def load_profile(name_or_path: str) -> Profile:
     """A packaged profile by name, or a YAML file by path.
 
+    Args:
+        name_or_path: such as ``publish``, or ``mine.yaml``.
+
     Raises:
         InvalidProfileError: not found, not YAML, or not a profile; the message names file, entry and key.
     """

@@ -14,7 +14,7 @@ from prism_gguf.system.sanitize import printable, short
 
 LOSSLESS = "no measurable loss"
 # Upper limits in nats of mean KLD. These are a convention: nobody has measured how many nats a reader notices. The steps
-# are about threefold, and separate the types of a small model (docs/results.md: Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
+# are about threefold, and separate the types of a small model (Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
 LEVELS = (
     (0.01, "hardly distinguishable"),
     (0.05, "small loss"),

@@ -424,7 +424,7 @@ class Comparison:
 
     @property
     def skipped(self) -> list[CandidateResult]:
-        """What was not made because it would be too large: no failure."""
+        """Files that were not made because they are over the budget. They are not failures."""
         return [c for c in self.candidates if c.over_budget]
 
     def to_dict(self) -> dict[str, Any]:
@@ -436,7 +436,7 @@ class Comparison:
         return data
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """The display in a notebook."""
         # Looked up by name, as the package's own root does: results know no report.
         package = __name__.partition(".")[0]
         return str(importlib.import_module(f"{package}.{_NOTEBOOK}").notebook_display(self))

@@ -1,4 +1,4 @@
-"""What is said of a candidate beside its numbers: what it is made of, and where it differs from its reference."""
+"""Details of a candidate beside its numbers: its parts, and where it differs from its reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FallbackInfo:
 
 @dataclass(frozen=True)
 class OtherWeights:
-    """What shows that a GGUF was made of other weights than its reference.
+    """The evidence that a GGUF has other weights than its reference.
 
     Attributes:
         kind: ``architecture`` where blocks or shapes are others, so that no weights were compared; ``fine-tune``; or
@@ -114,7 +114,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What the reference's residual streams cost: seconds (0 where they were in the cache), and bytes on disk."""
+    """Cost of the reference's residual streams: seconds (0 if they were in the cache), and bytes on disk."""
 
     seconds: float
     n_bytes: int
@@ -157,7 +157,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Baselines:
-    """What else is said of hidden states and heads: context and negative controls, which no verdict uses.
+    """Further scores of hidden states and heads: context and negative controls, which no verdict uses.
 
     Attributes:
         similarity: of the reference's and the candidate's states.

@@ -108,7 +108,7 @@ class HeadSweep:
     error: Failure | None = None
 
     def final(self, row: HeadRow) -> HeadScore | None:
-        """What a row's file serves, all of it: the output side, or for a tied head the run."""
+        """The score of a row's whole file: the output side, or the run if the head is tied."""
         assert self.head is not None
         return row.run if self.head.tied else row.output_side
 

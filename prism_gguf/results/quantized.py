@@ -81,7 +81,16 @@ SCHEMA = "prism-gguf/quantize/1"
 
 @dataclass(frozen=True)
 class Made:
-    """A planned file, whether it was written, and its comparison; ``found``: it already exists and is up to date."""
+    """A file that `quantize` made, or planned.
+
+    Attributes:
+        out: the file.
+        plan: its types and its exact size.
+        made: whether the file exists; False for a dry run.
+        predicted_kld, predicted_kld_se: the recipe's prediction, nats per token; None for a mix.
+        comparison: with the reference, where that was asked for.
+        found: the file already existed and was up to date.
+    """
 
     out: Path
     plan: Plan

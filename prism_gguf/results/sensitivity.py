@@ -96,6 +96,9 @@ class Sensitivity:
 def read_sensitivity(path: str | Path) -> Sensitivity:
     """Read the output of ``Sensitivity.to_dict``.
 
+    Args:
+        path: the file that `prism-gguf sensitivity` wrote.
+
     Raises:
         InvalidSensitivityError: it is no sensitivity file, or has another version.
     """

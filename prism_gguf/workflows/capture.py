@@ -57,6 +57,13 @@ def export_kld_base(
 ) -> None:
     """Write a capture as the base-logits file that ``llama-perplexity --kl-divergence-base`` reads.
 
+    Args:
+        capture: the folder of a capture.
+        file: the file to write; it appears whole or not at all.
+        force: continue even if the disk looks too small.
+        steps: called with (what is being done, tokens done, tokens in all) as work proceeds.
+        estimated: called with the estimated cost, before work begins.
+
     Raises:
         InvalidCaptureError: the capture is damaged, or scores other tokens than that format has.
         LimitError: the disk is clearly too small, and ``force`` is not set.

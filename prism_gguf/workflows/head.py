@@ -39,7 +39,13 @@ def head(
 ) -> HeadReport:
     """Score every head type with each candidate's body: one run a candidate, and for tied heads further ones.
 
-    Arguments are those of ``compare``. A candidate that fails becomes a row that says why; the others still finish.
+    A candidate that fails becomes a row that says why; the others still finish.
+
+    Args:
+        candidates: GGUF files.
+        texts: evaluation text and chats; None takes the packaged text, or the text of a given capture.
+        steps: called with (what is being done, windows done, windows in all) as work proceeds.
+        estimated: called with the estimated cost of all of it, before it begins.
 
     Raises:
         PrismGgufError: the reference, the text, an option, or every one of the candidates cannot be used.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -29,10 +30,10 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_every_command_and_option_is_documented() -> None:
     for name, command in main.commands.items():
-        assert command.help, name
+        assert command.help and command.get_short_help_str(limit=100).endswith((".", "?")), name
         for parameter in command.params:
-            if parameter.param_type_name == "option":
-                assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+            if isinstance(parameter, click.Option):
+                assert parameter.help and parameter.help.endswith((".", ")")), parameter.name
 
 
 def test_compare_prints_a_table_and_writes_json(ladder: dict[str, Path], tmp_path: Path) -> None:
@@ -136,22 +137,40 @@ def test_capture_compare_and_export(captured: Path, ladder: dict[str, Path], tmp
     assert klds[0] == klds[1]
 
 
-def test_options_that_contradict_each_other(captured: Path, ladder: dict[str, Path], tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    run("export-kld-base", captured, base, "--quiet")
-    for arguments, message in [
-        (("compare", captured, ladder["Q8_0"], "--n-ctx", 256), "has its own windows; leave out --n-ctx"),
-        (("compare", captured, ladder["Q8_0"], "--text", __file__), "a capture has its own text"),
-        (("capture", MODEL, "--from-kld-base", base, "--n-ctx", 256), "has its own windows"),
-        (
-            ("compare", MODEL, ladder["Q8_0"], "--control", ladder["Q4_K_M"]),
-            "a control is F32, F16 or BF16; this is Q4_K_M",
-        ),
-        (("compare", MODEL, ladder["Q8_0"], "--control", tmp_path / "none.gguf"), "none.gguf: no such file"),
-        (("compare", MODEL, ladder["Q8_0"], "--windows", 3), "5 texts need at least one window each"),
-        (("export-kld-base", MODEL, tmp_path / "x"), "not a capture"),
-        (("capture", MODEL, "--chat", tmp_path / "none.jsonl"), "none.jsonl: No such file"),
-    ]:
-        result = run(*arguments)
-        assert (result.exit_code, message in result.stderr) == (2, True), result.output
-        assert "Traceback" not in result.output
+@pytest.fixture(scope="module")
+def named(captured: Path, ladder: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files by the names that the cases below give them."""
+    base = tmp_path_factory.mktemp("named") / "base"
+    assert run("export-kld-base", captured, base, "--quiet").exit_code == 0
+    text, nowhere = Path(__file__), base.with_name("none")
+    return {
+        "MODEL": MODEL,
+        "CAPTURE": captured,
+        "BASE": base,
+        "Q8_0": ladder["Q8_0"],
+        "Q4": ladder["Q4_K_M"],
+        "NO": nowhere,
+        "TEXT": text,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("compare CAPTURE Q8_0 --n-ctx 256", "has its own windows; leave out --n-ctx"),
+        ("compare CAPTURE Q8_0 --text TEXT", "a capture has its own text"),
+        ("capture MODEL --from-kld-base BASE --n-ctx 256", "--from-kld-base has its own windows"),
+        ("compare MODEL Q8_0 --control Q4", "a control is F32, F16 or BF16; this is Q4_K_M"),
+        ("compare MODEL Q8_0 --control NO.gguf", "none.gguf: no such file"),
+        ("compare MODEL Q8_0 --windows 3", "5 texts need at least one window each"),
+        ("export-kld-base MODEL NO", "not a capture"),
+        ("capture MODEL --chat NO.jsonl", "none.jsonl: No such file"),
+    ],
+)
+def test_options_that_contradict_each_other(arguments: str, message: str, named: dict[str, Path]) -> None:
+    words = (word.partition(".") for word in arguments.split())
+    result = run(
+        *(f"{named[word]}{dot}{ending}" if word in named else word + dot + ending for word, dot, ending in words)
+    )
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+    assert "Traceback" not in result.output

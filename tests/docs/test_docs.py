@@ -243,18 +243,8 @@ def test_an_entry_of_what_computes_names_its_source(name: str) -> None:
 
 
 # Their summaries say it all: one file each, or the arguments of another function.
-WITHOUT_ARGS = {
-    "export_kld_base",
-    "head",
-    "load_profile",
-    "read_chat",
-    "read_sensitivity",
-    "read_texts",
-    "write_recipe",
-}
 NEVER_RAISES = {"profile_names", "progress_bars"}
 SELF_EVIDENT = {"base", "options", "path", "reference"}
-IN_PROSE = {"LoraAdapter", "Made"}
 
 
 def sections(docstring: str) -> dict[str, list[str]]:
@@ -286,7 +276,7 @@ def test_docstrings_of_functions_name_arguments_and_errors(name: str) -> None:
     said, parameters = sections(function.__doc__), set(inspect.signature(function).parameters)
     args = set(said.get("Args", ()))
     assert args <= parameters, "it names an argument that there is not"
-    if name not in WITHOUT_ARGS and parameters - {"shown"}:
+    if parameters - {"shown"}:
         in_prose = {p for p in parameters if f"``{p}``" in function.__doc__}
         assert args and parameters - args - in_prose <= SELF_EVIDENT
     raised = said.get("Raises", [])
@@ -304,7 +294,7 @@ def test_docstrings_of_data_name_their_fields(name: str) -> None:
     if name.endswith("Options"):
         assert own and {f for f in own if not f.startswith("_")} <= set(listed)
     else:
-        assert listed or name in IN_PROSE
+        assert listed
 
 
 def takes_arrays(function: Any) -> list[str]:

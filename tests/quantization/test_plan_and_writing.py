@@ -171,22 +171,31 @@ def test_other_alignments_and_split_bases(ladder: dict[str, Path], tmp_path: Pat
             assert {t.name: bytes(t.data) for t in gguf.GGUFReader(out).tensors} == kept
 
 
-def test_what_llama_cpp_would_do_silently_is_refused(ladder: dict[str, Path], tmp_path: Path) -> None:
-    f16, norm = ladder["F16"], "blk.0.attn_norm.weight"
-    imatrix = imatrix_of(f16, tmp_path / "imatrix.gguf", without="ffn_down")
+NORM = "blk.0.attn_norm.weight"
+
+
+@pytest.fixture(scope="module")
+def imatrices(ladder: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Importance matrices that do not fit: one with a hole, one of other widths, one of another model."""
+    folder = tmp_path_factory.mktemp("imatrices")
     sums = {"blk.0.ffn_up.weight": np.ones(128, np.float32), "blk.0.ffn_gate.weight": np.ones(256, np.float32)}
-    other = tmp_path / "other.gguf"
-    write_imatrix(other, sums, dict.fromkeys(sums, 1.0), datasets=["x"], n_chunks=1, chunk_size=1)
-    foreign = tmp_path / "foreign.gguf"
+    write_imatrix(folder / "other.gguf", sums, dict.fromkeys(sums, 1.0), datasets=["x"], n_chunks=1, chunk_size=1)
+    foreign = folder / "foreign.gguf"
     write_imatrix(foreign, {"x": np.ones(2)}, {"x": 1.0}, datasets=["x"], n_chunks=1, chunk_size=1)
-    cases: list[tuple[Mix | Recipe, Path | None, type[Exception], str]] = [
+    hole = imatrix_of(ladder["F16"], folder / "imatrix.gguf", without="ffn_down")
+    return {"hole": hole, "other": folder / "other.gguf", "foreign": foreign}
+
+
+@pytest.mark.parametrize(
+    ("what", "given", "error", "message"),
+    [
         (
             Recipe("Q4_K_M", {"blk.9.attn_v.weight": "Q6_K"}),
             None,
             InvalidRecipeError,
             r"no tensor blk\.9\.attn_v\.weight",
         ),
-        (Recipe("Q4_K_M", {norm: "Q8_0"}), None, InvalidRecipeError, f"{norm} cannot become Q8_0: .* never quantizes"),
+        (Recipe("Q4_K_M", {NORM: "Q8_0"}), None, InvalidRecipeError, f"{NORM} cannot become Q8_0: .* never quantizes"),
         (
             Recipe("F16", {"output.weight": "Q8_0"}),
             None,
@@ -201,24 +210,38 @@ def test_what_llama_cpp_would_do_silently_is_refused(ladder: dict[str, Path], tm
             "ffn_down.weight: IQ2_XXS needs an importance matrix; give one",
         ),
         (Mix("Q2_K_S"), None, InvalidRecipeError, "and 25 more: Q2_K needs an importance matrix"),
-        (Recipe("Q4_K_M", ODD), imatrix, InvalidRecipeError, r"imatrix\.gguf has none for it"),
+        (Recipe("Q4_K_M", ODD), "hole", InvalidRecipeError, r"imatrix\.gguf has none for it"),
         (
             Recipe("Q4_K_M", {"output.weight": "Q6_K"}, complete=True),
             None,
             InvalidRecipeError,
             "does not say what token_embd",
         ),
-        (Mix("Q4_K_M"), other, InvalidImatrixError, r"has 128 values for blk\.0\.ffn_up\.weight, which has 256"),
-        (Mix("Q4_K_M"), foreign, InvalidImatrixError, "names no tensor of testbed-F16.gguf"),
-    ]
-    with NativeWorker() as worker:
-        for what, given, error, message in cases:
-            with pytest.raises(error, match=message) as caught:
-                plan(f16, what, imatrix=given, worker=worker)
-            assert "\n" not in str(caught.value)
+        (Mix("Q4_K_M"), "other", InvalidImatrixError, r"has 128 values for blk\.0\.ffn_up\.weight, which has 256"),
+        (Mix("Q4_K_M"), "foreign", InvalidImatrixError, "names no tensor of testbed-F16.gguf"),
+    ],
+)
+def test_what_llama_cpp_would_do_silently_is_refused(
+    what: Mix | Recipe,
+    given: str | None,
+    error: type[Exception],
+    message: str,
+    ladder: dict[str, Path],
+    imatrices: dict[str, Path],
+) -> None:
+    imatrix = None if given is None else imatrices[given]
+    with RunOptions().worker() as worker, pytest.raises(error, match=message) as caught:
+        plan(ladder["F16"], what, imatrix=imatrix, worker=worker)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quantized_base_is_refused_and_a_hole_in_an_imatrix_noted(
+    ladder: dict[str, Path], imatrices: dict[str, Path]
+) -> None:
+    with RunOptions().worker() as worker:
         with pytest.raises(InvalidModelError, match=r"quantized already \(Q8_0\).*--allow-requantize"):
             plan(ladder["Q8_0"], Mix("Q4_K_M"), worker=worker)
-        (note,) = plan(f16, Mix("Q4_K_M"), imatrix=imatrix, worker=worker).notes
+        (note,) = plan(ladder["F16"], Mix("Q4_K_M"), imatrix=imatrices["hole"], worker=worker).notes
         assert "has nothing for blk.0.ffn_down.weight, blk.1" in note and note.endswith(" and 1 more")
 
 

@@ -53,6 +53,9 @@ class ChatSource:
 def read_chat(path: str | Path) -> ChatSource:
     """Read a JSON-lines file: on each line ``{"messages": [{"role": …, "content": …}, …]}``, or the bare list.
 
+    Args:
+        path: the file; its stem names the domain.
+
     Raises:
         InvalidTextError: the file is missing or empty, or a line is not a conversation.
     """

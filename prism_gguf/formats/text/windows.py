@@ -144,6 +144,9 @@ def read_utf8(path: Path) -> str:
 def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
     """Read ``FILE`` or ``NAME=FILE`` arguments; a file without a name gives its stem to its domain.
 
+    Args:
+        sources: one argument for each text.
+
     Raises:
         InvalidTextError: a file is missing, empty, or not UTF-8, or two of them claim one name.
     """

@@ -61,7 +61,7 @@ class SquareAccumulator:
         self._squares += [float((x * x).sum()) for x in (z_t, z_p, z_t - z_p)]
 
     def squares(self) -> Squares:
-        """What has been gathered.
+        """The numbers of everything added so far.
 
         Raises:
             UndefinedMetricError: nothing was added, a value is NaN or infinite, or one side is all zeros (its direction is

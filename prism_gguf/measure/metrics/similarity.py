@@ -57,7 +57,7 @@ class SpreadAccumulator:
         return covariance
 
     def spread(self) -> Spread:
-        """What has been gathered.
+        """The numbers of everything added so far.
 
         Raises:
             UndefinedMetricError: as ``covariance``; or all rows are the same.
@@ -127,7 +127,7 @@ class SimilarityAccumulator:
         return self._reference.spread(), self._candidate.spread()
 
     def similarity(self) -> Similarity:
-        """What has been gathered.
+        """The numbers of everything added so far.
 
         Raises:
             UndefinedMetricError: fewer than four positions, a NaN or infinite value, or one side is all zeros or constant.

@@ -16,10 +16,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from prism_gguf.formats.gguf_file import GgufFile, fallback_type
 from prism_gguf.formats.gguf_writer import NewTensor, write_copy
 from prism_gguf.measure.capture.capture_file import Capture, read_capture
-from prism_gguf.measure.decode import decode_windows, stored_states
+from prism_gguf.measure.decode import BLOCK, decode_windows, stored_states
 from prism_gguf.measure.metrics.divergence import DivergenceStream, Room, TokenDivergence, clustered_mean
 from prism_gguf.measure.metrics.statistics import divergence_statistics
-from prism_gguf.measure.pair import BLOCK, Pair, open_candidate
+from prism_gguf.measure.pair import Pair, open_candidate
 from prism_gguf.models import ggml
 from prism_gguf.models.llama_cpp import LlamaCppModel, gguf_output_head
 from prism_gguf.models.output_head import ROWS_PER_CHUNK, HeadPair, OutputHead
