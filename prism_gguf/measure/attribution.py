@@ -47,8 +47,10 @@ def attribute(
     clusters = pair.capture.windows.window_of_token[chosen]
     split = weights_states is not None
     # Per token: Shapley's shares of the weights, then what the kernels of body and head add.
-    weights_kld, weights_nll = (np.concatenate([getattr(c, f) for c, _, _ in parts], axis=1) for f in ("kld", "nll"))
-    exact_kld, exact_nll = (np.concatenate([p[i] for p in parts]) for i in (1, 2))
+    shares, klds, nlls = zip(*parts, strict=True)
+    weights_kld = np.concatenate([share.kld for share in shares], axis=1)
+    weights_nll = np.concatenate([share.nll for share in shares], axis=1)
+    exact_kld, exact_nll = np.concatenate(klds), np.concatenate(nlls)
     gap = tokens.nll_candidate - tokens.nll_reference
     return (
         _attribution(weights_kld, exact_kld, tokens.kld, clusters, split, size < n),

@@ -89,8 +89,9 @@ def read_sample(path: Path) -> WeightSample | None:
         facts = json.loads(file.metadata()["facts"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     facts["shapes"] = {name: tuple(shape) for name, shape in facts["shapes"].items()}
-    by_rank = ({name: t for name, t in tensors.items() if t.ndim == n} for n in (1, 2))
-    return WeightSample(**facts, vectors=next(by_rank), rows=next(by_rank))
+    vectors = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 1}
+    rows = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 2}
+    return WeightSample(**facts, vectors=vectors, rows=rows)
 
 
 def sample_of(model: Model) -> WeightSample:

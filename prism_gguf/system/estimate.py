@@ -60,9 +60,8 @@ class Estimate:
 
     def __str__(self) -> str:
         """Such as ``about 4 min, 1.3 GiB of memory, 52.0 MiB of disk in /home/me/.cache/prism-gguf``."""
-        disk = [f"{size(n)} in {f}" for f, n in self.needed_on().items() if n >= _SHOWN_DISK]
-        if disk:
-            disk[0] = disk[0].replace(" in ", " of disk in ", 1)
+        needed = [(size(n), folder) for folder, n in self.needed_on().items() if n >= _SHOWN_DISK]
+        disk = [f"{n}{'' if at else ' of disk'} in {folder}" for at, (n, folder) in enumerate(needed)]
         parts = [f"about {duration(self.seconds)}", f"{size(self.memory_bytes)} of memory", *disk]
         return "; ".join([", ".join(parts), *self.warnings])
 

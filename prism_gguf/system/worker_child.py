@@ -72,8 +72,10 @@ def _work(answers: IO[bytes], *, forked: bool) -> None:
         except BrokenPipeError:
             os._exit(_CALLER_GONE)
         except Exception as error:
-            told = known(error)
-            send("unknown error", traceback.format_exc()) if told is None else send("known error", told)
+            if (told := known(error)) is None:
+                send("unknown error", traceback.format_exc())
+            else:
+                send("known error", told)
     if forked:
         send("renewed")
     os._exit(0)

@@ -179,11 +179,22 @@ def _costs(
     """From ``fisher``'s sums for each window: half of their mean, per token."""
     both = 0.5 * (diagonal + kernel) / n_ctx
     error = both.std(0, ddof=1) / np.sqrt(len(both))
-    values = (both.mean(0), error, *(0.5 * part.mean(0) / n_ctx for part in (diagonal, kernel, np.square(directional))))
+    total, weights, kernels = both.mean(0), 0.5 * diagonal.mean(0) / n_ctx, 0.5 * kernel.mean(0) / n_ctx
+    other = 0.5 * np.square(directional).mean(0) / n_ctx
+
+    def cost(row: int, at: int) -> Cost:
+        return Cost(
+            kld=float(total[row, at]),
+            kld_se=float(error[row, at]),
+            kld_weights=float(weights[row, at]),
+            kld_kernel=float(kernels[row, at]),
+            kld_directional=float(other[row, at]),
+        )
+
     found = []
     for row, tensor in enumerate(tensors):
         columns = {name: errors.types.index(name) for name in errors.types_of(tensor)}
-        costs = {name: Cost(*(float(v[row, at]) for v in values)) for name, at in columns.items()}
+        costs = {name: cost(row, at) for name, at in columns.items()}
         n, height, width = tensor.rows.shape
         found.append(TensorSensitivity(tensor.name, tensor.parameter, (n, height, width), costs))
     return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prism_gguf.measure.metrics.divergence import Room, RunningSoftmax
+from prism_gguf.measure.metrics.divergence import Buffer, RunningSoftmax
 from prism_gguf.system.errors import UndefinedMetricError
 
 Finish = Callable[[torch.Tensor, int, int], torch.Tensor]
@@ -68,7 +68,7 @@ def coalitions(
         UndefinedMetricError: a logit is NaN or infinite.
     """
     ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
-    kept, passing, room = Room(), Room(), Room()
+    kept, passing, buffer = Buffer(), Buffer(), Buffer()
     softmax = [RunningSoftmax(ids, kept), *(RunningSoftmax(ids, passing) for _ in range(7))]
     weighted = torch.zeros(8, len(ids), dtype=torch.float64)
     for chunk in chunks:
@@ -76,7 +76,7 @@ def coalitions(
         exponentials, factor = softmax[0].add(chunk.start, reference)
         weighted *= factor
         for members in range(1, 8):
-            logits = _logits(chunk, members, ratio, finish, room)
+            logits = _logits(chunk, members, ratio, finish, buffer)
             softmax[members].add(chunk.start, logits)
             weighted[members] += torch.linalg.vecdot(exponentials, torch.sub(reference, logits, out=logits))
     log_sums = torch.stack([s.log_sum for s in softmax])
@@ -86,14 +86,16 @@ def coalitions(
     return Coalitions(kld.numpy(), torch.stack([s.nll for s in softmax]).numpy())
 
 
-def _logits(chunk: ProductChunk, members: int, ratio: float, finish: tuple[Finish, Finish], room: Room) -> torch.Tensor:
+def _logits(
+    chunk: ProductChunk, members: int, ratio: float, finish: tuple[Finish, Finish], buffer: Buffer
+) -> torch.Tensor:
     if members & _HEAD:
         end, products = finish[1], chunk.candidate if members & _SHAPE else chunk.candidate_head
     else:
         end, products = finish[0], chunk.candidate_states if members & _SHAPE else chunk.reference
     scale = bool(members & _SCALE)
     factor = (1.0 if scale else 1.0 / ratio) if members & _SHAPE else (ratio if scale else 1.0)
-    return end(torch.mul(products, factor, out=room.like(products)), chunk.start, chunk.stop)
+    return end(torch.mul(products, factor, out=buffer.like(products)), chunk.start, chunk.stop)
 
 
 def shapley(values: np.ndarray) -> np.ndarray:

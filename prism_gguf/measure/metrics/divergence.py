@@ -37,7 +37,7 @@ class TokenDivergence:
         return TokenDivergence(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
 
-class Room:
+class Buffer:
     """Memory for results of one shape, used again and again: fresh pages cost more than the arithmetic on them."""
 
     def __init__(self) -> None:
@@ -56,9 +56,9 @@ class RunningSoftmax:
     ``top``, the best token, is kept only where asked for.
     """
 
-    def __init__(self, targets: torch.Tensor, room: Room, *, keep_top: bool = False) -> None:
+    def __init__(self, targets: torch.Tensor, buffer: Buffer, *, keep_top: bool = False) -> None:
         n = len(targets)
-        self._targets, self._room, self._keep_top = targets, room, keep_top
+        self._targets, self._buffer, self._keep_top = targets, buffer, keep_top
         self.peak = torch.full((n,), -torch.inf)
         self.sum = torch.zeros(n, dtype=torch.float64)
         self.top = torch.zeros(n, dtype=torch.int64)
@@ -68,7 +68,7 @@ class RunningSoftmax:
         """Take logits (n, c) of tokens from ``start`` on.
 
         Returns:
-            Their exponentials over the new peak, in ``room`` and good until its next use, and the factor of old sums.
+            Their exponentials over the new peak, in ``buffer`` and good until its next use, and the factor of old sums.
         """
         highest = logits.amax(dim=1)
         if self._keep_top:
@@ -78,7 +78,7 @@ class RunningSoftmax:
         peak = torch.maximum(self.peak, highest)
         factor = torch.exp((self.peak - peak).double())
         self.peak = peak
-        exponentials = torch.sub(logits, peak[:, None], out=self._room.like(logits)).exp_()
+        exponentials = torch.sub(logits, peak[:, None], out=self._buffer.like(logits)).exp_()
         self.sum = self.sum * factor + exponentials.sum(1)
         here = self._targets - start
         inside = (here >= 0) & (here < logits.shape[1])
@@ -103,12 +103,14 @@ class DivergenceStream:
     Args:
         targets: token that follows each position, (n,) int.
         n_candidates: how many candidates each chunk brings.
-        rooms: memory that streams which take turns may share.
+        buffers: memory that streams which take turns may share.
     """
 
-    def __init__(self, targets: np.ndarray, n_candidates: int = 1, rooms: tuple[Room, Room] | None = None) -> None:
+    def __init__(
+        self, targets: np.ndarray, n_candidates: int = 1, buffers: tuple[Buffer, Buffer] | None = None
+    ) -> None:
         ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
-        kept, self._passing = rooms or (Room(), Room())
+        kept, self._passing = buffers or (Buffer(), Buffer())
         self._reference = RunningSoftmax(ids, kept, keep_top=True)
         self._candidates = [RunningSoftmax(ids, self._passing, keep_top=True) for _ in range(n_candidates)]
         self._weighted = [torch.zeros(len(ids), dtype=torch.float64) for _ in range(n_candidates)]

@@ -17,7 +17,7 @@ from prism_gguf.formats.gguf_file import GgufFile, fallback_type
 from prism_gguf.formats.gguf_writer import NewTensor, write_copy
 from prism_gguf.measure.capture.capture_file import Capture, read_capture
 from prism_gguf.measure.decode import BLOCK, decode_windows, stored_states
-from prism_gguf.measure.metrics.divergence import DivergenceStream, Room, TokenDivergence, clustered_mean
+from prism_gguf.measure.metrics.divergence import Buffer, DivergenceStream, TokenDivergence, clustered_mean
 from prism_gguf.measure.metrics.statistics import divergence_statistics
 from prism_gguf.measure.pair import Pair, open_candidate
 from prism_gguf.models import ggml
@@ -160,10 +160,10 @@ def _cross_score(
     states = [stored_states(body.folder) for body in bodies]
     mine = [_Rounded(gguf_output_head(files[body.path]), kinds, exact=not body.kernel) for body in bodies]
     as_stored = {body.path: {files[body.path].head_type} & set(kinds) for body in bodies}
-    rooms = (Room(), Room())
+    buffers = (Buffer(), Buffer())
     blocks = [slice(at, at + BLOCK) for at in range(0, capture.windows.n_scored, BLOCK)]
     targets = capture.windows.targets
-    streams = [DivergenceStream(targets[block], len(bodies) * len(kinds), rooms) for block in blocks]
+    streams = [DivergenceStream(targets[block], len(bodies) * len(kinds), buffers) for block in blocks]
     for start, stop, rows, packed in heads.chunks(shared_rows):
         progress(start, shared_rows, "scoring")
         for path, same in as_stored.items():
