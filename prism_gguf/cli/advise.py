@@ -21,7 +21,7 @@ from prism_gguf.cli.options import (
     trust_option,
     types_option,
 )
-from prism_gguf.cli.output import watching, write_json
+from prism_gguf.cli.output import watching
 
 
 @main.command()
@@ -93,6 +93,7 @@ def advise(
     (`prism-gguf sensitivity`). --smooth and --make lead from a checkpoint and its F16 file to the finished file.
     """
     from prism_gguf.reports.advice import print_advice, print_made
+    from prism_gguf.reports.json_result import write_json
     from prism_gguf.reports.smoothing import print_smoothed
     from prism_gguf.reports.terminal import console
     from prism_gguf.results.options import SENSITIVITY_TYPES, AdviseOptions

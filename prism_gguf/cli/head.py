@@ -26,7 +26,7 @@ from prism_gguf.cli.options import (
     text_options,
     trust_option,
 )
-from prism_gguf.cli.output import watching, write_json
+from prism_gguf.cli.output import watching
 
 
 @main.command()
@@ -77,6 +77,7 @@ def head(
     """
     from prism_gguf.formats.text.windows import Score
     from prism_gguf.reports.head_table import print_heads
+    from prism_gguf.reports.json_result import write_json
     from prism_gguf.reports.terminal import console
     from prism_gguf.results.options import HEAD_TYPES, HeadOptions
     from prism_gguf.workflows.head import head as sweep_heads

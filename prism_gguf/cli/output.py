@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import click
 
 from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain
 from prism_gguf.cli.options import options, quiet_option
-from prism_gguf.reports.formats import FORMATS, JSON
+from prism_gguf.reports.formats import FORMATS, JSON, all_files, named_twice, write_reports
 
 if TYPE_CHECKING:
     from prism_gguf.results.comparison import Comparison
@@ -35,13 +34,6 @@ def watching(quiet: bool, options: Mapping[str, Any] | None = None) -> Iterator[
 
     with progress_bars(shown=not (quiet or (options or {}).get("verbose", False))) as steps:
         yield {"steps": steps, "estimated": estimated}
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a result that is not a comparison."""
-    from prism_gguf.system.atomic_files import write_whole
-
-    write_whole(path, json.dumps(data, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -67,13 +59,10 @@ class Output:
         """
         asked = {name: given.pop(f"{name}_file") for name in FORMATS}
         files = {name: path for name, path in asked.items() if path is not None}
-        taken: set[Path] = set()
-        for name, path in files.items():
-            for file in FORMATS[name].files(path):
-                check_writable(file, f"--{name}")
-                if file.resolve() in taken:
-                    raise click.BadParameter(f"{file} is named twice", param_hint=f"--{name}")
-                taken.add(file.resolve())
+        for name, file in all_files(files):
+            check_writable(file, f"--{name}")
+        if (again := named_twice(files)) is not None:
+            raise click.BadParameter(f"{again[1]} is named twice", param_hint=f"--{again[0]}")
         return cls(files, given.pop("details"), given.pop("quiet"))
 
     @property
@@ -91,8 +80,6 @@ class Output:
 
     def write(self, comparison: Comparison, footer: str = "") -> None:
         """Write the JSON result first, which cannot be recovered otherwise; then the reports."""
-        from prism_gguf.reports.formats import write_reports
-
         with watching(self.quiet or not self.report_files) as watched:
             watched["steps"]("report", 0, 0, "drawing")  # a few seconds
             write_reports(comparison, self.files)

@@ -21,7 +21,6 @@ from prism_gguf.cli.output import (
     Output,
     output_options,
     watching,
-    write_json,
 )
 from prism_gguf.quantization.quantizers import LLAMA_CPP, QUANTIZERS
 
@@ -90,6 +89,7 @@ def quantize(
     Exit code: 0 if all is well, 1 if a limit (--fail-on) is broken, 2 if a step failed.
     """
     from prism_gguf.quantization.types import types_from
+    from prism_gguf.reports.json_result import write_json
     from prism_gguf.reports.plan import print_plan
     from prism_gguf.reports.terminal import console
     from prism_gguf.reports.words import printable

@@ -21,7 +21,7 @@ from prism_gguf.cli.options import (
     trust_option,
     verbose_option,
 )
-from prism_gguf.cli.output import watching, write_json
+from prism_gguf.cli.output import watching
 
 
 @main.command()
@@ -91,6 +91,7 @@ def smooth(
     with it (KLD below 1e-4 nats). If the run is killed, the next run continues from there.
     """
     from prism_gguf.quantization.types import types_to_come
+    from prism_gguf.reports.json_result import write_json
     from prism_gguf.reports.smoothing import print_smoothed
     from prism_gguf.reports.terminal import console
     from prism_gguf.results.options import SmoothOptions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from prism_gguf.models.protocol import Model
 from prism_gguf.results.comparison import CandidateResult, Divergence, Risk
 from prism_gguf.results.details import Baselines, FallbackInfo, HeadInfo
 from prism_gguf.results.options import CompareOptions
+from prism_gguf.system.environment import now
 from prism_gguf.system.errors import UndefinedMetricError
 from prism_gguf.system.progress import Progress, no_progress, stage
 
@@ -51,8 +51,7 @@ def measure_candidate(
     with open_candidate(path, capture, options, lora, variant=options.variant) as (model, pair):
         pair = replace(pair, notes=[*pair.notes, *_remarks(path, lora, options)])
         row = measure(pair, model, place, options, progress=progress)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return replace(row, lora=list(lora), seconds=round(time.monotonic() - started, 3), measured=now)
+    return replace(row, lora=list(lora), seconds=round(time.monotonic() - started, 3), measured=now())
 
 
 def _remarks(path: str, lora: Sequence[LoraAdapter], options: CompareOptions) -> Iterator[str]:

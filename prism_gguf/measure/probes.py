@@ -6,7 +6,7 @@ sums, never states: memory is bounded by d × d.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,18 +56,21 @@ PROBES: dict[str, Probe] = {
 def gather(pair: Pair, hidden: np.ndarray, options: CompareOptions, progress: Progress) -> dict[str, Any]:
     """The accumulators of all metrics that are wanted, by name, after the candidate's states (n, d) float32."""
     begun = {name: probe.begin(hidden.shape[1]) for name, probe in PROBES.items() if probe.wanted(options)}
-    for _, reference, candidate in blocks_of_states(pair, hidden, stage(progress, "geometry of the states")):
-        for metric in begun.values():
-            metric.add(reference, candidate)
+    _feed(begun.values(), pair, hidden, progress)
     return begun
 
 
 def moments_of(pair: Pair, hidden: np.ndarray, progress: Progress) -> FeatureMoments:
     """Second moments alone, of other states of the same candidate."""
     moments = MomentAccumulator(hidden.shape[1])
-    for _, reference, candidate in blocks_of_states(pair, hidden, stage(progress, "geometry of the states")):
-        moments.add(reference, candidate)
+    _feed([moments], pair, hidden, progress)
     return moments.moments()
+
+
+def _feed(metrics: Collection[StateMetric], pair: Pair, hidden: np.ndarray, progress: Progress) -> None:
+    for _, reference, candidate in blocks_of_states(pair, hidden, stage(progress, "geometry of the states")):
+        for metric in metrics:
+            metric.add(reference, candidate)
 
 
 def numbers(gathered: dict[str, Any]) -> dict[str, dict[str, float]]:

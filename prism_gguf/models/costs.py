@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from gguf import GGML_QUANT_SIZES
 
 from prism_gguf.formats.mix import ggml_type
@@ -241,8 +240,7 @@ class Costs:
 
 def costs_of(options: RunOptions) -> Costs:
     """Costs of steps on this machine, with the models' ``options``."""
-    threads = options.threads or psutil.cpu_count(logical=False) or 1
-    return Costs(speed(threads), memory(), (options.cache_type_k, options.cache_type_v))
+    return Costs(speed(options.runtime().n_threads), memory(), (options.cache_type_k, options.cache_type_v))
 
 
 def windows_at_once(bytes_per_token: int, n_ctx: int, available: int) -> int:

@@ -46,20 +46,32 @@ FORMATS: dict[str, Format] = {
 """Format by name, in the order of writing: the JSON result first, because it cannot be recovered otherwise."""
 
 
+def all_files(files: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """(format, file) of every file that writing the reports makes."""
+    return [(name, file) for name, path in files.items() for file in FORMATS[name].files(path)]
+
+
+def named_twice(files: Mapping[str, Path]) -> tuple[str, Path] | None:
+    """(format, file) of the first file that two formats would write; None if there is none."""
+    taken: set[Path] = set()
+    for name, file in all_files(files):
+        if file.resolve() in taken:
+            return name, file
+        taken.add(file.resolve())
+    return None
+
+
 def check_files(files: Mapping[str, Path]) -> None:
     """Check that the reports can be written.
 
     Raises:
         InvalidOutputError: a format is unknown, or a file is named twice.
     """
-    taken: set[Path] = set()
-    for name, path in files.items():
+    for name in files:
         if name not in FORMATS:
             raise InvalidOutputError(f"no report format '{name}'; there are {', '.join(FORMATS)}")
-        for file in FORMATS[name].files(path):
-            if file.resolve() in taken:
-                raise InvalidOutputError(f"{file} is named twice")
-            taken.add(file.resolve())
+    if (again := named_twice(files)) is not None:
+        raise InvalidOutputError(f"{again[1]} is named twice")
 
 
 def write_reports(comparison: Comparison, files: Mapping[str, Path]) -> None:

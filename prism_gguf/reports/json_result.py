@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from prism_gguf.results.comparison import Comparison
 from prism_gguf.system.atomic_files import write_whole
 
 
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write any result's ``to_dict`` to a file."""
+    write_whole(path, json.dumps(data, indent=2) + "\n")
+
+
 def write(comparison: Comparison, path: Path) -> None:
     """Write ``Comparison.to_dict`` to a file."""
-    write_whole(path, json.dumps(comparison.to_dict(), indent=2) + "\n")
+    write_json(path, comparison.to_dict())

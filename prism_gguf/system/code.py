@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
@@ -28,23 +27,24 @@ def _closure(module: str) -> dict[str, bytes]:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        file = _file(name)
-        if name in found or file is None:
-            continue
-        found[name] = file.read_bytes()
-        waiting += _imports(found[name])
+        file = None if name in found else _file(name)
+        if file is not None:
+            found[name] = file.read_bytes()
+            waiting += _imports(found[name])
     return found
 
 
-def _imports(content: bytes) -> Iterator[str]:
+@functools.cache  # closures share most of their modules
+def _imports(content: bytes) -> list[str]:
     """Modules of this package that a module may import."""
     root = f"{_PACKAGE.name}."
+    found: list[str] = []
     for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.ImportFrom) and node.module is not None and f"{node.module}.".startswith(root):
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith(root))
+            found += [alias.name for alias in node.names if alias.name.startswith(root)]
+    return found
 
 
 def _file(module: str) -> Path | None:

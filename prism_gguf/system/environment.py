@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 from importlib.metadata import version
@@ -28,3 +29,8 @@ def _cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def now() -> str:
+    """The time in UTC, to the second, as results record it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

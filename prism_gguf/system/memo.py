@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -29,7 +30,13 @@ def kept_key(module: str, *parts: object) -> str:
     Args:
         module: the module that computes the result, with all that it imports (see ``code.code_digest``).
     """
-    return key_of([module, code_digest(module), sorted(environment().items()), *parts])
+    return key_of([*_computed_by(module), *parts])
+
+
+@functools.cache
+def _computed_by(module: str) -> tuple[object, ...]:
+    """The module, its code, the packages and the processor."""
+    return module, code_digest(module), sorted(environment().items())
 
 
 def find_kept(cache: Path, key: str, kind: type[T]) -> T | None:

@@ -133,8 +133,8 @@ class _Adviser:
     def make(self, advice: Advice) -> Made:
         """The file of the recipe, compared with the reference."""
         assert self.options.make is not None
-        how = QuantizeOptions.taking(self.options, {"verify": self.reference, "texts": self.texts})
-        how = replace(how, overwrite=self.options.force, imatrix=self.imatrix)
+        own = {"verify": self.reference, "texts": self.texts, "overwrite": self.options.force}
+        how = QuantizeOptions.taking(self.options, own)
         watched = self.watch
         out = self.options.make
         return quantize(self.base, out, advice.recipe, how, steps=watched.steps, estimated=watched.estimated)

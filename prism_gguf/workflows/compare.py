@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from prism_gguf.models.header import model_header
 from prism_gguf.results.comparison import CandidateResult, Comparison, NoiseFloor
 from prism_gguf.results.options import NO_CONTROL, CompareOptions
 from prism_gguf.results.ranking import rank
-from prism_gguf.system.environment import environment
+from prism_gguf.system.environment import environment, now
 from prism_gguf.system.errors import InvalidModelError, PrismGgufError
 from prism_gguf.system.estimate import NOTHING, Estimate, Estimated, not_told
 from prism_gguf.system.progress import Progress, Steps, no_progress, no_steps, stage
@@ -103,7 +102,7 @@ def compare_candidates(
     """
     from prism_gguf.results.gates import Gate
 
-    created, gates = _now(), [Gate.parse(text) for text in options.fail_on]
+    created, gates = now(), [Gate.parse(text) for text in options.fail_on]
     options = replace(options, lora=adapters(options.lora))
     with options.worker(preload=MEASURING) as worker:
         worker.start()  # it imports while headers are read
@@ -254,7 +253,3 @@ def _judged(
         for path, row in rows.items()
     }
     return floor, judged
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from prism_gguf.models.header import model_header
 from prism_gguf.quantization.heads import settings
 from prism_gguf.results.heads import Body, HeadReport, HeadRow, HeadScore, HeadSweep
 from prism_gguf.results.options import HeadOptions
-from prism_gguf.system.environment import environment
+from prism_gguf.system.environment import environment, now
 from prism_gguf.system.errors import PrismGgufError
 from prism_gguf.system.estimate import Estimate, Estimated, not_told
 from prism_gguf.system.progress import Progress, Steps, no_progress, no_steps
@@ -86,7 +85,7 @@ def head(
     return HeadReport(
         tool_version=__version__,
         command=sys.argv,
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=now(),
         environment=environment(),
         text=opened.text,
         reference=opened.identity,

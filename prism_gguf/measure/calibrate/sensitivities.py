@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ from prism_gguf.results.options import RunOptions, SensitivityOptions
 from prism_gguf.results.sensitivity import SCHEMA, Cost, Sensitivity, TensorSensitivity, read_sensitivity
 from prism_gguf.system.atomic_files import write_whole, written_whole
 from prism_gguf.system.cache import key_of, locked
-from prism_gguf.system.environment import environment
+from prism_gguf.system.environment import environment, now
 from prism_gguf.system.errors import InvalidModelError, InvalidTextError
 from prism_gguf.system.estimate import Estimate, admit
 from prism_gguf.system.machine import allocated
@@ -122,7 +121,7 @@ def _measure(
     return Sensitivity(
         tool_version=__version__,
         command=sys.argv,
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=now(),
         environment=environment(),
         reference={"path": reference, "fingerprint": fingerprint},
         text={

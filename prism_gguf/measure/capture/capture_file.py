@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from prism_gguf.models.protocol import Model
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.system.atomic_files import write_whole, written_whole
 from prism_gguf.system.cache import KEY, MANIFEST, is_capture, recorded_key
-from prism_gguf.system.environment import environment
+from prism_gguf.system.environment import environment, now
 from prism_gguf.system.errors import InvalidCaptureError
 from prism_gguf.system.progress import Progress, no_progress, stage
 from prism_gguf.system.version import __version__
@@ -129,7 +128,7 @@ def _run(
         return {
             "schema": SCHEMA,
             "tool_version": __version__,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "created": now(),
             "environment": environment(),
             "identity": asdict(replace(model.identity, fingerprint=fingerprint)),
             "windows": {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint},
