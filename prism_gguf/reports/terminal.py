@@ -204,6 +204,8 @@ def print_header(reference: ModelIdentity, text: TextInfo, out: Console, *, perp
     _pairs(rows, out)
     if (note := quantized_reference(reference)) is not None:
         out.print(f"note: {escape(note)}")
+    for note in reference.notes:
+        out.print(f"note: the reference: {escape(note)}")
 
 
 def _print_adapters(done: list[CandidateResult], out: Console) -> None:

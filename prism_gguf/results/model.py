@@ -15,6 +15,7 @@ class ModelIdentity:
 
     ``fingerprint`` is a hash of its content (see ``formats.fingerprint``); None where only the model itself was asked.
     ``quantization`` is a quantized GGUF's ftype, or a quantized checkpoint's method, such as ``gptq``; else None.
+    ``notes`` are for the user: what was found odd in the model and does not stop the work.
     """
 
     path: str
@@ -26,6 +27,7 @@ class ModelIdentity:
     tied: bool
     fingerprint: str | None = None
     quantization: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
