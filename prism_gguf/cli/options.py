@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound="CompareOptions")
+_KERNELS = click.Choice(["plain", "default"])
 _CACHE_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 
 
@@ -127,6 +128,12 @@ running_options = options(
     ),
     click.option(
         "--cache-type-v", type=_CACHE_TYPES, default="f16", show_default=True, help="Type of the cached values."
+    ),
+    click.option(
+        "--kernels",
+        type=_KERNELS,
+        help="llama.cpp's CPU kernels: its default ones, which repack some weights in memory, or the plain ones. Default: "
+        "llama.cpp's default, or plain where those crash on this machine.",
     ),
     cache_option,
     verbose_option,

@@ -15,6 +15,7 @@ from gguf import GGML_QUANT_SIZES
 from prism_gguf.formats.mix import ggml_type
 from prism_gguf.formats.state_file import block_width
 from prism_gguf.models.header import ModelHeader
+from prism_gguf.models.kernels import repacked_types
 from prism_gguf.models.passes import (
     ATTRIBUTED_LOGITS,
     LONGEST_PASS,
@@ -87,11 +88,13 @@ class Costs:
         speed: of the machine.
         available: bytes of memory.
         cache_types: of llama.cpp's keys and values.
+        repacked: types whose weights llama.cpp copies into memory, rearranged.
     """
 
     speed: Speed
     available: int
     cache_types: tuple[str, str] = ("f16", "f16")
+    repacked: tuple[str, ...] = ()
 
     def run(self, model: ModelHeader, work: Work) -> Estimate:
         """A model over its windows, up to the final states."""
@@ -103,7 +106,12 @@ class Costs:
             seconds += work.n_windows * model.stored_bytes / _DISK_SPEED
         mapping = 0 if model.is_gguf else model.largest_file
         memory = self._llama_memory(model, work) if model.is_gguf else self._torch_memory(model, work)
-        return Estimate(seconds, memory, model.stored_bytes - model.fused_bytes, mapping)
+        copied = model.fused_bytes + self._repacked(model)
+        return Estimate(seconds, memory, model.stored_bytes - copied, mapping)
+
+    def _repacked(self, model: ModelHeader) -> int:
+        """Bytes of weights that llama.cpp copies."""
+        return sum(model.multiplied_bytes.get(kind, 0) for kind in self.repacked)
 
     def _llama_memory(self, model: ModelHeader, work: Work) -> int:
         batch = max(16, min(work.n_ctx, MAX_BATCH, MAX_LOGIT_BYTES // (4 * model.vocab)))
@@ -113,7 +121,7 @@ class Costs:
         # Logits in the graph and those that are handed out; activations, and the attention of a batch to its window.
         logits = 4 * model.vocab * (batch + min(batch, work.per_window))
         activations = 4 * batch * (3 * model.widest + 8 * model.width)
-        return round(_LLAMA_PROCESS + _PER_WORD * model.vocab + cache + logits + activations)
+        return round(_LLAMA_PROCESS + _PER_WORD * model.vocab + self._repacked(model) + cache + logits + activations)
 
     def _torch_memory(self, model: ModelHeader, work: Work) -> int:
         n = min(work.n_ctx, LONGEST_PASS)
@@ -240,7 +248,8 @@ class Costs:
 
 def costs_of(options: RunOptions) -> Costs:
     """Costs of steps on this machine, with the models' ``options``."""
-    return Costs(speed(options.runtime().n_threads), memory(), (options.cache_type_k, options.cache_type_v))
+    types = options.cache_type_k, options.cache_type_v
+    return Costs(speed(options.runtime().n_threads), memory(), types, repacked_types(options))
 
 
 def windows_at_once(bytes_per_token: int, n_ctx: int, available: int) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class ModelHeader:
         stored_bytes: of all weights.
         files: that hold them.
         fused_bytes: of weights that transformers joins, and so copies into memory: experts stored one by one.
+        multiplied_bytes: of the matrices of a GGUF that are multiplied by, by type: llama.cpp may repack them in memory.
     """
 
     is_gguf: bool
@@ -54,6 +56,7 @@ class ModelHeader:
     stored_bytes: int
     files: tuple[Path, ...]
     fused_bytes: int = 0
+    multiplied_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def largest_file(self) -> int:
@@ -102,7 +105,7 @@ def _gguf_header(gguf: GgufFile) -> ModelHeader | None:
         heads = number("attention.head_count_kv") or number("attention.head_count") or 1
         length = number("attention.key_length") or gguf.hidden_size // (number("attention.head_count") or 1)
         cached = number("block_count") * 2 * heads * length
-    return _header(
+    found = _header(
         shapes,
         is_gguf=True,
         used=number("expert_used_count"),
@@ -111,6 +114,16 @@ def _gguf_header(gguf: GgufFile) -> ModelHeader | None:
         stored_bytes=sum(t.n_bytes for t in gguf.tensors),
         files=tuple(gguf.parts),
     )
+    return None if found is None else replace(found, multiplied_bytes=_multiplied_bytes(gguf))
+
+
+def _multiplied_bytes(gguf: GgufFile) -> dict[str, int]:
+    """Bytes of matrices by type; the embedding counts where it is the head too."""
+    found: Counter[str] = Counter()
+    for tensor in gguf.tensors:
+        if len(tensor.shape) >= 2 and (gguf.tied or tensor.name != "token_embd.weight"):
+            found[tensor.type] += tensor.n_bytes
+    return dict(found)
 
 
 def _checkpoint_header(folder: Path) -> ModelHeader | None:

@@ -24,7 +24,7 @@ from prism_gguf.models.output_head import LogitTransform, OutputHead
 from prism_gguf.models.passes import MAX_BATCH, MAX_LOGIT_BYTES
 from prism_gguf.models.protocol import LayerStates, WindowStates
 from prism_gguf.results.model import ModelIdentity, StoredModel
-from prism_gguf.results.options import RuntimeOptions
+from prism_gguf.results.options import DEFAULT, RuntimeOptions
 from prism_gguf.system.errors import InvalidAdapterError, InvalidModelError, RuntimeFailureError
 
 # llama.cpp keeps logits of a whole batch: outputs × V × 4 bytes. Batches shrink so that this stays below the bound.
@@ -136,9 +136,7 @@ class LlamaCppModel:
         params = C.llama_model_default_params()
         if self.options.n_gpu_layers is not None:
             params.n_gpu_layers = self.options.n_gpu_layers
-        # The plain CPU kernels, on mapped weights. llama.cpp's repacked weight buffers (AMX, CPU_REPACK) cost a copy of the
-        # weights, and on CPUs with AMX they segfault in the first decode (ggml-org/llama.cpp issue 20824; seen here too).
-        params.use_extra_bufts = False
+        params.use_extra_bufts = self.options.kernels == DEFAULT  # buffers of repacked weights (CPU_REPACK, AMX)
         path = str(self.gguf.path).encode()
         self._model = C.llama_model_load_from_file(path, params)
         if not self._model:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Options that change no more than the last digits of a reference's states, and those that only llama.cpp has.
 _NOT_IN_CAPTURES = {"threads", "trust_remote_code"}
-_LLAMA_CPP_ONLY = {"n_gpu_layers", "cache_type_k", "cache_type_v"}
+_LLAMA_CPP_ONLY = {"n_gpu_layers", "cache_type_k", "cache_type_v", "kernels"}
 
 
 def runtime_of(reference: str, options: RunOptions) -> tuple[object, ...]:

@@ -18,7 +18,7 @@ _MIB = 2**20
 
 def print_heads(report: HeadReport, out: Console) -> None:
     """Print a table for each candidate, body × head for several, and the answer. Failed candidates go to stderr."""
-    print_header(report.reference, report.text, out)
+    print_header(report, out)
     if report.imatrix is not None:
         out.print(f"imatrix    {escape(report.imatrix)}")
     done = [c for c in report.candidates if c.error is None]

@@ -17,6 +17,7 @@ from prism_gguf.reports.figures import Drawing, svg
 from prism_gguf.reports.names import command_line, file_names
 from prism_gguf.reports.words import (
     best_for_size,
+    kernels_in_words,
     number,
     printable,
     quantized_reference,
@@ -163,6 +164,7 @@ def _environment(comparison: Comparison) -> Environment:
         "adapters": with_adapters,
     }
     environment.filters["quantized"] = quantized_reference
+    environment.filters["kernels"] = kernels_in_words
     return environment
 
 

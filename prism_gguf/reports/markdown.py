@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prism_gguf.reports.figures import Drawing, png
 from prism_gguf.reports.names import command_line
-from prism_gguf.reports.words import number, printable, purpose, quantized_reference, title
+from prism_gguf.reports.words import kernels_in_words, number, printable, purpose, quantized_reference, title
 from prism_gguf.results.comparison import Comparison
 from prism_gguf.system.atomic_files import write_whole, written_whole
 
@@ -41,6 +41,7 @@ def card(comparison: Comparison, figure: str | None) -> str:
         "file": lambda path: _code(Path(path).name),
         "number": number,
         "quantized": quantized_reference,
+        "kernels": kernels_in_words,
         "purpose": lambda row: _text(purpose(row, comparison)),
         "size": _size,
         "text": lambda value: _text(str(value)),

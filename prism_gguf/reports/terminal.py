@@ -20,18 +20,18 @@ from prism_gguf.reports.baselines import CONTEXT, HEADINGS, baseline_rows
 from prism_gguf.reports.columns import COLUMNS, further_columns
 from prism_gguf.reports.words import (
     best_for_size,
+    kernels_in_words,
     label,
     number,
     quantized_reference,
     verdict_in_words,
     with_adapters,
 )
-from prism_gguf.results.comparison import CandidateResult, Comparison, TextInfo
-from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.comparison import CandidateResult, Comparison
 from prism_gguf.system.sanitize import printable, short
 
-if TYPE_CHECKING:  # gguf-py is loaded only to inspect a file
-    pass
+if TYPE_CHECKING:
+    from prism_gguf.results.heads import HeadReport
 
 WIDTH = 100
 _NAME = 16  # least width of a cut name; columns that do not fit go to a second table
@@ -142,7 +142,7 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
     """Print header, tables, verdicts and notes. Failed candidates go to stderr."""
     done = [c for c in comparison.candidates if c.error is None]
     perplexity = done[0].divergence.ppl_reference if done and done[0].divergence is not None else None
-    print_header(comparison.reference, comparison.text, out, perplexity=perplexity)
+    print_header(comparison, out, perplexity=perplexity)
     if done:
         _print_adapters(done, out)
         _print_control(comparison, out)
@@ -191,8 +191,9 @@ def _pairs(pairs: Iterable[tuple[str, str]], out: Console) -> None:
     out.print(grid)
 
 
-def print_header(reference: ModelIdentity, text: TextInfo, out: Console, *, perplexity: float | None = None) -> None:
-    """Print the reference, with its perplexity if known, and the text."""
+def print_header(result: Comparison | HeadReport, out: Console, *, perplexity: float | None = None) -> None:
+    """Print the reference, with its perplexity if known, the text, and how llama.cpp ran."""
+    reference, text = result.reference, result.text
     kind = f"{reference.architecture}, {reference.dtype}, d {reference.hidden_size}, V {reference.vocab_size}"
     source = "packaged: " if text.is_default else ""
     known = "" if perplexity is None else f"; reference perplexity {perplexity:.3f}"
@@ -201,6 +202,8 @@ def print_header(reference: ModelIdentity, text: TextInfo, out: Console, *, perp
         ("text", escape(source + ", ".join(map(printable, text.domains)))),
         ("", f"{text.n_windows} windows of {text.n_ctx} tokens, {text.n_scored} scored{known}"),
     ]
+    if (kernels := kernels_in_words(result.environment)) is not None:
+        rows.append(("kernels", escape(kernels)))
     _pairs(rows, out)
     if (note := quantized_reference(reference)) is not None:
         out.print(f"note: {escape(note)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prism_gguf.formats.lora import in_words
 from prism_gguf.formats.mix import UNQUANTIZED
@@ -73,6 +74,15 @@ def title(comparison: Comparison) -> str:
     """The subject of a report."""
     variants = any(c.is_variant for c in comparison.candidates)
     return "how far its variants are" if variants else "what quantization lost"
+
+
+def kernels_in_words(environment: Mapping[str, Any]) -> str | None:
+    """llama.cpp's kernels that a result was measured with; None in results of earlier versions, which took plain ones."""
+    kernels, fault = environment.get("kernels"), environment.get("kernels_fault")
+    if kernels is None:
+        return None
+    why = "" if fault is None else f", for llama.cpp's default ones fail on this machine: {fault}"
+    return ("llama.cpp's default" if kernels == "default" else "plain") + why
 
 
 def quantized_reference(reference: ModelIdentity) -> str | None:

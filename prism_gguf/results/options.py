@@ -27,6 +27,8 @@ Options = TypeVar("Options", bound="RunOptions")
 
 NO_CONTROL = "none"
 """In place of a control's path."""
+PLAIN, DEFAULT = KERNELS = "plain", "default"
+"""llama.cpp's CPU kernels: for weights as they are stored; or its default, which repacks weights of some types."""
 
 # What mixes are made of, from 8.5 to 2.6 bits per weight; types of smaller blocks serve rows that 256 does not divide.
 SENSITIVITY_TYPES = (
@@ -52,12 +54,14 @@ class RuntimeOptions:
         threads: None takes the physical cores.
         n_gpu_layers: None leaves llama.cpp's own default (everything, where it was built with a GPU backend).
         cache_type_k, cache_type_v: ggml type names of the KV cache, such as ``f16`` or ``q8_0``.
+        kernels: one of ``KERNELS``.
     """
 
     threads: int | None = None
     n_gpu_layers: int | None = None
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
+    kernels: str = PLAIN
 
     @property
     def n_threads(self) -> int:
@@ -71,6 +75,7 @@ class RunOptions:
     Attributes:
         cache: folder for captures; None takes the user's cache folder.
         threads, n_gpu_layers, cache_type_k, cache_type_v: see ``RuntimeOptions``.
+        kernels: one of ``KERNELS``; None takes llama.cpp's default where it works here (see ``models.kernels``).
         trust_remote_code: allow transformers to run a checkpoint's code.
         verbose: let llama.cpp log to stderr.
         stall_limit: seconds without progress after which a model counts as hung; 0 waits forever.
@@ -88,6 +93,7 @@ class RunOptions:
     stall_limit: float = field(default=STALL_LIMIT, metadata=_ASIDE)
     force: bool = field(default=False, metadata=_ASIDE)
     backend: str = field(default="process", kw_only=True, metadata=_ASIDE)
+    kernels: str | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls: type[Options], options: RunOptions, **more: Any) -> Options:
@@ -120,7 +126,9 @@ class RunOptions:
         return open_worker(self.backend, verbose=self.verbose, stall_limit=self.stall_limit or None, preload=preload)
 
     def runtime(self) -> RuntimeOptions:
-        return RuntimeOptions(self.threads, self.n_gpu_layers, self.cache_type_k, self.cache_type_v)
+        """How llama.cpp runs; the plain kernels where none were chosen."""
+        chosen = self.kernels or PLAIN
+        return RuntimeOptions(self.threads, self.n_gpu_layers, self.cache_type_k, self.cache_type_v, chosen)
 
     @property
     def cache_folder(self) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from prism_gguf.formats.text.selection import Source, TokenSource
 from prism_gguf.measure.capture.ensure import ensure_capture
 from prism_gguf.measure.capture.source import estimate_capture, estimate_export
+from prism_gguf.models.kernels import choose_kernels
 from prism_gguf.results.options import CaptureOptions
 from prism_gguf.system.cache import is_capture
 from prism_gguf.system.estimate import Estimated, not_told
@@ -41,6 +42,7 @@ def capture(
     options, watch = options or CaptureOptions(), Watch(steps, estimated)
     reading, progress = options.reading(texts), watch.progress("reference")
     progress(0, 0, "starting")
+    options, _ = choose_kernels(options, progress)
     with options.worker() as worker:
         needed = worker.run(estimate_capture, str(reference), reading, options, progress=progress)
         watch.admit(needed, force=options.force)

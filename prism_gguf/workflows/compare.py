@@ -19,6 +19,7 @@ from prism_gguf.measure.drift import ensure_layers
 from prism_gguf.measure.headers import Headers, failed_row, read_candidate, short_name
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.header import model_header
+from prism_gguf.models.kernels import choose_kernels
 from prism_gguf.results.comparison import CandidateResult, Comparison, NoiseFloor
 from prism_gguf.results.options import NO_CONTROL, CompareOptions
 from prism_gguf.results.ranking import rank
@@ -103,6 +104,7 @@ def compare_candidates(
     from prism_gguf.results.gates import Gate
 
     created, gates = now(), [Gate.parse(text) for text in options.fail_on]
+    options, kernels = choose_kernels(options, watch.progress("reference"))
     options = replace(options, lora=adapters(options.lora))
     with options.worker(preload=MEASURING) as worker:
         worker.start()  # it imports while headers are read
@@ -131,7 +133,7 @@ def compare_candidates(
         tool_version=__version__,
         command=sys.argv,
         created=created,
-        environment=environment(),
+        environment={**environment(), **kernels},
         text=opened.text,
         reference=opened.identity,
         candidates=measured,

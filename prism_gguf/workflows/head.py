@@ -14,6 +14,7 @@ from prism_gguf.measure.capture.source import ReferenceSource, estimate_referenc
 from prism_gguf.measure.headers import Headers, read_header
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.header import model_header
+from prism_gguf.models.kernels import choose_kernels
 from prism_gguf.quantization.heads import settings
 from prism_gguf.results.heads import Body, HeadReport, HeadRow, HeadScore, HeadSweep
 from prism_gguf.results.options import HeadOptions
@@ -52,6 +53,7 @@ def head(
     options, watch = options or HeadOptions(), Watch(steps, estimated)
     settings.gates(options), settings.column_weights(options)  # raises for bad options before anything runs
     paths = list(dict.fromkeys(map(str, candidates)))
+    options, kernels = choose_kernels(options, watch.progress("reference"))
     with options.worker(preload=MEASURING) as worker, scratch_folder() as temporary:
         source = ReferenceSource.of(reference, texts, options)
 
@@ -86,7 +88,7 @@ def head(
         tool_version=__version__,
         command=sys.argv,
         created=now(),
-        environment=environment(),
+        environment={**environment(), **kernels},
         text=opened.text,
         reference=opened.identity,
         imatrix=None if options.imatrix is None else str(options.imatrix),

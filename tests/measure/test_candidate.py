@@ -22,6 +22,7 @@ from prism_gguf.formats.text.windows import Score
 from prism_gguf.measure.capture.capture_file import read_capture
 from prism_gguf.measure.capture.ensure import ensure_capture
 from prism_gguf.measure.pair import Pair
+from prism_gguf.models.kernels import choose_kernels
 from prism_gguf.models.llama_cpp import LlamaCppModel
 from prism_gguf.models.output_head import HeadPair
 from prism_gguf.results.comparison import Comparison, Status
@@ -58,7 +59,7 @@ def test_runtime_logits_give_the_same_numbers(
     folder = ensure_capture(str(MODEL), Reading(TEXTS, 512, 4), CaptureOptions())
     capture = read_capture(folder)
     monkeypatch.setattr(prism_gguf.measure.decode, "_MAX_EMULATION_KLD", -1.0)
-    with LlamaCppModel(ladder["Q4_K_M"], n_ctx=512) as model:
+    with LlamaCppModel(ladder["Q4_K_M"], n_ctx=512, options=choose_kernels(CaptureOptions())[0].runtime()) as model:
         pair = Pair(capture, HeadPair(capture.head, model.output_head(), 4096))
         decoded = prism_gguf.measure.decode.decode_windows(pair, model, tmp_path, no_progress)
     assert decoded.logits.source == "runtime"
@@ -120,7 +121,7 @@ def test_most_divergent_tokens_are_the_runtime_s(compared: Comparison, ladder: d
     klds = [token.kld for token in row.divergent_tokens]
     assert klds == sorted(klds, reverse=True) and klds[0] == pytest.approx(row.divergence.kld_max)
     windows = read_capture(ensure_capture(str(MODEL), Reading(TEXTS, 512, 4), CaptureOptions())).windows
-    with LlamaCppModel(ladder["Q2_K"], n_ctx=512) as model:
+    with LlamaCppModel(ladder["Q2_K"], n_ctx=512, options=choose_kernels(CaptureOptions())[0].runtime()) as model:
         for token in row.divergent_tokens[:3]:
             ids, at = windows.tokens[token.window], token.position
             states = next(iter(model.window_states(ids, windows.first_scored, logits=True)))
