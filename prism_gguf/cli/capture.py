@@ -18,6 +18,7 @@ from prism_gguf.cli.options import (
     trust_option,
 )
 from prism_gguf.cli.output import watching
+from prism_gguf.system.sanitize import one_line
 
 if TYPE_CHECKING:
     from prism_gguf.formats.text.selection import Source, TokenSource
@@ -56,6 +57,7 @@ def capture(
     from there. `compare` makes its own capture in the cache.
     """
     from prism_gguf.formats.text.windows import Score
+    from prism_gguf.measure.capture.source import capture_notes
     from prism_gguf.results.options import CaptureOptions
     from prism_gguf.workflows.capture import capture as run_capture
 
@@ -71,4 +73,6 @@ def capture(
             options["windows"] = None
     with watching(quiet, options) as watched:
         folder = run_capture(reference, texts, CaptureOptions(score=Score(score), **options), **watched)
+    for note in [] if quiet else capture_notes(folder):
+        click.echo(f"note: {one_line(note)}", err=True)
     click.echo(folder)

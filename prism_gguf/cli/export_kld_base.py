@@ -14,15 +14,24 @@ from prism_gguf.cli.output import watching
 @main.command("export-kld-base")
 @click.argument("capture", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--candidate",
+    type=click.Path(path_type=Path),
+    metavar="FILE.gguf",
+    help="GGUF that the file is for: its vocabulary is counted. Default: the rows of the reference's head.",
+)
 @force_option
 @quiet_option
-def export_kld_base(capture: Path, file: Path, force: bool, quiet: bool) -> None:
+def export_kld_base(capture: Path, file: Path, candidate: Path | None, force: bool, quiet: bool) -> None:
     """Write CAPTURE as a base-logits FILE for llama-perplexity.
 
-    `llama-perplexity --kl-divergence --kl-divergence-base FILE` reads it.
+    `llama-perplexity --kl-divergence --kl-divergence-base FILE` reads it. The file is for GGUFs of one size of vocabulary,
+    padding included: with another, llama-perplexity says "inconsistent vocabulary" and goes on with wrong numbers.
     """
     from prism_gguf.workflows.capture import export_kld_base as run_export
 
     check_writable(file, "FILE")
     with watching(quiet) as watched:
-        run_export(capture, file, force=force, **watched)
+        n_vocab = run_export(capture, file, candidate=candidate, force=force, **watched)
+    if not quiet:
+        click.echo(f"written for GGUFs with a vocabulary of {n_vocab} tokens, padding included", err=True)

@@ -18,6 +18,7 @@ from prism_gguf.cli.options import (
     verbose_option,
 )
 from prism_gguf.cli.output import watching
+from prism_gguf.system.sanitize import one_line
 
 
 @main.command()
@@ -57,3 +58,5 @@ def imatrix(
     if not quiet:
         for parameter, reason in found.left_out.items():
             click.echo(f"left out: {parameter} ({reason})", err=True)
+        for note in found.notes:
+            click.echo(f"note: the text {one_line(note)}", err=True)

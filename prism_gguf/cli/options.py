@@ -35,14 +35,15 @@ def source_options(what: str, default: str, *, windows: int, n_ctx: int, least: 
             "--text",
             multiple=True,
             metavar="[NAME=]FILE",
-            help=f"{what} (UTF-8), one domain per file; repeatable. Default: {default}.",
+            help=f"{what} (UTF-8), one domain per file, pipe, or - for standard input; repeatable. Default: {default}.",
         ),
         click.option(
             "--chat",
             multiple=True,
             type=click.Path(path_type=Path),
             metavar="FILE.jsonl",
-            help="Conversations, rendered by the model's own chat template; repeatable.",
+            help="Conversations, one on each line, rendered by the model's own chat template as llama.cpp's server does; "
+            "repeatable.",
         ),
         click.option(
             "--windows",

@@ -43,6 +43,7 @@ def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progr
         return _hub_commit(reference)
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix in _CHECKPOINT_FILES and f.is_file())
+        files += sorted((path / "additional_chat_templates").glob("*.jinja"))
     elif path.is_file():
         files = split_parts(path)
     elif is_gguf(path):

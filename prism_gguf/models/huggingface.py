@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from prism_gguf.formats.checkpoint_files import tensor_headers, weight_files
 from prism_gguf.formats.fingerprint import is_hub_id
-from prism_gguf.formats.text.chat import Conversation
+from prism_gguf.formats.text.template import SPECIAL_TOKENS, ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.output_head import LogitTransform, OutputHead
@@ -85,6 +85,10 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
         raise InvalidModelError(f"{path}: {what}: {_reason(error)}") from error
     if folder.is_dir() and not weight_files(folder):
         raise InvalidModelError(f"{path}: has no safetensors; save it with them (save_pretrained)")
+    _check_context(path, config, n_ctx)
+
+
+def _check_context(path: str, config: Any, n_ctx: int) -> None:
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     if trained is not None and n_ctx > trained:
         raise InvalidModelError(
@@ -178,6 +182,14 @@ class HuggingFaceModel:
         assert states is not None
         return states.float()
 
+    def check_context(self, n_ctx: int) -> None:
+        """Refuse windows that are longer than the model was trained for.
+
+        Raises:
+            InvalidModelError: they are.
+        """
+        _check_context(self._path, self._model.config, n_ctx)
+
     @property
     def network(self) -> Any:
         """The transformers model."""
@@ -230,16 +242,21 @@ class HuggingFaceModel:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        special = self._tokenizer("a")["input_ids"]
-        bos = self._tokenizer.bos_token_id
-        wants_bos = bos is not None and special[:1] == [bos] and plain[:1] != [bos]
         return Vocabulary(
             tokenize=self.tokenize,
             piece=lambda token: self._tokenizer.decode([token]),
             n_tokens=len(self._tokenizer),
-            bos=bos if wants_bos else None,
+            bos=self._bos,
+            n_rows=self._head.weight.shape[0],
         )
+
+    @property
+    def _bos(self) -> int | None:
+        """BOS, if the tokenizer puts it before every text."""
+        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        special = self._tokenizer("a")["input_ids"]
+        bos = self._tokenizer.bos_token_id
+        return bos if bos is not None and special[:1] == [bos] and plain[:1] != [bos] else None
 
     def tokenize(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids (n,) int32 of ``text``; markup in it stands for special tokens, or is read as plain text."""
@@ -255,10 +272,17 @@ class HuggingFaceModel:
     def has_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
-    def render_chat(self, conversation: Conversation) -> str:
+    @property
+    def chat_template(self) -> ChatTemplate:
         if not self.has_template:
             raise InvalidModelError(f"{self._path}: the tokenizer has no chat template; use --text")
-        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False))
+        stored, known = self._tokenizer.chat_template, self._tokenizer.special_tokens_map
+        return ChatTemplate(
+            sources=stored if isinstance(stored, dict) else {"default": stored},
+            special={key: str(known[key]) for name in SPECIAL_TOKENS if (key := f"{name}_token") in known},
+            bos=None if self._bos is None else written_as(self._bos, str(self._tokenizer.bos_token), self.tokenize),
+            path=self._path,
+        )
 
     def stored(self) -> StoredModel:
         files = weight_files(self._folder)

@@ -16,7 +16,7 @@ from prism_gguf.formats.gguf_checks import check_runnable
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.lora import AdapterFile, LoraAdapter
 from prism_gguf.formats.mix import UNQUANTIZED
-from prism_gguf.formats.text.chat import Conversation
+from prism_gguf.formats.text.template import ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.models import ggml
 from prism_gguf.models.native_log import native_log
@@ -32,6 +32,7 @@ from prism_gguf.system.errors import InvalidAdapterError, InvalidModelError, Run
 _FINAL_STATES = "result_norm"
 # The residual stream after block i is l_out-i.
 _BLOCK_OUTPUT = "l_out-"
+_TEMPLATES = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
 # Z·Hᵀ with dequantized rows differs from runtime logits by the quantized head's kernel, which rounds activations to
 # 8 bits: a few per mille of the logits' norm. A wrong tensor or a missed transform is off by far more than this.
 _MAX_HEAD_DISAGREEMENT = 0.05
@@ -221,6 +222,7 @@ class LlamaCppModel:
             piece=self.piece,
             n_tokens=self.gguf.n_vocab_tokens or self.n_vocab,
             bos=int(C.llama_vocab_bos(self._vocab)) if wants_bos else None,
+            n_rows=self.n_vocab,
         )
 
     def tokenize(self, text: str, special: bool = False) -> np.ndarray:
@@ -248,19 +250,29 @@ class LlamaCppModel:
         n = C.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
         return buffer.raw[: max(n, 0)]
 
-    def render_chat(self, conversation: Conversation) -> str:
-        template = self.gguf.text("tokenizer.chat_template")
-        if not template:
+    @property
+    def chat_template(self) -> ChatTemplate:
+        stored = {name: self.gguf.text(key) for name, key in _TEMPLATES.items()}
+        if not any(stored.values()):
             raise InvalidModelError(f"{self.gguf.path}: the file has no chat template; use --text")
-        from transformers.utils.chat_template_utils import render_jinja_template
+        special = {f"{name}_token": self.piece(token) for name, token in self._special_tokens().items()}
+        bos = self.vocabulary.bos
+        return ChatTemplate(
+            sources={name: str(source) for name, source in stored.items() if source},
+            special=special,
+            bos=None if bos is None else written_as(bos, self.piece(bos), self.tokenize),
+            path=str(self.gguf.path),
+        )
 
-        special = {
-            f"{name}_token": self.piece(int(token))
-            for name in ("bos", "eos")
-            if (token := self.gguf.number(f"tokenizer.ggml.{name}_token_id")) is not None
-        }
-        rendered, _ = render_jinja_template(conversations=[conversation], chat_template=str(template), **special)
-        return str(rendered[0])
+    def _special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens that chat templates may name."""
+        get = {"bos": C.llama_vocab_bos, "eos": C.llama_vocab_eos, "sep": C.llama_vocab_sep, "pad": C.llama_vocab_pad}
+        get["mask"] = C.llama_vocab_mask
+        found = {name: int(one(self._vocab)) for name, one in get.items()}
+        for name, key in {"unk": "unknown", "cls": "cls"}.items():  # llama.cpp has no function for them
+            token = self.gguf.number(f"tokenizer.ggml.{key}_token_id")
+            found[name] = -1 if token is None else int(token)
+        return {name: token for name, token in found.items() if 0 <= token < self.n_vocab}
 
     def stored(self) -> StoredModel:
         gguf = self.gguf

@@ -36,7 +36,9 @@ def open_model(reference: str, n_ctx: int, options: RunOptions) -> Model:
         return LlamaCppModel(reference, n_ctx=n_ctx, options=options.runtime())
     from prism_gguf.models.huggingface import HuggingFaceModel
 
-    return HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code)
+    model = HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code)
+    model.check_context(n_ctx)
+    return model
 
 
 def open_variant(path: str, n_ctx: int, options: RunOptions, lora: Sequence[LoraAdapter] = ()) -> Model:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from prism_gguf.formats.text.chat import Conversation
+from prism_gguf.formats.text.template import ChatTemplate
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.results.model import ModelIdentity, StoredModel
 
@@ -74,11 +74,12 @@ class Model(Protocol):
         """The text of token ids; ``errors`` says what becomes of parts of a character, where the runtime lets one say."""
         ...
 
-    def render_chat(self, conversation: Conversation) -> str:
-        """A conversation as the model's own chat template writes it.
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's own chat template.
 
         Raises:
-            InvalidModelError: the model has no chat template.
+            InvalidModelError: the model has none.
         """
         ...
 

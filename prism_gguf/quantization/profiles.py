@@ -21,7 +21,8 @@ from pydantic import (
 
 from prism_gguf.formats.budget import Budget
 from prism_gguf.formats.mix import UNQUANTIZED, Mix, ftype_value, ggml_type
-from prism_gguf.formats.text.windows import EvaluationText, read_texts, read_utf8
+from prism_gguf.formats.text.source import is_there, read_utf8
+from prism_gguf.formats.text.windows import EvaluationText, read_texts
 from prism_gguf.results.gates import Gate
 from prism_gguf.system.errors import InvalidProfileError, PrismGgufError
 
@@ -162,7 +163,7 @@ class Profile(BaseModel):
         folder = self._path.parent
         name, sign, file = source.partition("=")
         # As in read_texts: a file's own name may have a "=" in it.
-        return f"{name}={folder / file}" if sign and not (folder / source).is_file() else str(folder / source)
+        return f"{name}={folder / file}" if sign and not is_there(folder / source) else str(folder / source)
 
 
 def load_profile(name_or_path: str) -> Profile:

@@ -48,6 +48,8 @@ def print_sensitivity(found: Sensitivity, out: Console) -> None:
     )
     for parameter, reason in found.left_out.items():
         out.print(escape(f"left out: {parameter} ({reason})"), soft_wrap=True)
+    for note in found.text.get("notes", []):
+        out.print(escape(f"note: the text {printable(note)}"), soft_wrap=True)
 
 
 def print_advice(advice: Advice, file: Path, out: Console, *, base: Path | None = None) -> None:

@@ -207,6 +207,8 @@ def print_header(result: Comparison | HeadReport, out: Console, *, perplexity: f
     _pairs(rows, out)
     if (note := quantized_reference(reference)) is not None:
         out.print(f"note: {escape(note)}")
+    for note in text.notes:
+        out.print(f"note: the text {escape(printable(note))}")
     for note in reference.notes:
         out.print(f"note: the reference: {escape(note)}")
 

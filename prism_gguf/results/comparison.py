@@ -263,6 +263,7 @@ class TextInfo:
         fingerprint: SHA-256 over the token ids and how they are scored.
         score: ``half`` or ``all`` tokens of a window.
         is_default: whether this is the packaged text.
+        notes: for the user, such as that a chat template writes the date.
     """
 
     fingerprint: str
@@ -272,6 +273,7 @@ class TextInfo:
     score: str
     domains: list[str]
     is_default: bool
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ class CollectedImatrix:
         n_windows, n_ctx: size of the text, in windows of n_ctx tokens.
         domains: of which texts.
         left_out: parameter → why it has no entry.
+        notes: for the user, such as that a chat template writes the date.
     """
 
     out: Path
@@ -27,6 +28,7 @@ class CollectedImatrix:
     n_ctx: int
     domains: list[str]
     left_out: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self), "out": str(self.out)}

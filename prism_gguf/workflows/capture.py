@@ -53,29 +53,39 @@ def export_kld_base(
     capture: str | Path,
     file: str | Path,
     *,
+    candidate: str | Path | None = None,
     force: bool = False,
     steps: Steps = no_steps,
     estimated: Estimated = not_told,
-) -> None:
+) -> int:
     """Write a capture as the base-logits file that ``llama-perplexity --kl-divergence-base`` reads.
+
+    llama-perplexity counts the candidate's vocabulary, padding included. It goes on with wrong numbers where the file has
+    another one, so the file is for GGUFs of one size of vocabulary: a candidate's, or that of the reference's head.
 
     Args:
         capture: the folder of a capture.
         file: the file to write; it appears whole or not at all.
+        candidate: a GGUF that the file is for; None takes the rows of the reference's head, which converters keep.
         force: continue even if the disk looks too small.
         steps: called with (what is being done, tokens done, tokens in all) as work proceeds.
         estimated: called with the estimated cost, before work begins.
 
+    Returns:
+        The size of the vocabulary that the file has.
+
     Raises:
         InvalidCaptureError: the capture is damaged, or scores other tokens than that format has.
+        IncompatibleModelsError: the candidate's vocabulary is not the reference's.
         LimitError: the disk is clearly too small, and ``force`` is not set.
     """
     from prism_gguf.measure.capture.kld_base import export_kld_base as export
 
     folder, file, watch = Path(capture), Path(file), Watch(steps, estimated)
+    wanted = None if candidate is None else str(candidate)
     progress = watch.progress("export")
     progress(0, 0, "starting")
-    if is_capture(folder):
-        watch.admit(estimate_export(folder, file), force=force)
     with open_worker() as worker:
-        worker.run(export, str(folder), str(file), progress=progress)
+        if is_capture(folder):
+            watch.admit(worker.run(estimate_export, folder, file, wanted, progress=progress), force=force)
+        return worker.run(export, str(folder), str(file), wanted, progress=progress)

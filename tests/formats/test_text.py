@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import io
+import os
+import sys
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 
-from prism_gguf.formats.text.windows import EvaluationText, Vocabulary, check_same_reading, make_windows, read_texts
+from prism_gguf.formats.text.chat import read_chat
+from prism_gguf.formats.text.windows import (
+    EvaluationText,
+    Vocabulary,
+    check_same_reading,
+    default_texts,
+    make_windows,
+    read_texts,
+)
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
+from prism_gguf.testbed import held_out_texts
 
 
 def letters(bos: int | None = None, shift: int = 0) -> Vocabulary:
@@ -71,7 +84,16 @@ def test_read_texts_names_domains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"  \n", "empty"), (b"caf\xe9", "not UTF-8"), (None, "no such text file")]
+    ("content", "message"),
+    [
+        (b"  \n", "empty"),
+        (b"caf\xe9", r"not UTF-8 \(byte 3\)"),
+        (None, "no such text file"),
+        ("text".encode("utf-16"), "is UTF-16, not UTF-8; convert it first"),
+        ("text".encode("utf-32"), "is UTF-32, not UTF-8"),
+        ("text".encode("utf-16-le"), "zero bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*git lfs pull"),
+    ],
 )
 def test_bad_text_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "t.txt"
@@ -79,6 +101,83 @@ def test_bad_text_files(tmp_path: Path, content: bytes | None, message: str) -> 
         path.write_bytes(content)
     with pytest.raises(InvalidTextError, match=message):
         read_texts([str(path)])
+
+
+def test_bytes_are_read_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n\x0c\xe2\x80\xa8\xef\xbb\xbf")
+    (text,) = read_texts([str(path)])
+    # The mark of UTF-8 at the start is no text; line ends stay.
+    assert text.text == "one\r\ntwo\rthree\n\x0c\u2028\ufeff"
+    assert text.note is not None and "byte order mark" in text.note
+    path.write_bytes(b"one\r\n")
+    assert read_texts([str(path)])[0].note is None
+
+
+def test_folders_are_refused(tmp_path: Path) -> None:
+    for read in (read_texts, lambda paths: read_chat(paths[0])):
+        with pytest.raises(InvalidTextError, match="a folder, not a text file"):
+            read([str(tmp_path)])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_are_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "p=q"
+    os.mkfifo(pipe)
+    line = '{"messages": [{"role": "user", "content": "Hi"}]}\n'
+    for source, read, content in (
+        (f"code={pipe}", lambda source: read_texts([source])[0], "a\r\nb"),
+        (str(pipe), lambda source: read_texts([source])[0], "a\r\nb"),
+        (str(pipe), read_chat, line),
+    ):
+        writer = Thread(target=pipe.write_bytes, args=[content.encode()])
+        writer.start()
+        found = read(source)
+        writer.join(10)
+        assert found.domain == ("code" if source.startswith("code=") else "p=q")
+        assert getattr(found, "text", None) in ("a\r\nb", None)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="this system has no /dev/fd")
+def test_what_a_shell_gives_for_a_command() -> None:
+    """``--text <(…)``: a numbered pipe."""
+    ends = [os.pipe() for _ in range(3)]
+    for n, (_, write) in enumerate(ends):
+        os.write(write, f"text {n}".encode())
+        os.close(write)
+    sources = [f"/dev/fd/{read}" for read, _ in ends]
+    found = read_texts([sources[0], f"mine={sources[1]}", sources[2]])
+    assert [(text.domain, text.text) for text in found] == [("pipe", "text 0"), ("mine", "text 1"), ("pipe2", "text 2")]
+    for read, _ in ends:
+        os.close(read)
+
+
+@pytest.mark.parametrize(("source", "domain"), [("-", "stdin"), ("talk=-", "talk")])
+def test_standard_input(source: str, domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\r\n".encode())))
+    assert [(text.domain, text.text) for text in read_texts([source])] == [(domain, "é\r\n")]
+    with pytest.raises(InvalidTextError, match="-: the text is empty"):
+        read_texts([source])
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="this system has no /dev/null")
+def test_devices() -> None:
+    with pytest.raises(InvalidTextError, match="/dev/null: the text is empty"):
+        read_texts(["/dev/null"])
+    with pytest.raises(InvalidTextError, match="/dev/null: no conversations"):
+        read_chat("/dev/null")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(InvalidTextError):
+        read_texts([name])
+
+
+def test_packaged_texts_have_one_kind_of_line_end() -> None:
+    """A checkout that changed them (git's autocrlf) would measure another text."""
+    for text in (*default_texts(), *held_out_texts()):
+        assert "\r" not in text.text and not text.text.startswith("\ufeff")
 
 
 def test_two_texts_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Protocol
 
 import numpy as np
 
-from prism_gguf.formats.text.chat import ChatSource, Conversation
+from prism_gguf.formats.text.chat import ChatSource
+from prism_gguf.formats.text.template import DATE, ChatTemplate
 from prism_gguf.formats.text.windows import EvaluationText, Score, TokenWindows, Vocabulary, covered, make_windows
+from prism_gguf.system.code import code_digest
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
 
 Source = EvaluationText | ChatSource
@@ -23,7 +26,8 @@ class Reader(Protocol):
     @property
     def vocabulary(self) -> Vocabulary: ...
 
-    def render_chat(self, conversation: Conversation) -> str: ...
+    @property
+    def chat_template(self) -> ChatTemplate: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Reading:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that decides the windows."""
+        """SHA-256 of everything that decides the windows, beside the model, which has the chat template."""
         parts: list[object] = [self.n_ctx, self.max_windows, self.score.value]
         if isinstance(self.sources, TokenSource):
             parts += [
@@ -69,7 +73,7 @@ class Reading:
             ]
         else:
             for source in self.sources:
-                content = source.conversations if isinstance(source, ChatSource) else [source.text, source.special]
+                content = _rendered_by(source) if isinstance(source, ChatSource) else [source.text, source.special]
                 parts += [source.domain, content]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -82,8 +86,8 @@ class Reading:
         """
         vocabulary = model.vocabulary
         if isinstance(self.sources, TokenSource):
-            return self._ready_made(self.sources, vocabulary.n_tokens, vocabulary.bos), []
-        texts = [s.render(model.render_chat) if isinstance(s, ChatSource) else s for s in self.sources]
+            return self._ready_made(self.sources, vocabulary), []
+        texts = [s.render(model.chat_template) if isinstance(s, ChatSource) else s for s in self.sources]
         names = [text.domain for text in texts]
         if len(set(names)) < len(names):
             raise InvalidTextError(
@@ -92,13 +96,36 @@ class Reading:
         windows = make_windows(texts, vocabulary, n_ctx=self.n_ctx, max_windows=self.max_windows, score=self.score)
         return windows, covered(texts, windows, vocabulary)
 
-    def _ready_made(self, source: TokenSource, n_tokens: int, bos: int | None) -> TokenWindows:
+    def _ready_made(self, source: TokenSource, vocabulary: Vocabulary) -> TokenWindows:
         tokens = source.tokens[: self.max_windows].copy()
-        if tokens.max(initial=0) >= n_tokens:
+        if tokens.max(initial=0) >= vocabulary.n_tokens:
             raise IncompatibleModelsError(
-                f"{source.name}: token id {tokens.max()} is outside the reference's vocabulary of {n_tokens}; "
+                f"{source.name}: token id {tokens.max()} is outside the reference's vocabulary of {vocabulary.n_tokens}; "
                 "it was made with another model"
             )
-        if bos is not None:
-            tokens[:, 0] = bos
+        _check_size(source, vocabulary)
+        if vocabulary.bos is not None:
+            tokens[:, 0] = vocabulary.bos
         return TokenWindows(tokens, (source.name,) * len(tokens), self.score)
+
+
+def _rendered_by(source: ChatSource) -> list[object]:
+    """What decides the text of conversations, beside the model: they themselves, the day, and the code that renders."""
+    packages = [version(name) for name in ("jinja2", "transformers")]
+    conversations = [[one.messages, one.tools] for one in source.read()]
+    return [conversations, DATE.isoformat(), packages, code_digest("prism_gguf.formats.text.template")]
+
+
+def _check_size(source: TokenSource, vocabulary: Vocabulary) -> None:
+    """Refuse windows of another vocabulary by its size.
+
+    llama.cpp counts the rows of the head. A converter may have cut them to the real tokens, and older exports of
+    ours counted those: anything from the one to the other is this model's.
+    """
+    counts = sorted((vocabulary.n_tokens, vocabulary.n_rows or vocabulary.n_tokens))
+    if not counts[0] <= source.n_vocab <= counts[1]:
+        has = " to ".join(map(str, dict.fromkeys(counts)))
+        raise IncompatibleModelsError(
+            f"{source.name}: made with a vocabulary of {source.n_vocab} tokens, and the reference has {has}; it was made "
+            "with another model"
+        )

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from prism_gguf.formats.text.source import BYTE_ORDER_MARK, domain_of, is_there, read_utf8
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
 
+SHORTEST_WINDOW = 8
 # A first guess of how much of a long text the windows need.
 _CHARACTERS_PER_TOKEN = 8
+_MARKED = "the byte order mark at its start was left out; llama-perplexity reads it as text"
 _OTHER_TOKENIZER = (
     "probably made of another model, of a fine-tune with another tokenizer, or converted with another pre-tokenizer"
 )
@@ -29,26 +32,39 @@ class Vocabulary:
         piece: the text of one token id, for messages.
         n_tokens: real tokens, padding rows of the embedding not counted.
         bos: id that begins a window, or None if the vocabulary asks for none.
+        n_rows: rows of the output head, padding counted, which llama.cpp calls tokens; None where nobody said.
     """
 
     tokenize: Callable[[str, bool], np.ndarray]
     piece: Callable[[int], str]
     n_tokens: int
     bos: int | None
+    n_rows: int | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Text of one domain, such as code or prose; ``special`` if its markup stands for special tokens."""
+    """Text of one domain, such as code or prose.
+
+    Attributes:
+        special: its markup stands for special tokens.
+        note: for the user, what is odd in the text.
+    """
 
     domain: str
     text: str
     special: bool = False
+    note: str | None = None
 
     def read(self, vocabulary: Vocabulary) -> np.ndarray:
         """Token ids (n,) int32, with BOS first if the vocabulary asks for one."""
         tokens = vocabulary.tokenize(self.text, self.special)
         return tokens if vocabulary.bos is None else np.concatenate([[vocabulary.bos], tokens]).astype(np.int32)
+
+
+def notes_of(texts: Sequence[EvaluationText]) -> list[str]:
+    """What is odd in texts, for the user."""
+    return [f"{text.domain}: {text.note}" for text in texts if text.note]
 
 
 class Score(str, Enum):
@@ -128,21 +144,10 @@ class TokenWindows:
         return digest.hexdigest()
 
 
-def read_utf8(path: Path) -> str:
-    """A file's text.
-
-    Raises:
-        InvalidTextError: it is not UTF-8.
-        OSError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidTextError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
-
-
 def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
     """Read ``FILE`` or ``NAME=FILE`` arguments; a file without a name gives its stem to its domain.
+
+    A file may be a pipe or a device too, and ``-`` is standard input. Each is read once, as it is: line ends are kept.
 
     Args:
         sources: one argument for each text.
@@ -154,16 +159,18 @@ def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
     for source in sources:
         name, _, rest = source.partition("=")
         # A path may contain "=": an argument that names a file is a path, any other is NAME=FILE.
-        path = Path(rest) if rest and not Path(source).is_file() else Path(source)
-        domain = name if rest and path != Path(source) else path.stem
-        if not path.is_file():
-            raise InvalidTextError(f"{path}: no such text file")
+        path = rest if rest and not is_there(source) else source
+        domain = name if path != source else domain_of(path, set(texts))
         text = read_utf8(path)
+        note = _MARKED if text.startswith(BYTE_ORDER_MARK) else None
+        text = text.removeprefix(BYTE_ORDER_MARK)
         if not text.strip():
             raise InvalidTextError(f"{path}: the text is empty")
+        if "\0" in text:
+            raise InvalidTextError(f"{path}: has zero bytes: not a text, or UTF-16; convert it to UTF-8 first")
         if domain in texts:
             raise InvalidTextError(f"two texts are named '{domain}'; give one another name with NAME=FILE")
-        texts[domain] = EvaluationText(domain, text)
+        texts[domain] = EvaluationText(domain, text, note=note)
     return list(texts.values())
 
 
@@ -228,8 +235,8 @@ def make_windows(
     Raises:
         InvalidTextError: a text is shorter than one window, or ``n_ctx`` is too small to score anything.
     """
-    if n_ctx < 8:
-        raise InvalidTextError(f"--n-ctx {n_ctx}: a window needs at least 8 tokens")
+    if n_ctx < SHORTEST_WINDOW:
+        raise InvalidTextError(f"--n-ctx {n_ctx}: a window needs at least {SHORTEST_WINDOW} tokens")
     if max_windows is not None and max_windows < len(texts):
         raise InvalidTextError(f"--windows {max_windows}: {len(texts)} texts need at least one window each")
     cut = [_cut(vocabulary, text, n_ctx, max_windows) for text in texts]

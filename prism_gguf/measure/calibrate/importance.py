@@ -12,6 +12,7 @@ import torch
 from prism_gguf.formats.fingerprint import is_gguf
 from prism_gguf.formats.imatrix import write_imatrix
 from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import notes_of
 from prism_gguf.measure.calibrate.gradients import linear_arguments, products_by_weight
 from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
@@ -66,7 +67,7 @@ def collect_imatrix(
     options.limit_threads()
     progress(0, 0, "loading")
     with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model, torch.no_grad():
-        windows, _ = reading.windows(model)
+        windows, texts = reading.windows(model)
         tensors, left_out = quantizable_tensors(model.network)
         if not tensors:
             raise InvalidModelError(f"{reference}: no tensor has a name: {next(iter(left_out.values()), 'none found')}")
@@ -93,4 +94,5 @@ def collect_imatrix(
         windows.n_ctx,
         windows.domain_names,
         left_out,
+        notes_of(texts),
     )

@@ -18,6 +18,7 @@ from prism_gguf.formats.fingerprint import is_gguf, model_fingerprint
 from prism_gguf.formats.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix
 from prism_gguf.formats.mix import ggml_type
 from prism_gguf.formats.text.selection import Reading
+from prism_gguf.formats.text.windows import notes_of
 from prism_gguf.measure.capture.source import is_new, resumed, work_of
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.factors import factors_of, smoothing_digest
@@ -102,7 +103,7 @@ def _measure(
 
     progress(0, 0, "loading")
     with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:
-        windows, _ = reading.windows(model)
+        windows, texts = reading.windows(model)
         if windows.n_windows < 2:
             raise InvalidTextError(f"{windows.n_windows} window of text: a standard error needs two; give more text")
         tensors, left_out = quantizable_tensors(model.network)
@@ -129,6 +130,7 @@ def _measure(
             "n_windows": n,
             "n_ctx": n_ctx,
             "domains": windows.domain_names,
+            "notes": notes_of(texts),
         },
         imatrix=None,
         tensors=_costs(tensors, errors, n_ctx, *sums),

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.kld_base import MAGIC
 from prism_gguf.formats.text.windows import Score
 from prism_gguf.system.atomic_files import written_whole
-from prism_gguf.system.errors import InvalidCaptureError
+from prism_gguf.system.errors import IncompatibleModelsError, InvalidCaptureError
 from prism_gguf.system.progress import Progress, no_progress
 
 if TYPE_CHECKING:  # torch is loaded where logits are made
+    from prism_gguf.measure.capture.capture_file import Capture
     from prism_gguf.models.output_head import OutputHead
 
 _RANGE = 16.0
@@ -22,20 +24,32 @@ _STEPS = 65535
 _BLOCK_BYTES = 64 * 2**20
 
 
-def export_kld_base(capture_folder: str, file: str, *, progress: Progress = no_progress) -> None:
+def export_kld_base(
+    capture_folder: str, file: str, candidate: str | None = None, *, progress: Progress = no_progress
+) -> int:
     """Write a capture as the file that ``llama-perplexity --kl-divergence-base`` reads. Runs in the worker.
+
+    llama-perplexity counts the candidate's vocabulary, which is as many tokens as its head has rows, padding included.
+
+    Args:
+        candidate: the GGUF that the file is for; None takes it to have as many rows as the reference.
+
+    Returns:
+        The size of the vocabulary that was written.
 
     Raises:
         InvalidCaptureError: the capture scores other tokens than that format has.
+        IncompatibleModelsError: the candidate's vocabulary is not the reference's.
     """
     from prism_gguf.measure.capture.capture_file import read_capture
 
     capture = read_capture(Path(capture_folder), progress)
-    windows, n_vocab = capture.windows, capture.n_tokens
+    windows = capture.windows
     if windows.score is not Score.HALF:
         raise InvalidCaptureError(
             f"{capture_folder}: scores all tokens; llama-perplexity's format holds the second half"
         )
+    n_vocab = capture.head.n_rows if candidate is None else _vocabulary_of(candidate, capture)
     block = max(1, _BLOCK_BYTES // (4 * n_vocab))
     with written_whole(Path(file)) as partial, partial.open("wb") as stream:
         stream.write(MAGIC)
@@ -44,15 +58,29 @@ def export_kld_base(capture_folder: str, file: str, *, progress: Progress = no_p
         for at in range(0, windows.n_scored, block):
             progress(at, windows.n_scored, "writing")
             _records(capture.head, capture.states[at : at + block], n_vocab).tofile(stream)
+    return n_vocab
+
+
+def _vocabulary_of(candidate: str, capture: Capture) -> int:
+    """The number of tokens that llama.cpp counts in a GGUF."""
+    gguf = GgufFile(candidate)
+    n_vocab = len(gguf.tokens()) or gguf.vocab_size
+    shared = min(n_vocab, capture.head.n_rows)
+    if max(gguf.n_vocab_tokens or n_vocab, min(capture.n_tokens, capture.head.n_rows)) > shared:
+        raise IncompatibleModelsError(
+            f"{candidate}: vocabulary of {n_vocab} tokens, the reference has {capture.n_tokens} in {capture.head.n_rows} "
+            "rows; probably made of another model"
+        )
+    return n_vocab
 
 
 def _records(head: OutputHead, hidden: np.ndarray, n_vocab: int) -> np.ndarray:
-    """One record per token, (n, 4 + V made even) uint16."""
+    """One record per token, (n, 4 + V made even) uint16. Rows that only the candidate has get no probability."""
     import torch
 
-    logits = torch.empty(len(hidden), n_vocab)
+    logits = torch.full((len(hidden), n_vocab), -torch.inf)
     entered = head.enter(hidden)
-    for start, stop, rows in head.chunks(n_vocab):
+    for start, stop, rows in head.chunks(min(n_vocab, head.n_rows)):
         logits[:, start:stop] = head.logits(entered, start, stop, rows)
     highest = logits.max(dim=1, keepdim=True).values
     lowest = torch.maximum(logits.min(dim=1, keepdim=True).values, highest - _RANGE)

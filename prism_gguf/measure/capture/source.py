@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_gguf.formats.text.selection import Reading, Source, TokenSource
-from prism_gguf.formats.text.windows import EvaluationText, Score
+from prism_gguf.formats.text.windows import EvaluationText, Score, notes_of
 from prism_gguf.measure.capture.ensure import capture_place, ensure_capture
 from prism_gguf.models.costs import Work, costs_of
 from prism_gguf.models.header import ModelHeader, model_header
@@ -109,8 +109,19 @@ def _describe(folder: Path, is_default: bool, *, progress: Progress) -> tuple[Mo
         score=windows.score.value,
         domains=windows.domain_names,
         is_default=is_default,
+        notes=notes_of(capture.texts),
     )
     return capture.identity, text
+
+
+def capture_notes(folder: Path) -> list[str]:
+    """What is odd in a capture's model and text, for the user."""
+    manifest, _ = captured_work(folder)
+    texts = [EvaluationText(**text) for text in manifest["texts"]]
+    return [
+        *(f"the text {note}" for note in notes_of(texts)),
+        *(f"the reference: {note}" for note in manifest["identity"].get("notes", [])),
+    ]
 
 
 def estimate_capture(
@@ -149,12 +160,15 @@ def estimate_reference(
     return needed, model, work_of(source.reading)
 
 
-def estimate_export(folder: Path, file: Path, *, progress: Progress = no_progress) -> Estimate:
-    """The cost of writing a capture as a base-logits file."""
+def estimate_export(
+    folder: Path, file: Path, candidate: str | None = None, *, progress: Progress = no_progress
+) -> Estimate:
+    """The cost of writing a capture as a base-logits file, for a candidate's vocabulary or for the reference's."""
     manifest, work = captured_work(folder)
     costs = costs_of(RunOptions())
-    width, vocab = manifest["identity"]["hidden_size"], manifest["n_tokens"]
-    return costs.start() + costs.exported(width, vocab, work, file.parent)
+    identity, like = manifest["identity"], None if candidate is None else model_header(candidate)
+    vocab = identity["vocab_size"] if like is None else like.vocab
+    return costs.start() + costs.exported(identity["hidden_size"], vocab, work, file.parent)
 
 
 def is_new(model: ModelHeader, options: RunOptions) -> bool:
@@ -190,8 +204,9 @@ def work_of(reading: Reading) -> Work:
 
 
 def _bytes(source: Source) -> int:
-    text = source.text if isinstance(source, EvaluationText) else json.dumps(source.conversations, ensure_ascii=False)
-    return len(text.encode("utf-8", "replace"))
+    if isinstance(source, EvaluationText):
+        return len(source.text.encode("utf-8", "replace"))
+    return sum(len(json.dumps(one.messages, ensure_ascii=False).encode("utf-8", "replace")) for one in source.read())
 
 
 def sized(n_windows: int, n_ctx: int, score: Score) -> Work:
