@@ -37,6 +37,12 @@ from prism_gguf.cli.output import Output, output_options, watching
     help="Measure candidates that have other weights on purpose (a fine-tune, a merged adapter). No candidate is then "
     "chosen as the control.",
 )
+@click.option(
+    "--as-served",
+    is_flag=True,
+    help="Measure each candidate with its own BOS, or without one, as llama-server would start it, rather than with the "
+    "reference's.",
+)
 @judging_options
 @runtime_options
 @trust_option

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
-from gguf.constants import GGML_QUANT_SIZES
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from prism_gguf.formats.gguf_reader import entry_bytes, open_reader, split_parts, value_of
 from prism_gguf.formats.mix import UNQUANTIZED
+from prism_gguf.formats.stored_types import Fallback, StoredTypes, TensorInfo, find_fallbacks
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.sanitize import one_line
 
@@ -38,17 +38,6 @@ _NOT_CAUSAL = {
     "wavtokenizer-dec",
 }
 
-# llama.cpp's src/llama-quant.cpp, tensor_type_fallback: the type it takes when rows are not a multiple of the wanted
-# type's block, and which wanted types that taken type stands for.
-_FALLBACK_STANDS_FOR: dict[str, tuple[str, ...]] = {
-    "IQ4_NL": ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"),
-    "Q4_0": ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"),
-    "Q5_0": ("Q4_K",),
-    "Q5_1": ("Q5_K",),
-    "Q8_0": ("Q6_K",),
-}
-_FALLBACKS = {wanted: taken for taken, all_wanted in _FALLBACK_STANDS_FOR.items() for wanted in all_wanted}
-
 PROVENANCE = "prism_gguf."
 """Prefix of the metadata keys that `prism-gguf quantize` writes."""
 
@@ -63,68 +52,9 @@ _NAME_PATTERN = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a GGUF. ``shape`` is in row-major order: (rows, row width)."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    n_bytes: int
-
-    @property
-    def n_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def row_width(self) -> int:
-        return self.shape[-1]
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A tensor that could not take the type of its file's ftype."""
-
-    tensor: str
-    type: str
-    wanted: tuple[str, ...]
-    row_width: int
-    block_size: int
-
-    @property
-    def reason(self) -> str:
-        return f"rows of {self.row_width} are not a multiple of {self.block_size}"
-
-
 def counted(types: Iterable[str]) -> dict[str, int]:
     """Number of tensors of each type, most frequent first."""
     return dict(Counter(types).most_common())
-
-
-def row_block(kind: str) -> int:
-    """Block size of a ggml type, in values. Row widths must be a multiple of it."""
-    return int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0])
-
-
-def fallback_type(wanted: str, row_width: int) -> str:
-    """``wanted``, or llama.cpp's fallback type if ``row_width`` is not a multiple of ``wanted``'s block size."""
-    if row_width % row_block(wanted) == 0:
-        return wanted
-    taken = _FALLBACKS.get(wanted, "F16")
-    return taken if row_width % row_block(taken) == 0 else "F16"
-
-
-def find_fallbacks(tensors: Iterable[TensorInfo], promised: str) -> Iterator[Fallback]:
-    """The tensors that cannot have the type of the ftype ``promised``."""
-    if not re.match(r"(I?Q\d_(K|X|S|M)|TQ)", promised):
-        return  # The type's blocks are 32 wide, or it is not quantized: nothing that could fall back.
-    for tensor in tensors:
-        wanted = _FALLBACK_STANDS_FOR.get(tensor.type)
-        if wanted is None or len(tensor.shape) < 2:
-            continue
-        block = row_block(wanted[0])
-        if tensor.row_width % block:
-            yield Fallback(tensor.name, tensor.type, wanted, tensor.row_width, block)
 
 
 @dataclass(frozen=True)
@@ -301,20 +231,70 @@ class GgufFile:
         return counted(t.type for t in self.tensors)
 
     @cached_property
+    def stored_types(self) -> StoredTypes:
+        """What its tensors hold."""
+        return StoredTypes.of(self.tensors, self.architecture)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any of its matrices is, whatever the file calls itself."""
+        return bool(self.stored_types.quantized)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether its weights are as they were published: nothing is quantized but what the publisher has so himself."""
+        return not self.is_quantized or self.stored_types.has_published_experts
+
+    @cached_property
     def recorded_ftype(self) -> str | None:
         """The ftype that the file's metadata names, such as Q4_K_M."""
         value = self.number("general.file_type")
-        return None if value is None else _FTYPE_NAMES.get(int(value), f"unknown ({value})")
+        if value is None:
+            return None
+        # llama.cpp adds GUESSED where it made the number up.
+        return _FTYPE_NAMES.get(int(value) & ~LlamaFileType.GUESSED, f"unknown ({value})")
 
     @cached_property
     def named_ftype(self) -> str | None:
-        """The ftype in the file's name."""
-        matches = _NAME_PATTERN.findall(self.path.name.removesuffix(".gguf"))
-        return matches[-1].upper() if matches else None
+        """The ftype in the file's name; the last one of several."""
+        return next(iter(self._named_ftypes), None)
 
-    @property
-    def ftype(self) -> str | None:
-        return self.recorded_ftype or self.named_ftype
+    @cached_property
+    def _named_ftypes(self) -> list[str]:
+        """All of them, the last one first: a name may say what its head is of, or what it was made from."""
+        return [match.upper() for match in reversed(_NAME_PATTERN.findall(self.path.name.removesuffix(".gguf")))]
+
+    @cached_property
+    def ftype(self) -> str:
+        """What the file is, by its tensors: the label that they bear out, the metadata's first; else the commonest type.
+
+        F32, F16 or BF16 only where no matrix is quantized: an F16 file with some in Q8_0 is ``F16+Q8_0``.
+        """
+        types = self.stored_types
+        found = next(self._labels(self.recorded_ftype, *self._named_ftypes), types.held)
+        return "+".join([found, *types.quantized_types]) if found in UNQUANTIZED else found
+
+    def _labels(self, *labels: str | None) -> Iterator[str]:
+        """Those of the labels that the tensors bear out."""
+        known = (label for label in labels if label is not None and not label.startswith("unknown"))
+        return (label for label in known if self.stored_types.bears_out(label))
+
+    @cached_property
+    def label_notes(self) -> list[str]:
+        """What is wrong with the file's labels, for the user: one that its tensors contradict, or that is missing."""
+        recorded, named, types = self.recorded_ftype, self._named_ftypes, self.stored_types
+        notes = []
+        if recorded is None:
+            notes.append(f"general.file_type is missing; its tensors are mostly {types.held}")
+        elif recorded.startswith("unknown"):
+            value = self.number("general.file_type")
+            notes.append(f"general.file_type is {value}, which names no ftype; its tensors are mostly {types.held}")
+        elif (found := types.against(recorded)) is not None:
+            notes.append(f"general.file_type says {recorded}, but {found}")
+        contradicted = [found for name in named if (found := types.against(name)) is not None]
+        if named and len(contradicted) == len(named):
+            notes.append(f"the file's name says {named[0]}, but {contradicted[0]}")
+        return notes
 
     @cached_property
     def imatrix(self) -> Imatrix | None:
@@ -344,7 +324,7 @@ class GgufFile:
     @cached_property
     def fallbacks(self) -> list[Fallback]:
         """Tensors with another type because their row width is not a multiple of the wanted type's block size."""
-        return list(find_fallbacks(self.tensors, self.named_ftype or self.recorded_ftype or ""))
+        return list(find_fallbacks(self.tensors, next(self._labels(*self._named_ftypes, self.recorded_ftype), "")))
 
     @cached_property
     def n_vocab_tokens(self) -> int | None:

@@ -53,18 +53,20 @@ def write_copy(
     """Copy a GGUF, whole or split, to ``out``. Tensors that are not in ``changed`` keep every byte.
 
     Args:
-        metadata: entries to add or to replace.
+        metadata: entries to add, or to replace by others of the same kind.
         progress: counts bytes of tensors.
     """
     metadata, endianness = metadata or {}, source.readers[0].endianess
     writer = GGUFWriter(out, source.architecture, endianess=endianness)
     writer.data_alignment = int(source.readers[0].alignment)
+    kinds: dict[str, GGUFValueType] = {}
     for key, value, value_kind, item_kind in metadata_entries(source.readers[0]):
+        kinds[key] = value_kind
         # The writer cannot write an empty array.
         if not key.startswith("split.") and value != [] and key not in metadata:
             writer.add_key_value(key, value, value_kind, item_kind)
     for key, value in metadata.items():
-        writer.add_key_value(key, value, _KINDS[type(value)])
+        writer.add_key_value(key, value, kinds.get(key, _KINDS[type(value)]))
     tensors = {t.name: changed.get(t.name) or NewTensor.of(t.tensor_type, t.data) for t in source.stored_tensors()}
     for name, tensor in tensors.items():
         writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.n_bytes, tensor.kind)

@@ -28,7 +28,8 @@ from prism_gguf.system.tables import table
 if TYPE_CHECKING:
     import pandas
 
-    from prism_gguf.formats.gguf_file import GgufFile, TensorInfo
+    from prism_gguf.formats.gguf_file import GgufFile
+    from prism_gguf.formats.stored_types import TensorInfo
 
 __all__ = ["SCHEMA", "Recipe", "expand", "group", "read_recipe", "recipe_of", "write_recipe"]
 
@@ -169,7 +170,7 @@ def recipe_of(gguf: GgufFile) -> Recipe:
     made = {key: one_line(str(value), _LONGEST_VALUE) for key, value in gguf.provenance.items()}
     file_name = one_line(gguf.path.name, _LONGEST_VALUE)
     return Recipe(
-        ftype=_ftype_of(gguf.recorded_ftype, types.values()),
+        ftype=_ftype_of(gguf.ftype, types.values()),
         tensor_types=types,
         name=made.get("recipe") or file_name.removesuffix(".gguf"),
         description=f"read from {file_name}",
@@ -193,17 +194,17 @@ def _may_be_quantized(tensor: TensorInfo) -> bool:
     return is_matrix and tensor.name.endswith("weight") and "_norm.weight" not in tensor.name
 
 
-def _ftype_of(recorded: str | None, types: Iterable[str]) -> str:
-    """An ftype with which llama.cpp follows these types: the recorded one if possible, else that of the commonest type.
+def _ftype_of(own: str | None, types: Iterable[str]) -> str:
+    """An ftype with which llama.cpp follows these types: the file's own if possible, else that of the commonest type.
 
     An unquantized ftype makes llama.cpp ignore every override.
     """
     counts = Counter(types)
     quantized = {kind: n for kind, n in counts.items() if kind not in UNQUANTIZED}
     try:
-        ftype_value(recorded or "")
-        if recorded is not None and not (quantized and recorded in UNQUANTIZED):
-            return recorded
+        ftype_value(own or "")
+        if own is not None and not (quantized and own in UNQUANTIZED):
+            return own
     except InvalidProfileError:
         pass
     commonest = max(quantized or counts, key=lambda kind: (counts[kind], kind), default="F16")

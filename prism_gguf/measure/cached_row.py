@@ -78,7 +78,7 @@ class Rows:
     def _keys(self, content: str) -> tuple[str, str]:
         """The keys of a row, and of its drift by block: all that each depends on."""
         capture, running = recorded_key(self.folder), RunOptions.of(self.options).measuring()
-        drift = () if self.layers is None else (self.layers.folder.name, self.layers.numbers)
+        drift = () if self.layers is None else (self.layers.folder.name, self.layers.numbers, self.options.as_served)
         return (
             kept_key("prism_gguf.measure.candidate", content, capture, self._loaded, self.options.measuring()),
             kept_key("prism_gguf.measure.drift", content, capture, self._loaded, running, drift),

@@ -48,10 +48,12 @@ def measure_candidate(
     options.limit_threads()
     capture, lora = read_capture(folder, progress), adapters(options.lora)
     progress(0, 0, "loading")
-    with open_candidate(path, capture, options, lora, variant=options.variant) as (model, pair):
+    how = {"variant": options.variant, "as_served": options.as_served}
+    with open_candidate(path, capture, options, lora, **how) as (model, pair):
         pair = replace(pair, notes=[*pair.notes, *_remarks(path, lora, options)])
         row = measure(pair, model, place, options, progress=progress)
-    return replace(row, lora=list(lora), seconds=round(time.monotonic() - started, 3), measured=now())
+    row = replace(row, lora=list(lora), as_served=options.as_served)
+    return replace(row, seconds=round(time.monotonic() - started, 3), measured=now())
 
 
 def _remarks(path: str, lora: Sequence[LoraAdapter], options: CompareOptions) -> Iterator[str]:
@@ -86,7 +88,7 @@ def measure(
     if options.attribution:
         weights = None
         if options.split_kernels and isinstance(model, LlamaCppModel):
-            weights = weights_only_states(capture, model, folder, progress)
+            weights = weights_only_states(pair, model, folder, progress)
         moments = features if weights is None else moments_of(pair, weights, progress)
         ratio = math.sqrt(moments.candidate_square / moments.reference_square)
         shares, risk_shares = attribute(pair, decoded, ratio, weights, options.attribution_tokens, progress=progress)

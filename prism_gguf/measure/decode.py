@@ -49,11 +49,11 @@ def decode_windows(pair: Pair, model: Model, folder: Path, progress: Progress) -
     this very run; where they differ (another backend, another kernel) the runtime's logits are used throughout. A
     checkpoint's logits are its states times its head: nothing is emulated, and nothing is left to check.
     """
-    served, capture = model.served_head(), pair.capture
+    served = model.served_head()
     disagreement: float | None = None
     if served is not None:
         exact = served.round_activations is None
-        hidden, disagreement = _states(capture, model, folder, None if exact else served, progress)
+        hidden, disagreement = _states(pair, model, folder, None if exact else served, progress)
         if disagreement is None or disagreement <= _MAX_EMULATION_KLD:
             tokens = TokenDivergence.concatenate(list(_blocks(pair, hidden, served, stage(progress, "comparing"))))
             return Decoded(hidden, tokens, Logits("computed" if exact else "emulated", disagreement))
@@ -71,12 +71,12 @@ def blocks_of_states(
         yield block, pair.capture.states[block], np.array(hidden[block])
 
 
-def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, progress: Progress) -> np.ndarray:
+def weights_only_states(pair: Pair, model: LlamaCppModel, folder: Path, progress: Progress) -> np.ndarray:
     """Hidden states (n, d) float32 of the candidate's own weights as F16: without its quantized kernels."""
     from prism_gguf.formats.mix import Mix
     from prism_gguf.models.llama_quantizer import quantize_gguf
 
-    windows, path, kept = capture.windows, folder / "weights-F16.gguf", _kept(capture, folder / _WEIGHTS)
+    windows, path, kept = pair.windows.windows, folder / "weights-F16.gguf", _kept(pair.capture, folder / _WEIGHTS)
     missing = kept.missing()
     if missing and not path.exists():
         quantize_gguf(
@@ -90,7 +90,7 @@ def weights_only_states(capture: Capture, model: LlamaCppModel, folder: Path, pr
     if missing:
         with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options, lora=model.lora) as unquantized:
             for number in _counted(missing, windows.n_windows, stage(progress, "running as F16")):
-                parts = unquantized.window_states(windows.tokens[number], windows.first_scored)
+                parts = pair.windows.states(unquantized, number)
                 kept.write(number, hidden=np.concatenate([states.hidden for states in parts]))
     path.unlink(missing_ok=True)
     return _flat(kept.arrays["hidden"])
@@ -120,18 +120,18 @@ def _counted(missing: Sequence[int], n_windows: int, progress: Progress) -> Iter
 
 
 def _states(
-    capture: Capture, model: Model, folder: Path, emulated: OutputHead | None, progress: Progress
+    pair: Pair, model: Model, folder: Path, emulated: OutputHead | None, progress: Progress
 ) -> tuple[np.ndarray, float | None]:
     """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
-    windows = capture.windows
-    kept = _kept(capture, folder / _STATES, disagreement=((), np.float64))
+    windows = pair.capture.windows
+    kept = _kept(pair.capture, folder / _STATES, disagreement=((), np.float64))
     proofs = set() if emulated is None else {0, windows.n_windows // 2}
     missing = sorted(kept.missing(), key=lambda number: number not in proofs)
     for number in _counted(missing, windows.n_windows, stage(progress, "running")):
         if kept.arrays["disagreement"].max() > _MAX_EMULATION_KLD:
             break
         tokens, parts, worst = windows.tokens[number], [], 0.0
-        for states in model.window_states(tokens, windows.first_scored, logits=number in proofs):
+        for states in pair.windows.states(model, number, logits=number in proofs):
             parts.append(states.hidden)
             if emulated is not None and states.logits is not None:
                 worst = max(worst, _disagreement(states, emulated, tokens))
@@ -173,7 +173,7 @@ def _states_and_logits(
     kept = _kept(capture, folder / _RUNTIME, **{name: ((windows.scored_per_window,), kinds[name]) for name in kinds})
     for number in _counted(kept.missing(), windows.n_windows, stage(progress, "running, with logits")):
         tokens, states_parts, parts = windows.tokens[number], [], []
-        for states in model.window_states(tokens, windows.first_scored, logits=True):
+        for states in pair.windows.states(model, number, logits=True):
             assert states.logits is not None
             rows_of = windows.rows(number, states.start, states.stop)
             reference, runtime = torch.from_numpy(capture.states[rows_of]), torch.from_numpy(states.logits)

@@ -23,7 +23,7 @@ from prism_gguf.formats.text.windows import TokenWindows
 from prism_gguf.models.opening import open_model, open_variant, runtime_of
 from prism_gguf.models.passes import MAX_LAYER_WINDOWS
 from prism_gguf.results.details import LayerCost, LayerDrift, Layers
-from prism_gguf.results.options import RunOptions
+from prism_gguf.results.options import CompareOptions, RunOptions
 from prism_gguf.system.atomic_files import write_whole
 from prism_gguf.system.cache import key_of, locked, recorded_key
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidCaptureError, PrismGgufError
@@ -172,7 +172,7 @@ def measure_layers(
     lora: Sequence[LoraAdapter],
     capture_folder: Path,
     reference: ReferenceLayers,
-    options: RunOptions,
+    options: CompareOptions,
     *,
     progress: Progress = no_progress,
 ) -> Layers:
@@ -184,6 +184,8 @@ def measure_layers(
     """
     from prism_gguf.measure.capture.capture_file import read_capture
     from prism_gguf.measure.metrics.geometry import SquareAccumulator
+    from prism_gguf.measure.served_windows import ServedWindows
+    from prism_gguf.models.serving import serving_of
 
     started = time.monotonic()
     options.limit_threads()
@@ -191,9 +193,12 @@ def measure_layers(
     windows, streams = capture.windows, reference.open(capture)
     sums = [SquareAccumulator() for _ in range(reference.n_blocks)]
     with open_variant(path, windows.n_ctx, options, lora) as model:
+        read = ServedWindows.like_the_reference(capture)
+        if options.as_served:
+            read = ServedWindows.of(capture, model, serving_of(path, trust_remote_code=options.trust_remote_code), path)
         for i, number in enumerate(reference.numbers):
             progress(i, len(reference.numbers))
-            for part in model.layer_states(windows.tokens[number], windows.first_scored):
+            for part in read.layer_states(model, number):
                 if len(part.hidden) != len(sums):
                     raise IncompatibleModelsError(f"{path}: {len(part.hidden)} blocks, the reference has {len(sums)}")
                 for block, hidden in enumerate(part.hidden):

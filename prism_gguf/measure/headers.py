@@ -29,7 +29,7 @@ class Headers:
     """Headers of candidates, by path.
 
     Attributes:
-        ftypes: of those that can be measured; None for a checkpoint.
+        ftypes: of those that can be measured, by their tensors (``GgufFile.ftype``); None for a checkpoint.
         failed: a row for each of the others, which says why.
     """
 

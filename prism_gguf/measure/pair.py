@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prism_gguf.formats.lora import LoraAdapter
 from prism_gguf.formats.text.windows import check_same_pieces, check_same_reading
 from prism_gguf.measure.capture.capture_file import Capture
 from prism_gguf.measure.same_weights import compare_weights, other_architecture
+from prism_gguf.measure.served_windows import ServedWindows
+from prism_gguf.measure.serving import reading_differences, serving_notes
 from prism_gguf.models.factors import SMOOTHED
 from prism_gguf.models.llama_cpp import LlamaCppModel
 from prism_gguf.models.opening import open_variant
 from prism_gguf.models.output_head import HeadPair
 from prism_gguf.models.protocol import Model
+from prism_gguf.models.serving import serving_of
 from prism_gguf.results.details import OtherWeights
 from prism_gguf.results.options import RunOptions
 from prism_gguf.system.errors import IncompatibleModelsError
@@ -30,30 +33,57 @@ class Pair:
         heads: both output heads, without a runtime's kernel, over the vocabulary rows that both have.
         notes: for the user.
         other_weights: where the candidate's are not the reference's, and that was allowed.
+        served: what the candidate reads, where that is not what the reference has read.
     """
 
     capture: Capture
     heads: HeadPair
     notes: list[str] = field(default_factory=list)
     other_weights: OtherWeights | None = None
+    served: ServedWindows | None = None
+
+    @property
+    def windows(self) -> ServedWindows:
+        """What the candidate reads."""
+        return self.served or ServedWindows.like_the_reference(self.capture)
 
 
 @contextmanager
 def open_candidate(
-    path: str, capture: Capture, options: RunOptions, lora: Sequence[LoraAdapter] = (), *, variant: bool = False
+    path: str,
+    capture: Capture,
+    options: RunOptions,
+    lora: Sequence[LoraAdapter] = (),
+    *,
+    variant: bool = False,
+    as_served: bool = False,
 ) -> Iterator[tuple[Model, Pair]]:
     """A candidate in its runtime, known to be comparable, and the pair that it makes. For the worker.
+
+    Args:
+        variant: its weights may be others on purpose.
+        as_served: it reads the text with its own BOS, or without one.
 
     Raises:
         IncompatibleModelsError: it is not of the reference's weights and no ``variant``, or reads the text otherwise.
     """
     with open_variant(path, capture.windows.n_ctx, options, lora) as model:
         pair = check_pair(capture, model, variant=variant)
-        if capture.texts:
-            check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
-        else:
-            check_same_pieces(capture.pieces, model.vocabulary, path)
-        yield model, pair
+        serving = None
+        if capture.serving is not None or as_served:
+            serving = serving_of(path, trust_remote_code=options.trust_remote_code)
+        try:
+            if capture.texts:
+                check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
+            else:
+                check_same_pieces(capture.pieces, model.vocabulary, path)
+        except IncompatibleModelsError as error:
+            if causes := reading_differences(capture.serving, serving):
+                raise IncompatibleModelsError(f"{error}; what the files say of it: {'; '.join(causes[:2])}") from error
+            raise
+        served = ServedWindows.of(capture, model, serving, path) if as_served else None
+        notes = serving_notes(capture.serving, serving, as_served=as_served)
+        yield model, replace(pair, served=served, notes=[*pair.notes, *notes])
 
 
 def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair:
@@ -101,6 +131,8 @@ def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair
     if found is not None and not variant:
         raise IncompatibleModelsError(f"{candidate.path}: {said}; `compare --variant` measures it anyway")
     notes = [] if said is None else [said]
+    if isinstance(model, LlamaCppModel):
+        notes += model.gguf.label_notes
     if isinstance(model, LlamaCppModel) and (for_types := model.gguf.text(f"{SMOOTHED}_for")) is not None:
         notes.append(f"smoothed for {one_line(for_types, 40)}: scales were moved between norms and matrices")
     if candidate.vocab_size != reference.vocab_size:

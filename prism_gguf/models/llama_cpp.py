@@ -15,7 +15,6 @@ from gguf import GGMLQuantizationType
 from prism_gguf.formats.gguf_checks import check_runnable
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.lora import AdapterFile, LoraAdapter
-from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.formats.text.template import ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.models import ggml
@@ -46,6 +45,21 @@ def _logit_transform(gguf: GgufFile) -> LogitTransform:
     return LogitTransform(
         scale=1.0 / factor if gguf.architecture.startswith("granite") else factor,
         softcap=float(softcap) if softcap else None,
+    )
+
+
+def gguf_identity(gguf: GgufFile) -> ModelIdentity:
+    """The identity of a GGUF. Whether it is quantized goes by its tensors, not by what it calls itself."""
+    return ModelIdentity(
+        path=str(gguf.path),
+        kind="gguf",
+        architecture=gguf.architecture,
+        dtype=gguf.ftype,
+        hidden_size=gguf.hidden_size,
+        vocab_size=gguf.vocab_size,
+        tied=gguf.tied,
+        quantization=None if gguf.is_original else gguf.ftype,
+        notes=list(gguf.label_notes),
     )
 
 
@@ -201,18 +215,7 @@ class LlamaCppModel:
 
     @property
     def identity(self) -> ModelIdentity:
-        gguf = self.gguf
-        quantized = next((kind for kind in gguf.types if kind not in UNQUANTIZED), None)
-        return ModelIdentity(
-            path=str(gguf.path),
-            kind="gguf",
-            architecture=gguf.architecture,
-            dtype=gguf.ftype or gguf.head_tensor.type,
-            hidden_size=gguf.hidden_size,
-            vocab_size=gguf.vocab_size,
-            tied=gguf.tied,
-            quantization=None if quantized is None else gguf.ftype if gguf.ftype not in UNQUANTIZED else quantized,
-        )
+        return gguf_identity(self.gguf)
 
     @property
     def vocabulary(self) -> Vocabulary:

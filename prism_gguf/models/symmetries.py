@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prism_gguf.formats.gguf_file import GgufFile, TensorInfo
+from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.stored_types import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from prism_gguf.formats.gguf_file import (
-    PROVENANCE,
-    GgufFile,
-    TensorInfo,
-    fallback_type,
-    find_fallbacks,
-    row_block,
-)
+from prism_gguf.formats.gguf_file import PROVENANCE, GgufFile
 from prism_gguf.formats.imatrix import ImportanceMatrix, read_imatrix
 from prism_gguf.formats.mix import UNQUANTIZED, Mix
 from prism_gguf.formats.recipe import Recipe, mix_digest
+from prism_gguf.formats.stored_types import TensorInfo, fallback_type, find_fallbacks, row_block
 from prism_gguf.models.factors import smoothing_digest, smoothing_of_imatrix
 from prism_gguf.quantization.quantizers import LLAMA_CPP, planned_types
 from prism_gguf.results.quantized import MADE_OF, Plan
@@ -69,8 +63,8 @@ def plan(
     """
     progress(0, 0, "planning")
     gguf = GgufFile(base)
-    quantized = {t.type for t in gguf.tensors if len(t.shape) > 1 and t.type not in UNQUANTIZED}
-    if quantized and not requantize:
+    quantized = gguf.stored_types.quantized_types
+    if not (gguf.is_original or requantize):
         raise InvalidModelError(
             f"{base}: is quantized already ({', '.join(sorted(quantized))}), and its loss would be built in: name the F16 "
             "or BF16 file, or say --allow-requantize"

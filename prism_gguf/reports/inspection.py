@@ -41,6 +41,8 @@ def print_inspection(found: Inspection, out: Console) -> None:
         table.add_row(kind, str(count), f"{n_elements:,}", f"{n_bytes / 2**20:.2f}")
     out.print(table)
     _print_fallbacks(found, out)
+    for note in found.notes:
+        out.print(f"note: {escape(note)}", soft_wrap=True)
 
 
 def _parts(found: Inspection) -> str:

@@ -24,6 +24,7 @@ from prism_gguf.reports.words import (
     label,
     number,
     quantized_reference,
+    served_mark,
     verdict_in_words,
     with_adapters,
 )
@@ -105,7 +106,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
             style = "" if not marked else "bold green" if front else "dim"
             rows.append(
                 _Row(
-                    (_MARK if front else " " * len(_MARK)) * marked + label(candidate.path),
+                    (_MARK if front else " " * len(_MARK)) * marked + label(candidate.path) + served_mark(candidate),
                     [column.cell(candidate) for column in columns],
                     style,
                 )

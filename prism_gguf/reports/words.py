@@ -98,6 +98,11 @@ def quantized_reference(reference: ModelIdentity) -> str | None:
     )
 
 
+def served_mark(candidate: CandidateResult) -> str:
+    """What a name is followed by where the candidate was measured with its own BOS, or without one."""
+    return " (as served)" if candidate.as_served else ""
+
+
 def with_adapters(candidate: CandidateResult) -> str:
     """The adapters of a candidate, sanitised; empty for none."""
     return printable(in_words(candidate.lora))

@@ -318,6 +318,7 @@ class CandidateResult:
         seconds: what measuring took, without making the file; ``measured``: when that was, perhaps in an earlier run.
         lora: the adapters that llama.cpp applied.
         other_weights: where they are not the reference's, and that was allowed.
+        as_served: measured with its own BOS, or without one, rather than with the reference's.
         metrics: numbers of further metrics (see ``measure.probes``) by the metric's name; in the JSON where there are any.
     """
 
@@ -348,6 +349,7 @@ class CandidateResult:
     lora: list[LoraAdapter] = field(default_factory=list)
     other_weights: OtherWeights | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    as_served: bool = False
 
     @property
     def is_variant(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prism_gguf.formats.gguf_file import Fallback, GgufFile, Imatrix, TensorInfo
+from prism_gguf.formats.gguf_file import GgufFile, Imatrix
 from prism_gguf.formats.recipe import Recipe, recipe_of
+from prism_gguf.formats.stored_types import Fallback, TensorInfo
 from prism_gguf.system.tables import table
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Inspection:
         imatrix: the file's record of its importance matrix.
         provenance: records of `prism-gguf quantize` and `smooth`.
         fallbacks: tensors that could not take their ftype's own type.
+        notes: what is wrong with its labels: one that its tensors contradict, or that is missing.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Inspection:
     provenance: dict[str, Any]
     fallbacks: list[Fallback]
     tensors: list[TensorInfo]
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, gguf: GgufFile) -> Inspection:
@@ -68,6 +71,7 @@ class Inspection:
             provenance=gguf.provenance,
             fallbacks=list(gguf.fallbacks),
             tensors=list(gguf.tensors),
+            notes=list(gguf.label_notes),
         )
 
     def recipe(self) -> Recipe:
@@ -94,6 +98,7 @@ class Inspection:
             "imatrix": None if self.imatrix is None else asdict(self.imatrix),
             "provenance": self.provenance,
             "fallbacks": [{**asdict(f), "reason": f.reason} for f in self.fallbacks],
+            "notes": self.notes,
             "tensors": [asdict(t) for t in self.tensors],
         }
 

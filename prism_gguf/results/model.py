@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prism_gguf.formats.gguf_file import Fallback
+    from prism_gguf.formats.stored_types import Fallback
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class ModelIdentity:
     """Identity of a model, as comparisons and results use it.
 
     ``fingerprint`` is a hash of its content (see ``formats.fingerprint``); None where only the model itself was asked.
-    ``quantization`` is a quantized GGUF's ftype, or a quantized checkpoint's method, such as ``gptq``; else None.
+    ``quantization`` is the ftype of a GGUF whose tensors are quantized, or a quantized checkpoint's method, such as
+    ``gptq``; else None.
     ``notes`` are for the user: what was found odd in the model and does not stop the work.
     """
 

@@ -187,6 +187,7 @@ class CompareOptions(ReadOptions):
         lora: adapters that llama.cpp applies to every candidate: ``FILE``, ``FILE:SCALE``, or a ``LoraAdapter``.
         variant: GGUFs of other weights than the reference's (a fine-tune, a merged adapter) are measured too, rather than
             refused.
+        as_served: measure each candidate with its own BOS, or without one, as a server would start it.
         control: an unquantized GGUF that sets the noise floor, or ``none``. None takes the first among the candidates,
             but no file where adapters or a variant are asked for or a checkpoint is among them: then a file may differ
             from the reference on purpose.
@@ -202,6 +203,7 @@ class CompareOptions(ReadOptions):
     baselines: bool = False
     lora: tuple[LoraAdapter | str | Path, ...] = field(default=(), metadata=_ASIDE)
     variant: bool = False
+    as_served: bool = False
     control: str | Path | None = field(default=None, metadata=_ASIDE)
     fail_on: tuple[str, ...] = field(default=(), metadata=_ASIDE)
     confidence: float | None = field(default=None, metadata=_ASIDE)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prism_gguf.formats.gguf_file import TensorInfo, counted
+from prism_gguf.formats.gguf_file import counted
 from prism_gguf.formats.mix import Mix
+from prism_gguf.formats.stored_types import TensorInfo
 from prism_gguf.results.comparison import Comparison
 
 Metadata = Mapping[str, str | int | bool]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_gguf.formats.fingerprint import is_checkpoint, is_gguf
+from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.lora import adapters
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.formats.text.selection import Source
@@ -229,8 +230,9 @@ def _control(headers: Headers, options: CompareOptions) -> str | None:
         if (row := headers.failed.get(named)) is not None and row.error is not None:
             raise InvalidModelError(row.error.message)
         if headers.ftypes[named] not in UNQUANTIZED:
-            found = "a checkpoint" if is_checkpoint(named) else headers.ftypes[named]
-            raise InvalidModelError(f"{named}: a control is F32, F16 or BF16; this is {found}")
+            found = "a checkpoint" if is_checkpoint(named) else f"{headers.ftypes[named]} by its tensors"
+            why = "".join(f"; {note}" for note in ([] if is_checkpoint(named) else GgufFile(named).label_notes))
+            raise InvalidModelError(f"{named}: a control is F32, F16 or BF16; this is {found}{why}")
         return named
     if options.lora or options.variant or any(map(is_checkpoint, (*headers.ftypes, *headers.failed))):
         return None

@@ -129,7 +129,7 @@ def check_base(base: Path) -> GgufFile:
         InvalidModelError: it is quantized, or was smoothed already.
     """
     gguf = GgufFile(base)
-    if gguf.ftype not in UNQUANTIZED:
+    if gguf.is_quantized:
         raise InvalidModelError(f"{base}: is {gguf.ftype}; smooth the F16, BF16 or F32 file, and quantize that")
     if smoothing_digest(gguf) is not None:
         raise InvalidModelError(f"{base}: is already smoothed; name the file that it was made from")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_gguf.formats.gguf_file import GgufFile
-from prism_gguf.formats.mix import UNQUANTIZED, Mix
+from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.text.selection import Source
 from prism_gguf.quantization.profiles import Profile, ProfileEntry, load_profile
 from prism_gguf.quantization.workshop import Workshop
@@ -62,7 +62,7 @@ def sweep(
         smoothed = smooth_for_profile(reference, base, profile, folder, given, watch)
         base, imatrix = smoothed.out, smoothed.imatrix
     source = GgufFile(base)
-    if source.ftype not in UNQUANTIZED and not given.allow_requantize:
+    if not source.is_original and not given.allow_requantize:
         raise InvalidModelError(
             f"{base}: is {source.ftype}; quantize an F16, BF16 or F32 file, or allow it (--allow-requantize)"
         )

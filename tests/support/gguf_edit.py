@@ -22,20 +22,29 @@ def edited(
     architecture: str | None = None,
     metadata: dict[str, Any] | None = None,
     tensor: Edit = lambda _, data: data,
+    more: Callable[[gguf.GGUFWriter], None] = lambda _: None,
 ) -> Path:
-    """Copy the unquantized GGUF ``source`` to ``out`` with other metadata values or tensors."""
+    """Copy the GGUF ``source`` to ``out`` with other metadata values or tensors; a value of None leaves the entry out.
+
+    ``more`` adds to the writer.
+    """
     reader = gguf.GGUFReader(source)
     metadata = dict(metadata or {})
     old = str(reader.fields["general.architecture"].contents())
     writer = gguf.GGUFWriter(out, architecture or old)
     for key, value, kind, sub_type in metadata_entries(reader):
+        if metadata.get(key, value) is None:
+            del metadata[key]
+            continue
         name = key.replace(f"{old}.", f"{architecture or old}.", 1)
         writer.add_key_value(name, metadata.pop(key, value), kind, sub_type)
     for key, value in metadata.items():
         kinds = {bool: gguf.GGUFValueType.BOOL, float: gguf.GGUFValueType.FLOAT32, int: gguf.GGUFValueType.UINT32}
         writer.add_key_value(key, value, kinds.get(type(value), gguf.GGUFValueType.STRING))
     for item in reader.tensors:
-        writer.add_tensor(item.name, np.ascontiguousarray(tensor(item.name, np.array(item.data))))
+        data, plain = np.ascontiguousarray(tensor(item.name, np.array(item.data))), item.data.dtype != np.uint8
+        writer.add_tensor(item.name, data, raw_dtype=None if plain else item.tensor_type)
+    more(writer)
     finish(writer)
     return out
 

@@ -24,6 +24,7 @@ from prism_gguf.measure.same_weights import WeightSample, read_sample, sample_of
 from prism_gguf.models.output_head import LogitTransform, OutputHead
 from prism_gguf.models.protocol import Model
 from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.serving import Serving
 from prism_gguf.system.atomic_files import write_whole, written_whole
 from prism_gguf.system.cache import KEY, MANIFEST, is_capture, recorded_key
 from prism_gguf.system.environment import environment, now
@@ -35,6 +36,7 @@ SCHEMA = "prism-gguf/capture/1"
 _TOKENS = "tokens.npy"
 _HEAD = "head.safetensors"
 _WEIGHTS = "weights.safetensors"
+_SERVING = "serving"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Capture:
         bos: id that begins each window, or None.
         pieces: the text of each token id in the windows, as the reference's vocabulary has it.
         weights: a little of its weights, to know a candidate by; None in captures that were made without.
+        serving: how it would be served; None in captures that were made without.
     """
 
     folder: Path
@@ -66,6 +69,7 @@ class Capture:
     bos: int | None
     pieces: dict[int, str]
     weights: WeightSample | None
+    serving: Serving | None = None
 
 
 def write_capture(
@@ -221,6 +225,7 @@ def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
             bos=manifest["bos"],
             pieces={int(token): piece for token, piece in manifest["pieces"].items()},
             weights=read_sample(folder / _WEIGHTS),
+            serving=Serving.of(manifest.get(_SERVING)),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InvalidCaptureError(f"{folder}: damaged capture ({error}); delete it and capture again") from error
@@ -241,6 +246,14 @@ def adopt_head(folder: Path, model: Path) -> None:
     source = manifest["head"]["source"]
     if source is not None and not Path(source["file"]).is_file():
         source["file"] = str((model if model.is_file() else model / Path(source["file"]).name).resolve())
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def adopt_serving(folder: Path, find: Callable[[], Serving | None]) -> None:
+    """Record how the model of a capture would be served, where that is not yet recorded."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest.get(_SERVING) is None and (found := find()) is not None:
+        manifest[_SERVING] = found.to_dict()
         write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 

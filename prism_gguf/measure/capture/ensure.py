@@ -45,7 +45,8 @@ def ensure_capture(
     reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
 ) -> Path:
     """The folder of a complete capture of ``reading``, made if it is missing. Runs in the worker."""
-    from prism_gguf.measure.capture.capture_file import adopt_head, write_capture
+    from prism_gguf.measure.capture.capture_file import adopt_head, adopt_serving, write_capture
+    from prism_gguf.models.serving import serving_of
 
     cache, out = options.cache_folder, None if options.out is None else Path(options.out)
     fingerprint, key, folder = capture_place(reference, reading, options, progress)
@@ -67,6 +68,7 @@ def ensure_capture(
                 self_contained=options.self_contained,
                 progress=progress,
             )
+        adopt_serving(folder, partial(serving_of, reference, trust_remote_code=options.trust_remote_code))
     return folder
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prism_gguf.formats.fingerprint import is_gguf
 from prism_gguf.formats.text.selection import Reading, Source, TokenSource
 from prism_gguf.formats.text.windows import EvaluationText, Score, notes_of
 from prism_gguf.measure.capture.ensure import capture_place, ensure_capture
@@ -82,7 +83,9 @@ class ReferenceSource:
         running = CaptureOptions.of(options)
         folder = worker.run(ensure_capture, self.path, self.reading, running, progress=progress, of=self.path)
         identity, text = worker.run(_describe, folder, self.is_default, progress=progress)
-        # A cached capture may have been made from the same content under another name.
+        # A cached capture may have been made from the same content under another name, which is a label too.
+        if is_gguf(self.path):
+            identity = worker.run(_named, self.path, identity, progress=progress, of=self.path)
         return OpenReference(folder, replace(identity, path=self.path), text)
 
 
@@ -122,6 +125,14 @@ def capture_notes(folder: Path) -> list[str]:
         *(f"the text {note}" for note in notes_of(texts)),
         *(f"the reference: {note}" for note in manifest["identity"].get("notes", [])),
     ]
+
+
+def _named(path: str, captured: ModelIdentity, *, progress: Progress) -> ModelIdentity:
+    """The identity of a GGUF under the name that it has here. Runs in the worker."""
+    from prism_gguf.formats.gguf_file import GgufFile
+    from prism_gguf.models.llama_cpp import gguf_identity
+
+    return replace(gguf_identity(GgufFile(path)), fingerprint=captured.fingerprint)
 
 
 def estimate_capture(

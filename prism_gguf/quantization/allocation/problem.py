@@ -68,7 +68,7 @@ class Problem:
         _check_conditions(found, imatrix, gguf)
         self._progress = progress
         self.base, self.budget, self._imatrix = base, budget, imatrix
-        if gguf.ftype not in UNQUANTIZED:
+        if not gguf.is_original:
             raise InvalidModelError(
                 f"{base}: is {gguf.ftype}, and sensitivities are of the unquantized model: name the F16, BF16 or F32 file"
             )

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from prism_gguf.formats.gguf_file import GgufFile, fallback_type
+from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.gguf_writer import NewTensor, write_copy
+from prism_gguf.formats.stored_types import fallback_type
 from prism_gguf.measure.capture.capture_file import Capture, read_capture
 from prism_gguf.measure.decode import BLOCK, decode_windows, stored_states
 from prism_gguf.measure.metrics.divergence import Buffer, DivergenceStream, TokenDivergence, clustered_mean

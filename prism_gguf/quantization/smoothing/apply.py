@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from gguf.quants import dequantize
 
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.gguf_writer import NewTensor, write_copy
+from prism_gguf.formats.mix import ftype_value
+from prism_gguf.formats.stored_types import StoredTypes
 from prism_gguf.models.factors import Factors
 from prism_gguf.system.errors import IncompatibleModelsError, RuntimeFailureError
 from prism_gguf.system.progress import Progress, no_progress
@@ -38,7 +41,12 @@ def write_smoothed(
         IncompatibleModelsError: the factors are of another model.
         RuntimeFailureError: a scaled weight is too large for F16.
     """
-    write_copy(base, out, dict(_changed(base, factors)), metadata, progress=progress)
+    changed = dict(_changed(base, factors))
+    types = [replace(t, type=changed[t.name].kind.name) if t.name in changed else t for t in base.tensors]
+    if base.recorded_ftype is not None:
+        label = ftype_value(StoredTypes.of(types, base.architecture).held)
+        metadata = {"general.file_type": label, **metadata}
+    write_copy(base, out, changed, metadata, progress=progress)
 
 
 def _changed(base: GgufFile, factors: Factors) -> Iterator[tuple[str, NewTensor]]:
