@@ -130,9 +130,7 @@ def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair
         found, said = _other_weights(capture, model)
     if found is not None and not variant:
         raise IncompatibleModelsError(f"{candidate.path}: {said}; `compare --variant` measures it anyway")
-    notes = [] if said is None else [said]
-    if isinstance(model, LlamaCppModel):
-        notes += model.gguf.label_notes
+    notes = [*candidate.notes, *([] if said is None else [said])]
     if isinstance(model, LlamaCppModel) and (for_types := model.gguf.text(f"{SMOOTHED}_for")) is not None:
         notes.append(f"smoothed for {one_line(for_types, 40)}: scales were moved between norms and matrices")
     if candidate.vocab_size != reference.vocab_size:

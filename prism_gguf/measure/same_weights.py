@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.models import ggml
+from prism_gguf.models.conversions import converted
 from prism_gguf.models.factors import smoothing_digest
 from prism_gguf.models.protocol import Model
 from prism_gguf.models.symmetries import find_sites
@@ -54,9 +55,10 @@ class WeightSample:
         architecture: as a GGUF says it; empty where gguf-py does not know the checkpoint's.
         is_gguf: whether a GGUF said so; for a checkpoint it is a guess.
         has_template: whether its tokenizer has a chat template.
+        is_converted: whether vectors and rows are as a converter writes them; not so in captures of earlier versions.
         shapes: of the tensors whose names are known, row-major.
-        vectors: the beginnings of norms and biases, as stored.
-        rows: some rows of some matrices, as stored: (at most 32, at most 1024); none of quantized ones.
+        vectors: the beginnings of norms and biases.
+        rows: some rows of some matrices: (at most 32, at most 1024); none of quantized ones.
     """
 
     architecture: str
@@ -65,12 +67,14 @@ class WeightSample:
     shapes: Mapping[str, tuple[int, ...]]
     vectors: Mapping[str, torch.Tensor]
     rows: Mapping[str, torch.Tensor]
+    is_converted: bool = False
 
     def save(self, path: Path) -> None:
         facts = {
             "architecture": self.architecture,
             "is_gguf": self.is_gguf,
             "has_template": self.has_template,
+            "is_converted": self.is_converted,
             "shapes": self.shapes,
         }
         with written_whole(path) as partial:
@@ -113,6 +117,7 @@ def sample_of(model: Model) -> WeightSample:
         shapes,
         _vectors(gguf),
         {name: torch.from_numpy(_rows(gguf, name)) for name in unquantized},
+        is_converted=True,
     )
 
 
@@ -120,16 +125,23 @@ def _checkpoint_sample(network: Any, has_template: bool) -> WeightSample:
     tensors = {t.name: t.rows for t in quantizable_tensors(network)[0]}
     vectors = copied_vectors(network)
     shapes = {name: tuple(rows.shape if len(rows) > 1 else rows.shape[1:]) for name, rows in tensors.items()}
-    architecture = gguf_architecture(network.config)
+    known = gguf_architecture(network.config)
+    architecture = "" if known is None else MODEL_ARCH_NAMES[known]
     # What a quantized checkpoint holds, or what was made of it while loading, is not what a GGUF was made of.
     quantized = getattr(network.config, "quantization_config", None) is not None
+    chosen = () if quantized else _chosen(shapes)
+    sampled = {name: vector[:_COLUMNS].clone() for name, vector in vectors.items()}
+    sampled |= {name: tensors[name][0][_spread(tensors[name].shape[1]), :_COLUMNS] for name in chosen}
+    written = {name: converted(architecture, network.config, name, values) for name, values in sampled.items()}
+    kept = {name: values for name, values in written.items() if values is not None}
     return WeightSample(
-        "" if architecture is None else MODEL_ARCH_NAMES[architecture],
+        architecture,
         False,
         has_template,
         {**shapes, **{name: tuple(vector.shape) for name, vector in vectors.items()}},
-        {name: vector[:_COLUMNS].clone() for name, vector in vectors.items()},
-        {} if quantized else {n: tensors[n][0][_spread(tensors[n].shape[1]), :_COLUMNS] for n in _chosen(shapes)},
+        {name: values for name, values in kept.items() if values.ndim == 1},
+        {name: values for name, values in kept.items() if values.ndim == 2},
+        is_converted=True,
     )
 
 
@@ -226,7 +238,7 @@ def compare_weights(sample: WeightSample, gguf: GgufFile) -> tuple[OtherWeights 
     vectors = [
         (sample.vectors[n], own[n]) for n in sample.vectors if n in own and len(own[n]) == len(sample.vectors[n])
     ]
-    n_vectors = sum(not _same_vector(reference, candidate) for reference, candidate in vectors)
+    n_vectors = sum(not _same_vector(one, other, any_constant=not sample.is_converted) for one, other in vectors)
     changes = {
         name: _change(rows.float().numpy(), _rows(gguf, name), gguf.stored_tensor(name).tensor_type)
         for name, rows in sample.rows.items()
@@ -250,13 +262,15 @@ def compare_weights(sample: WeightSample, gguf: GgufFile) -> tuple[OtherWeights 
     )
 
 
-def _same_vector(reference: torch.Tensor, candidate: torch.Tensor) -> bool:
-    """Whether two stored vectors are the same, either of them rounded to half precision, or with a constant added."""
+def _same_vector(reference: torch.Tensor, candidate: torch.Tensor, *, any_constant: bool = False) -> bool:
+    """Whether two vectors are the same, either of them rounded to half precision, or ``any_constant`` added to one."""
     one, other = reference.float(), candidate.float()
-    for offset in (torch.zeros(()), (other - one).median()):
-        moved = other - offset
+    constants = [torch.zeros(())]
+    if any_constant:  # not rounded by its addition: the constants that converters add are simple
+        constants.append(torch.round((other - one).median(), decimals=3))
+    for moved in (one + constant for constant in constants):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for fine, coarse in ((moved, one), (one, moved)):
+            for fine, coarse in ((other, moved), (moved, other)):
                 if torch.allclose(fine.to(dtype).float(), coarse, rtol=1e-6, atol=1e-6):
                     return True
     return False

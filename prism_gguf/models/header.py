@@ -39,8 +39,9 @@ class ModelHeader:
         tied: the embedding is the head too.
         stored_bytes: of all weights.
         files: that hold them.
-        fused_bytes: of weights that transformers joins, and so copies into memory: experts stored one by one.
         multiplied_bytes: of the matrices of a GGUF that are multiplied by, by type: llama.cpp may repack them in memory.
+        fused_bytes: of weights that come as copies into memory, where others are mapped: experts stored one by one, which
+            transformers joins, and types that no computation takes (see ``models.checkpoint_loading``).
     """
 
     is_gguf: bool
@@ -134,6 +135,9 @@ def _checkpoint_header(folder: Path) -> ModelHeader | None:
     config |= config.get("text_config") or {}
     headers = tensor_headers(files)
     n_bytes = {name: h["data_offsets"][1] - h["data_offsets"][0] for name, h in headers.items()}
+    # Experts of several types become one matrix of the type that holds them all.
+    experts = {h["dtype"] for name, h in headers.items() if _ONE_EXPERT.search(name)}
+    joined = 4 if len(experts) > 1 else None
     return _header(
         {name: tuple(h["shape"]) for name, h in headers.items()},
         is_gguf=False,
@@ -144,8 +148,19 @@ def _checkpoint_header(folder: Path) -> ModelHeader | None:
         cached=None,
         stored_bytes=sum(n_bytes.values()),
         files=tuple(files),
-        fused_bytes=sum(n for name, n in n_bytes.items() if _ONE_EXPERT.search(name)),
+        fused_bytes=sum(
+            math.prod(h["shape"]) * joined
+            if joined and _ONE_EXPERT.search(name)
+            else _copied(n_bytes[name], h["dtype"])
+            for name, h in headers.items()
+            if _ONE_EXPERT.search(name) or h["dtype"] == "F64"
+        ),
     )
+
+
+def _copied(n_bytes: int, dtype: str) -> int:
+    """Bytes of a copy of a stored tensor: F64 is read in float32."""
+    return n_bytes // 2 if dtype == "F64" else n_bytes
 
 
 def _header(

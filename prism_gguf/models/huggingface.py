@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from transformers.utils.hub import cached_file
 
 from prism_gguf.formats.checkpoint_files import tensor_headers, weight_files
 from prism_gguf.formats.fingerprint import is_hub_id
 from prism_gguf.formats.text.template import SPECIAL_TOKENS, ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
+from prism_gguf.models.checkpoint_loading import load_network, main_type, quiet_transformers, storage_notes
+from prism_gguf.models.conversions import KnownHead, checkpoint_heads
 from prism_gguf.models.float32 import Float32Compute
-from prism_gguf.models.output_head import LogitTransform, OutputHead
+from prism_gguf.models.output_head import OutputHead
 from prism_gguf.models.passes import LONGEST_PASS
 from prism_gguf.models.protocol import LayerStates, WindowStates
 from prism_gguf.results.model import ModelIdentity, StoredModel
 from prism_gguf.system.cache import is_capture
-from prism_gguf.system.errors import InvalidModelError, RuntimeFailureError
+from prism_gguf.system.errors import InvalidModelError, InvalidTextError, RuntimeFailureError
 from prism_gguf.system.sanitize import one_line
 
 _PROBE = "The quick brown fox jumps over the lazy dog."
@@ -38,18 +39,6 @@ _MAX_PROBE_ERROR = 1e-4
 
 class _HeadReached(Exception):
     """Stops a forward pass before the output head, whose product is not needed."""
-
-
-def _logit_transform(config: Any) -> LogitTransform:
-    """The transform that a checkpoint's config announces; the adapter then proves it on the loaded model."""
-    config = config.get_text_config()
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    multiplier = getattr(config, "lm_head_multiplier", None)  # Falcon-H1
-    return LogitTransform(
-        scale=float(scale or multiplier or 1.0) / float(divisor or 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
-    )
 
 
 def _quantization(config: Any) -> str | None:
@@ -78,7 +67,7 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
             "with --lora, or merge it"
         )
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises what it likes for a configuration that makes no sense
         what = "not on the hub, or not reachable from here" if is_hub_id(path) else "no checkpoint"
@@ -116,19 +105,14 @@ class HuggingFaceModel:
         self._path = str(path)
         self._quantization: str | None = None
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 config = AutoConfig.from_pretrained(self._path, trust_remote_code=trust_remote_code)
                 self._quantization = _quantization(config)
                 self._tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=trust_remote_code)
-                model, loaded = AutoModelForCausalLM.from_pretrained(
-                    self._path,
-                    dtype="auto",
-                    use_safetensors=True,
-                    trust_remote_code=trust_remote_code,
-                    # The grouped kernels narrow activations to the weights' dtype.
-                    experts_implementation="eager",
-                    output_loading_info=True,
-                )
+            self._said_dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+            self._model, missing = load_network(
+                self._path, as_stored=self._quantization is None, trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # transformers raises what it likes for files that make no sense
             if self._quantization is not None:  # each method has a library of its own, with errors of its own
                 raise InvalidModelError(
@@ -137,17 +121,18 @@ class HuggingFaceModel:
                 ) from error
             reason = f"transformers cannot load it as a causal LM: {_reason(error)}"
             raise InvalidModelError(f"{self._path}: {reason}") from error
-        if missing := sorted(loaded["missing_keys"]):  # transformers would make random numbers of them
-            raise InvalidModelError(f"{self._path}: {len(missing)} weights are in no safetensors, as {missing[0]:.80}")
-        self._model = model.eval().requires_grad_(False)
+        if missing:  # transformers would make random numbers of them
+            raise InvalidModelError(
+                f"{self._path}: {len(missing)} weights are in no safetensors, as {min(missing):.80}"
+            )
         self._head = self._model.get_output_embeddings()
         if self._head is None or not hasattr(self._head, "weight"):
             raise InvalidModelError(f"{self._path}: {type(self._model).__name__} has no output head")
-        self._transform = _logit_transform(config)
+        self._known, self._n_rows = KnownHead(), len(self._head.weight)
         self._states: torch.Tensor | None = None
         self._stop = False
         self._hook = self._head.register_forward_pre_hook(self._on_head)
-        self._prove_head()
+        self._prove_head(checkpoint_heads(config))
 
     def _on_head(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
         self._states = args[0]
@@ -169,9 +154,9 @@ class HuggingFaceModel:
             )
         if self._states is None:
             raise RuntimeFailureError(f"{self._path}: the forward pass never reached the output head")
-        states = self._states
+        states = self._states.float() * self._known.states
         self._states = None
-        return states.reshape(-1, states.shape[-1]).float(), logits
+        return states.reshape(-1, states.shape[-1]), logits
 
     def traced_states(self, tokens: torch.Tensor, mode: TorchFunctionMode) -> torch.Tensor:
         """Final states (k, n, d) float32 of token ids (k, n), computed under ``mode``, which may leave a graph."""
@@ -180,7 +165,7 @@ class HuggingFaceModel:
             self._model(input_ids=tokens, use_cache=False)
         states, self._states = self._states, None
         assert states is not None
-        return states.float()
+        return states.float() * self._known.states
 
     def check_context(self, n_ctx: int) -> None:
         """Refuse windows that are longer than the model was trained for.
@@ -203,11 +188,11 @@ class HuggingFaceModel:
     def embedding_weight(self) -> torch.Tensor:
         return self._model.get_input_embeddings().weight
 
-    def _prove_head(self) -> None:
-        """Check on a short prompt that transformed ``Z Hᵀ`` is what the model calls its logits.
+    def _prove_head(self, candidates: Iterable[KnownHead]) -> None:
+        """Find on a short prompt which of the known heads makes of ``Z Hᵀ`` what the model calls its logits.
 
         Raises:
-            InvalidModelError: it is not; the architecture does something between states and logits we do not know.
+            InvalidModelError: none does; the architecture does something between states and logits we do not know.
         """
         tokens = torch.from_numpy(self.tokenize(_PROBE)[:16].astype(np.int64))
         states, logits = self._forward(tokens, head=True)
@@ -216,15 +201,21 @@ class HuggingFaceModel:
                 f"{self._path}: undefined (NaN or infinite) hidden states; the weights are damaged"
             )
         assert logits is not None
-        made = self.output_head().all_logits(states.numpy())
-        if made.shape != logits.shape:
-            raise InvalidModelError(f"{self._path}: head gives {made.shape[1]} logits, the model {logits.shape[1]}")
-        error = float((made - logits).norm() / logits.norm())
-        if not error < _MAX_PROBE_ERROR:
-            raise InvalidModelError(
-                f"{self._path}: hidden states times output head miss the model's own logits by {error:.2%} "
-                f"({type(self._model).__name__}); its logit transform is not supported"
-            )
+        # Some networks cut off what their head's rows are padded with.
+        self._n_rows = min(self._n_rows, logits.shape[1])
+        least = float("inf")
+        for self._known in candidates:
+            made = self.output_head().all_logits((states * self._known.states).numpy())
+            if made.shape != logits.shape:
+                raise InvalidModelError(f"{self._path}: head gives {made.shape[1]} logits, the model {logits.shape[1]}")
+            error = float((made - logits).norm() / logits.norm())
+            if error < _MAX_PROBE_ERROR:
+                return
+            least = min(least, error)
+        raise InvalidModelError(
+            f"{self._path}: hidden states times output head miss the model's own logits by {least:.2%} "
+            f"({type(self._model).__name__}); its logit transform is not supported"
+        )
 
     @property
     def identity(self) -> ModelIdentity:
@@ -233,21 +224,42 @@ class HuggingFaceModel:
             path=self._path,
             kind="huggingface",
             architecture=type(self._model).__name__,
-            dtype=str(weight.dtype).removeprefix("torch."),
+            dtype=str(weight.dtype).removeprefix("torch.") if self._quantization else main_type(self._headers),
             hidden_size=weight.shape[1],
-            vocab_size=weight.shape[0],
+            vocab_size=self._n_rows,
             tied=weight is self.embedding_weight,
             quantization=self._quantization,
+            notes=self._notes(),
         )
+
+    def _notes(self) -> list[str]:
+        notes = [] if self._quantization else storage_notes(self._headers, self._said_dtype)
+        if beyond := [token for token in self._tokens if token >= self._n_served]:
+            names = ", ".join(repr(one_line(self._tokens[token], 40)) for token in beyond[:3])
+            notes.append(
+                f"its tokenizer has {len(beyond)} tokens that no row serves ({names}{', …' if len(beyond) > 3 else ''}); "
+                "no text may use them"
+            )
+        return notes
+
+    @cached_property
+    def _tokens(self) -> dict[int, str]:
+        """The tokenizer's tokens in order."""
+        return {token: text for text, token in sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])}
+
+    @property
+    def _n_served(self) -> int:
+        """Tokens that have a row in the embedding and in the head."""
+        return min(self._n_rows, len(self.embedding_weight))
 
     @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(
             tokenize=self.tokenize,
             piece=lambda token: self._tokenizer.decode([token]),
-            n_tokens=len(self._tokenizer),
+            n_tokens=min(max(len(self._tokenizer), max(self._tokens, default=0) + 1), self._n_served),
             bos=self._bos,
-            n_rows=self._head.weight.shape[0],
+            n_rows=self._n_rows,
         )
 
     @property
@@ -259,10 +271,21 @@ class HuggingFaceModel:
         return bos if bos is not None and special[:1] == [bos] and plain[:1] != [bos] else None
 
     def tokenize(self, text: str, special: bool = False) -> np.ndarray:
-        """Token ids (n,) int32 of ``text``; markup in it stands for special tokens, or is read as plain text."""
+        """Token ids (n,) int32 of ``text``; markup in it stands for special tokens, or is read as plain text.
+
+        Raises:
+            InvalidTextError: it uses a token that the model has no row for.
+        """
         # verbose=False: a text longer than the model's context is what we cut into windows, not a mistake.
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)
-        return np.array(encoded["input_ids"], dtype=np.int32)
+        tokens = np.array(encoded["input_ids"], dtype=np.int32)
+        if (unserved := tokens[tokens >= self._n_served]).size:
+            name = one_line(self._tokens.get(int(unserved[0]), "?"), 40)
+            raise InvalidTextError(
+                f"{self._path}: the text uses token {unserved[0]} ({name!r}), and the model has rows for {self._n_served} "
+                "tokens only; take it out of the text"
+            )
+        return tokens
 
     def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
         """The text of token ids; parts of a character come out as U+FFFD, whatever ``errors`` says."""
@@ -285,13 +308,10 @@ class HuggingFaceModel:
         )
 
     def stored(self) -> StoredModel:
-        files = weight_files(self._folder)
-        if not files:
-            raise InvalidModelError(f"{self._path}: no safetensors in {self._folder}")
-        headers = tensor_headers(files)
+        headers = self._headers
         n_bytes = sum(end - begin for begin, end in (h["data_offsets"] for h in headers.values()))
         return StoredModel(
-            file_bytes=sum(file.stat().st_size for file in files),
+            file_bytes=sum(file.stat().st_size for file in weight_files(self._folder)),
             bits_per_weight=8 * n_bytes / sum(math.prod(h["shape"]) for h in headers.values()),
             ftype=self.identity.dtype,
             tensor_types={name: h["dtype"] for name, h in headers.items()},
@@ -302,19 +322,21 @@ class HuggingFaceModel:
         return self.output_head()
 
     def output_head(self) -> OutputHead:
-        weight = self._head.weight.detach()
+        weight, factor = self._head.weight.detach(), self._known.rows
         bias = getattr(self._head, "bias", None)
         return OutputHead(
             tensor=next(name for name, p in self._model.named_parameters() if p is self._head.weight),
-            type=str(weight.dtype).removeprefix("torch."),
-            n_rows=weight.shape[0],
+            type="float32" if factor != 1.0 else str(weight.dtype).removeprefix("torch."),
+            n_rows=self._n_rows,
             width=weight.shape[1],
-            read_rows=lambda start, stop: weight[start:stop].float().numpy(),
-            bias=None if bias is None else bias.detach().float().numpy(),
-            transform=self._transform,
+            read_rows=lambda start, stop: (weight[start:stop].float() * factor).numpy(),
+            bias=None if bias is None else (bias.detach()[: self._n_rows].float() * factor).numpy(),
+            transform=self._known.transform,
         )
 
     def head_source(self) -> dict[str, str] | None:
+        if self._known.rows != 1.0 or self._n_rows != len(self._head.weight):
+            return None
         weight, bias = self._head.weight.detach(), getattr(self._head, "bias", None)
         own_name = self.output_head().tensor
         for file in sorted(self._folder.glob("*.safetensors")):
@@ -329,6 +351,14 @@ class HuggingFaceModel:
                     if torch.equal(part[:], weight) and (bias is None or bias_name in names):
                         return {"file": str(file.resolve()), "tensor": name, "bias": bias_name}
         return None
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, Any]]:
+        """Of the tensors that its files hold, by their names there."""
+        files = weight_files(self._folder)
+        if not files:
+            raise InvalidModelError(f"{self._path}: no safetensors in {self._folder}")
+        return tensor_headers(files)
 
     @property
     def _folder(self) -> Path:
@@ -415,18 +445,3 @@ class HuggingFaceModel:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No advice and no progress bars from transformers while it loads; errors still raise."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()

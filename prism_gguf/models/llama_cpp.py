@@ -18,8 +18,9 @@ from prism_gguf.formats.lora import AdapterFile, LoraAdapter
 from prism_gguf.formats.text.template import ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.models import ggml
+from prism_gguf.models.conversions import gguf_transform
 from prism_gguf.models.native_log import native_log
-from prism_gguf.models.output_head import LogitTransform, OutputHead
+from prism_gguf.models.output_head import OutputHead
 from prism_gguf.models.passes import MAX_BATCH, MAX_LOGIT_BYTES
 from prism_gguf.models.protocol import LayerStates, WindowStates
 from prism_gguf.results.model import ModelIdentity, StoredModel
@@ -35,17 +36,6 @@ _TEMPLATES = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_
 # Z·Hᵀ with dequantized rows differs from runtime logits by the quantized head's kernel, which rounds activations to
 # 8 bits: a few per mille of the logits' norm. A wrong tensor or a missed transform is off by far more than this.
 _MAX_HEAD_DISAGREEMENT = 0.05
-
-
-def _logit_transform(gguf: GgufFile) -> LogitTransform:
-    """The transform that llama.cpp's graph applies after the head (src/models/*.cpp)."""
-    scale = gguf.number(f"{gguf.architecture}.logit_scale")
-    softcap = gguf.number(f"{gguf.architecture}.final_logit_softcapping")
-    factor = float(scale) if scale else 1.0
-    return LogitTransform(
-        scale=1.0 / factor if gguf.architecture.startswith("granite") else factor,
-        softcap=float(softcap) if softcap else None,
-    )
 
 
 def gguf_identity(gguf: GgufFile) -> ModelIdentity:
@@ -73,7 +63,7 @@ def gguf_output_head(gguf: GgufFile) -> OutputHead:
         width=gguf.hidden_size,
         read_rows=lambda start, stop: ggml.dequantize(gguf.head_rows(start, stop), kind),
         bias=gguf.head_bias(),
-        transform=_logit_transform(gguf),
+        transform=gguf_transform(gguf),
     )
 
 

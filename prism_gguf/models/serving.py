@@ -188,9 +188,9 @@ def _rope_factors(gguf: GgufFile) -> dict[str, list[float]]:
 def _checkpoint_serving(path: str, trust_remote_code: bool) -> Serving:
     from transformers import AutoConfig, AutoTokenizer
 
-    from prism_gguf.models.huggingface import _quiet_transformers
+    from prism_gguf.models.checkpoint_loading import quiet_transformers
 
-    with _quiet_transformers():
+    with quiet_transformers():
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     written = _json_beside(path, "config.json")

@@ -182,6 +182,7 @@ def test_chat_templates_stay_in_their_sandbox(
     from prism_gguf.models.huggingface import HuggingFaceModel
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HuggingFaceModel, "_n_served", 4096)  # it would ask the network that is not there
     made = parse(tiny.read_bytes())
     next(e for e in made.entries if e.key == b"tokenizer.chat_template").value = template.encode()
     source = ChatSource("talk", [[{"role": "user", "content": "Hi"}]])

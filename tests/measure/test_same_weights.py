@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -179,17 +179,20 @@ def test_a_fine_tune_that_left_the_norms_alone(sample: WeightSample, tmp_path: P
     assert judged(sample, tmp_path / "tuned-F16.gguf") == "fine-tune"
 
 
-def test_norms_that_a_converter_shifts_are_the_same(
-    sample: WeightSample, ladder: dict[str, Path], tmp_path: Path
-) -> None:
-    """Gemma's are stored as w + 1."""
-    shifted = edited(ladder["F16"], tmp_path / "s.gguf", tensor=lambda n, d: d + np.float32(1) if d.ndim == 1 else d)
-    assert judged(sample, shifted) is None
+def test_a_norm_is_the_reference_s_or_it_is_not(sample: WeightSample, ladder: dict[str, Path], tmp_path: Path) -> None:
+    """Only constants that a converter adds are no change (see test_conversions); captures of old do not say which."""
 
-    def scale(_: str, data: np.ndarray) -> np.ndarray:
-        return data * np.float32(1.1) if data.ndim == 1 else data
+    def changed(change: Callable[[np.ndarray], np.ndarray]) -> Path:
+        return edited(ladder["F16"], tmp_path / "x.gguf", tensor=lambda _, d: change(d) if d.ndim == 1 else d)
 
-    assert judged(sample, edited(ladder["F16"], tmp_path / "x.gguf", tensor=scale)) == "fine-tune"
+    one, factor = np.float32(1), np.float32(1.1)
+    old = replace(sample, is_converted=False)
+    shifted = changed(lambda data: data + one)
+    assert judged(sample, shifted) == "fine-tune" and judged(old, shifted) is None
+    rounded = changed(lambda data: (data.astype(np.float16) + np.float16(1)).astype(np.float32))  # added in F16
+    assert judged(old, rounded) is None
+    scaled = changed(lambda data: data * factor)
+    assert judged(sample, scaled) == judged(old, scaled) == "fine-tune"
 
 
 def test_what_smoothing_leaves_alone_has_to_be_the_reference_s(

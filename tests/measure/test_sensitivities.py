@@ -25,6 +25,7 @@ from prism_gguf.measure.calibrate.fisher import FisherProducts
 from prism_gguf.measure.calibrate.gradients import backward, fisher_gradient
 from prism_gguf.measure.calibrate.sensitivities import ensure_sensitivity
 from prism_gguf.measure.calibrate.weight_errors import WeightErrors
+from prism_gguf.models.conversions import KnownHead
 from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_quantizer import planned_types
@@ -59,7 +60,8 @@ class Small(HuggingFaceModel):
         self._path = "small"
         self._model = make_model(config)
         self._head = self._model.get_output_embeddings()
-        self._transform = LogitTransform(softcap=getattr(config, "final_logit_softcapping", None))
+        self._known = KnownHead(transform=LogitTransform(softcap=getattr(config, "final_logit_softcapping", None)))
+        self._n_rows = len(self._head.weight)
         self._states, self._stop = None, False
         self._hook = self._head.register_forward_pre_hook(self._on_head)
 

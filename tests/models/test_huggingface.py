@@ -10,7 +10,6 @@ import transformers as T
 from transformers import AutoModelForCausalLM
 
 from prism_gguf.models.huggingface import HuggingFaceModel
-from prism_gguf.models.output_head import LogitTransform
 from prism_gguf.system.errors import InvalidModelError, RuntimeFailureError
 from prism_gguf.testbed import MODEL
 
@@ -79,7 +78,7 @@ def test_states_and_logits_are_those_of_the_model_in_float32(name: str, dtype: t
 
 def test_a_transform_it_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(CONFIGS["granite"](), tmp_path / "model", torch.float16)
-    monkeypatch.setattr("prism_gguf.models.huggingface._logit_transform", lambda config: LogitTransform())
+    monkeypatch.setattr("prism_gguf.models.conversions.HEADS", {})
     with pytest.raises(InvalidModelError, match=r"miss the model's own logits by .*GraniteForCausalLM"):
         HuggingFaceModel(folder)
 

@@ -7,6 +7,7 @@ import pytest
 from gguf_edit import edited
 
 from prism_gguf.models import ggml
+from prism_gguf.models.conversions import GRAPHS, Graph
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_cpp import LlamaCppModel
 from prism_gguf.results.options import RuntimeOptions
@@ -120,11 +121,13 @@ def test_a_context_beyond_the_training_is_refused(ladder: dict[str, Path]) -> No
         LlamaCppModel(ladder["F16"], n_ctx=2048)
 
 
-def test_a_transform_that_the_metadata_get_wrong_is_noticed(ladder: dict[str, Path], tmp_path: Path) -> None:
+def test_a_transform_that_the_graph_does_not_make_is_noticed(
+    ladder: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # llama.cpp's llama graph knows no soft cap, so these states do not make its logits.
-    path = edited(ladder["F16"], tmp_path / "cap.gguf", metadata={"llama.final_logit_softcapping": 2.0})
+    monkeypatch.setitem(GRAPHS, "llama", Graph("llama.cpp", softcap=True, cap=2.0))
     with (
-        LlamaCppModel(path, n_ctx=128) as model,
+        LlamaCppModel(ladder["F16"], n_ctx=128) as model,
         pytest.raises(RuntimeFailureError, match=r"miss llama\.cpp's logits"),
     ):
         list(model.window_states(window(model), 64))
