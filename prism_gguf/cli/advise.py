@@ -21,7 +21,7 @@ from prism_gguf.cli.options import (
     trust_option,
     types_option,
 )
-from prism_gguf.cli.output import watching
+from prism_gguf.cli.output import say_holes, watching
 
 
 @main.command()
@@ -103,6 +103,7 @@ def advise(
     check_writable(json_file)
     types = types or SENSITIVITY_TYPES
     chosen = compare_options(AdviseOptions, types=types, folder=out.parent, recipe_file=out, **options)
+    say_holes(options["imatrix"], quiet)
     with watching(quiet, options) as watched:
         advice = run_advise(reference, base, budget, measured, sources(text, chat), chosen, **watched)
     if json_file is not None:

@@ -26,7 +26,7 @@ from prism_gguf.cli.options import (
     text_options,
     trust_option,
 )
-from prism_gguf.cli.output import watching
+from prism_gguf.cli.output import say_holes, watching
 
 
 @main.command()
@@ -85,6 +85,7 @@ def head(
     check_writable(json_file)
     check_capture_options(reference)
     chosen = HeadOptions(score=Score(score), types=types or HEAD_TYPES, run_all=run == "all", **options)
+    say_holes(options["imatrix"], quiet)
     with watching(quiet, options) as watched:
         report = sweep_heads(reference, candidates, sources(text, chat), chosen, **watched)
     if json_file is not None:

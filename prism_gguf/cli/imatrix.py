@@ -56,7 +56,7 @@ def imatrix(
     with watching(quiet, options) as watched:
         found = collect(reference, out, sources(text, chat), ImatrixOptions(**options), steps=watched["steps"])
     if not quiet:
+        for note in found.notes:
+            click.echo(f"note: {one_line(note)}", err=True)
         for parameter, reason in found.left_out.items():
             click.echo(f"left out: {parameter} ({reason})", err=True)
-        for note in found.notes:
-            click.echo(f"note: the text {one_line(note)}", err=True)

@@ -36,6 +36,19 @@ def watching(quiet: bool, options: Mapping[str, Any] | None = None) -> Iterator[
         yield {"steps": steps, "estimated": estimated}
 
 
+def say_holes(imatrix: Path | None, quiet: bool) -> None:
+    """One line on stderr for each hole of an importance matrix, before the work. (``quantize`` says them with its plan.)
+
+    Raises:
+        InvalidImatrixError: it cannot be read.
+    """
+    if imatrix is not None and not quiet:
+        from prism_gguf.formats.imatrix import read_imatrix
+
+        for note in read_imatrix(imatrix).notes():
+            click.echo(f"note: {note}", err=True)
+
+
 @dataclass(frozen=True)
 class Output:
     """The output options of a command.

@@ -22,7 +22,7 @@ from prism_gguf.cli.options import (
     types_option,
     verbose_option,
 )
-from prism_gguf.cli.output import watching
+from prism_gguf.cli.output import say_holes, watching
 
 
 @main.command()
@@ -72,6 +72,7 @@ def sensitivity(
 
     check_writable(out, "--out")
     chosen = SensitivityOptions(types=types or SENSITIVITY_TYPES, **options)
+    say_holes(options["imatrix"], quiet)
     with watching(quiet, options) as watched:
         found = measure(reference, sources(text, chat), chosen, **watched)
     write_whole(out, json.dumps(found.to_dict()) + "\n")

@@ -21,7 +21,7 @@ from prism_gguf.cli.options import (
     trust_option,
     verbose_option,
 )
-from prism_gguf.cli.output import watching
+from prism_gguf.cli.output import say_holes, watching
 
 
 @main.command()
@@ -100,6 +100,7 @@ def smooth(
     check_writable(out, "--out")
     check_writable(json_file)
     what, chosen = types_to_come(base, ftype, recipe), SmoothOptions(force=force, overwrite=force, **options)
+    say_holes(options["imatrix"], quiet)
     with watching(quiet, options) as watched:
         smoothed = run_smooth(reference, base, out, what, sources(text, chat), chosen, **watched)
     if json_file is not None:

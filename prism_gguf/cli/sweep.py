@@ -20,7 +20,7 @@ from prism_gguf.cli.options import (
     sources,
     trust_option,
 )
-from prism_gguf.cli.output import Output, output_options, watching
+from prism_gguf.cli.output import Output, output_options, say_holes, watching
 
 
 @main.command()
@@ -93,6 +93,7 @@ def sweep(
         profile = profile.model_copy(update={"budget": Budget.parse(budget)})
     chosen = compare_options(SweepOptions, folder=out, keep=not delete, **options)
     running = profile_options(profile, chosen, given_options())
+    say_holes(options["imatrix"], output.quiet)
     with watching(output.quiet, options) as watched:
         comparison = run_sweep(base, reference, profile, sources(text, chat), running, **watched)
     output.finish(comparison)

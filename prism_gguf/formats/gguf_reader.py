@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from gguf.constants import GGML_QUANT_SIZES
 
+from prism_gguf.formats.foreign_types import of_another_build
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.sanitize import one_line
 
@@ -28,12 +30,18 @@ _MAX_KEY = 2**16 - 1  # bytes, by GGUF's own rules
 _MAX_TEXT = 2**24  # bytes of one value; chat templates have some thousand
 _MAX_NAME = 63  # ggml.h: GGML_MAX_NAME with its final zero
 _MAX_DIMS = 4
+GGUF_VERSIONS = (2, 3)
+_FEW_VALUE_TYPES = 64  # numbers beyond are damage, of versions too: there are 13 types and 3 versions
 
 MetadataEntry = tuple[str, Any, GGUFValueType, GGUFValueType | None]
 
 
 class _Damaged(ValueError):
     """A fault of a file, in the words of this package."""
+
+
+class _Foreign(_Damaged):
+    """What is not of this build of llama.cpp, in a file that may well be sound."""
 
 
 class _BoundedReader(GGUFReader):
@@ -86,10 +94,10 @@ class _BoundedReader(GGUFReader):
         if raw_type == GGUFValueType.STRING:
             length, text = self._get_str(orig_offs, _MAX_TEXT)
             return 8 + len(text), [length, text], [1], [GGUFValueType.STRING]
-        if raw_type != GGUFValueType.ARRAY:
+        if _value_type(int(raw_type)) != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         item_type, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-        kind = GGUFValueType(int(item_type[0]))
+        kind = _value_type(int(item_type[0]))
         if kind in self.gguf_scalar_to_np:
             values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], int(count[0]))
             return 12 + values.nbytes, [item_type, count, values], [2], [GGUFValueType.ARRAY, kind]
@@ -142,12 +150,45 @@ class _BoundedReader(GGUFReader):
         super()._build_tensors(begin, fields)
 
 
+def _value_type(number: int) -> GGUFValueType:
+    if number in GGUFValueType.__members__.values():
+        return GGUFValueType(number)
+    if number < _FEW_VALUE_TYPES:
+        raise _Foreign(f"it has a metadata value of type {number}, of a newer GGUF: update llama-cpp-python and gguf")
+    raise _Damaged(f"it has a metadata value of type {number}, and there is none of that number")
+
+
+def _check_version(begin: bytes) -> None:
+    """Refuse what is no GGUF of this machine's order of bytes and of versions 2 or 3, as llama.cpp does."""
+    if len(begin) < 8:
+        return
+    version, swapped = (struct.unpack(order, begin[4:8])[0] for order in ("<I", ">I"))
+    if sys.byteorder == "big":
+        version, swapped = swapped, version
+    if version in GGUF_VERSIONS:
+        return
+    if swapped in GGUF_VERSIONS:
+        theirs = "little" if sys.byteorder == "big" else "big"
+        raise _Foreign(
+            f"it is {theirs}-endian, for machines of the other order of bytes; llama.cpp's gguf_convert_endian.py turns it"
+        )
+    if version == 1:
+        raise _Foreign("it is of GGUF version 1 (2023), which llama.cpp reads no more: convert the model again")
+    if GGUF_VERSIONS[-1] < version < _FEW_VALUE_TYPES:
+        raise _Foreign(
+            f"it is of GGUF version {version}, newer than what is installed: update llama-cpp-python and gguf"
+        )
+    raise _Damaged(f"it says that it is of GGUF version {version}")
+
+
 def _tensor_bytes(name: str, dims: list[int], raw_type: int) -> int:
     n_elements = math.prod(dims)
     if not 0 < n_elements < 2**63:
         raise _Damaged(f"tensor {name} has dimensions {dims}")
     if raw_type not in GGMLQuantizationType.__members__.values():
-        raise _Damaged(f"tensor {name} is of type {raw_type}, which the installed gguf package does not know")
+        if (known := of_another_build(raw_type)) is not None:
+            raise _Foreign(f"tensor {name} is of {known}")
+        raise _Damaged(f"tensor {name} is of type {raw_type}, and there is none of that number")
     kind = GGMLQuantizationType(raw_type)
     block, size = GGML_QUANT_SIZES[kind]
     if dims[0] % block:
@@ -171,10 +212,14 @@ def open_reader(path: Path) -> GGUFReader:
         InvalidModelError: not a GGUF, truncated or damaged.
     """
     with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InvalidModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+        begin = file.read(8)
+    if begin[:4] != b"GGUF":
+        raise InvalidModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
     try:
+        _check_version(begin)
         return _BoundedReader(path)
+    except _Foreign as error:
+        raise InvalidModelError(f"{path}: {one_line(str(error), 400)}") from error
     except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, RuntimeError) as error:
         # numpy and gguf-py report the faults that are not checked here.
         reason = str(error) if isinstance(error, _Damaged) else f"{type(error).__name__}: {error}"

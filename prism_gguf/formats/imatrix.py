@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from prism_gguf.formats.imatrix_holes import FEW_TOKENS, Coverage, coverage, coverage_notes, few, mended
 from prism_gguf.system.atomic_files import written_whole
 from prism_gguf.system.errors import InvalidImatrixError, InvalidModelError
 from prism_gguf.system.sanitize import one_line
@@ -17,6 +18,7 @@ from prism_gguf.system.sanitize import one_line
 # llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 _DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_FEW_CHUNKS = FEW_TOKENS // 512  # llama-imatrix's chunks, of a format that does not say how long they are
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,41 @@ class ImportanceMatrix:
     Attributes:
         weights: GGUF tensor name → (columns,) float32; (experts · columns,) for merged experts.
         file, datasets, n_chunks: its source, for the quantized file's metadata; None, empty or 0 if unknown.
+        chunk_size: tokens in each chunk; 0 if unknown.
+        coverage: tensor → what its entry covered before it was mended; empty if it was not read from a file.
+        uncounted: entries of a legacy file that say that they were never counted.
     """
 
     weights: Mapping[str, np.ndarray]
     file: str | None = None
     datasets: tuple[str, ...] = ()
     n_chunks: int = 0
+    chunk_size: int = 0
+    coverage: Mapping[str, Coverage] = field(default_factory=dict)
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def n_tokens(self) -> int | None:
+        """Tokens of its text: those of the tensor that saw most; None if unknown."""
+        counted = max((sum(one.tokens) for one in self.coverage.values() if one.experts == 1), default=0)
+        # Counts of one are those of means, which a converter writes.
+        known = [n for n in (counted if counted > 1 else 0, self.n_chunks * self.chunk_size) if n]
+        return max(known, default=None)
+
+    def notes(self, tensors: Container[str] | None = None) -> Iterable[str]:
+        """What a user has to know before the work, one line each; ``tensors``: only of these."""
+        found = {name: one for name, one in self.coverage.items() if tensors is None or name in tensors}
+        if 0 < self.n_chunks < _FEW_CHUNKS and self.n_tokens is None:
+            yield (
+                f"the importance matrix is of {self.n_chunks} chunk{'' if self.n_chunks == 1 else 's'} of text: "
+                f"{_FEW_CHUNKS} and more tell what matters, fewer what happened to be in the text"
+            )
+        yield from coverage_notes(found, self.n_tokens)
+        if uncounted := [name for name in self.uncounted if tensors is None or name in tensors]:
+            yield (
+                f"the importance matrix says that nothing was counted for {few(uncounted)}: its values are taken as they "
+                "are, as llama-quantize does"
+            )
 
 
 def imatrix_digest(imatrix: ImportanceMatrix | None) -> str | None:
@@ -47,7 +78,8 @@ def imatrix_digest(imatrix: ImportanceMatrix | None) -> str | None:
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read an importance matrix of llama-imatrix. The content decides between GGUF and the legacy format.
 
-    The means equal llama-quantize's, to the bit: an expert that no token reached weighs all columns by one.
+    The means equal llama-quantize's, to the bit, but for holes, which are mended (see ``imatrix_holes``): an expert that no
+    token reached weighs all columns by one, and zeros become small weights.
 
     Raises:
         InvalidImatrixError: the file is missing, not an importance matrix, truncated, or has values that are not mean
@@ -59,17 +91,37 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
             is_gguf = file.read(4) == b"GGUF"
     except OSError as error:
         raise InvalidImatrixError(f"{path}: cannot be read ({error.strerror})") from error
-    found = _read_gguf(path) if is_gguf else _read_legacy(path)
-    for name, weights in found.weights.items():
-        _check_values(path, name, weights)
-    return found
+    return _read_gguf(path) if is_gguf else _read_legacy(path)
 
 
 def _check_values(path: Path, name: str, values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
-        raise InvalidImatrixError(f"{path}: {name} has values that are not finite; make the matrix again")
+    finite = np.isfinite(values)
+    if not finite.all():
+        n = int((~finite).sum())
+        raise InvalidImatrixError(
+            f"{path}: {name} has {n:,} of {values.size:,} values that are not finite; make the matrix again"
+        )
     if values.min(initial=0) < 0:
-        raise InvalidImatrixError(f"{path}: {name} has negative values, which mean squares cannot be; make it again")
+        n = int((values < 0).sum())
+        raise InvalidImatrixError(
+            f"{path}: {name} has {n:,} of {values.size:,} values that are negative, which mean squares cannot be; make the "
+            "matrix again"
+        )
+
+
+class _Entries:
+    """The entries of one file, checked and mended as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.weights: dict[str, np.ndarray] = {}
+        self.coverage: dict[str, Coverage] = {}
+
+    def add(self, name: str, means: np.ndarray, tokens: Sequence[int] = ()) -> None:
+        """Add means (experts, columns) float32; ``tokens``: what went through each expert, empty if unknown."""
+        _check_values(self._path, name, means)
+        self.coverage[name] = coverage(means, tokens)
+        self.weights[name] = mended(means).reshape(-1)
 
 
 def _read_gguf(path: Path) -> ImportanceMatrix:
@@ -88,28 +140,33 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         raise InvalidImatrixError(f"{path}: has no {missing[0]}, without which llama-quantize refuses it")
     if not isinstance(fields[_DATASETS], list) or not isinstance(fields[_CHUNK_COUNT], int):
         raise InvalidImatrixError(f"{path}: {_DATASETS} or {_CHUNK_COUNT} is of another type; make the matrix again")
-    weights = {}
+    entries = _Entries(path)
     for name in names:
         sums, counts = tensors[name + _SUMS], tensors.get(name + _COUNTS)
         if counts is None or {sums.tensor_type.name, counts.tensor_type.name} != {"F32"}:
             raise InvalidImatrixError(f"{path}: {name} needs sums and counts, both F32")
         if counts.n_elements < 1 or sums.n_elements % counts.n_elements:
             raise InvalidImatrixError(f"{path}: {name} has {sums.n_elements} sums for {counts.n_elements} counts")
-        weights[name] = _means(path, name, np.asarray(sums.data), np.asarray(counts.data))
+        entries.add(name, *_means(path, name, np.asarray(sums.data), np.asarray(counts.data)))
     datasets = tuple(one_line(str(name)) for name in fields[_DATASETS])
-    return ImportanceMatrix(weights, str(path), datasets, fields[_CHUNK_COUNT])
+    size = fields[_CHUNK_SIZE] if isinstance(fields[_CHUNK_SIZE], int) else 0
+    return ImportanceMatrix(entries.weights, str(path), datasets, fields[_CHUNK_COUNT], max(0, size), entries.coverage)
 
 
 _KEYS = (_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE)
 
 
-def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums of squares by their own count of tokens, in float32 as llama-quantize divides them: (experts · columns,)."""
+def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Sums of squares by their own count of tokens, in float32 as llama-quantize divides them: (experts, columns).
+
+    With these counts.
+    """
     _check_values(path, f"{name}{_COUNTS}", counts)
     tokens = np.floor(counts.reshape(-1, 1).astype(np.float64) + 0.5).astype(np.float32)
     sums = sums.reshape(len(tokens), -1).astype(np.float32)
     with np.errstate(all="ignore"):  # values that are not finite are found afterwards
-        return np.where(tokens > 0, sums / np.maximum(tokens, 1), np.float32(1)).reshape(-1)
+        means = np.where(tokens > 0, sums / np.maximum(tokens, 1), np.float32(1))
+    return means, [int(n) for n in tokens[:, 0]]
 
 
 class _Bytes:
@@ -137,7 +194,7 @@ class _Bytes:
 
 def _read_legacy(path: Path) -> ImportanceMatrix:
     source = _Bytes(path)
-    weights: dict[str, np.ndarray] = {}
+    entries, uncounted = _Entries(path), []
     n_entries = source.int32()
     if n_entries < 1:
         raise InvalidImatrixError(f"{path}: not an importance matrix (it names {n_entries} tensors)")
@@ -146,13 +203,23 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
         values = np.frombuffer(source.take(4 * n_values), np.dtype("<f4")).astype(np.float32)
         if not n_values:
             raise InvalidImatrixError(f"{path}: {name} has no values; make the matrix again")
-        weights[name] = values / np.float32(n_calls) if n_calls > 0 else values
+        if n_calls <= 0:
+            uncounted.append(name)
+        # The format does not say how many experts there are, nor how many tokens.
+        entries.add(name, (values / np.float32(n_calls) if n_calls > 0 else values).reshape(1, -1))
     # Later versions of the format add the number of chunks, then the data's name.
     n_chunks = source.int32() if source.left else 0
     dataset = source.text() if source.left else ""
     if source.left:
         raise InvalidImatrixError(f"{path}: not an importance matrix: {source.left} bytes follow where it should end")
-    return ImportanceMatrix(weights, str(path), (dataset,) if dataset else (), n_chunks)
+    return ImportanceMatrix(
+        entries.weights,
+        str(path),
+        (dataset,) if dataset else (),
+        max(0, n_chunks),
+        coverage=entries.coverage,
+        uncounted=tuple(uncounted),
+    )
 
 
 def write_imatrix(

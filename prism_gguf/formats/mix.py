@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from gguf import GGMLQuantizationType, LlamaFileType
 
+from prism_gguf.formats.foreign_types import instead_of
 from prism_gguf.system.errors import InvalidProfileError
 
 UNQUANTIZED = ("F32", "F16", "BF16")
@@ -62,6 +63,8 @@ def ggml_type(name: str) -> GGMLQuantizationType:
     try:
         return GGMLQuantizationType[name.upper()]
     except KeyError:
+        if (other := instead_of(name)) is not None:
+            raise InvalidProfileError(other) from None
         raise InvalidProfileError(
             f"'{name}' is not a ggml type (examples: Q6_K, Q4_K, F16; Q4_K_M is an ftype)"
         ) from None

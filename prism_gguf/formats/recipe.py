@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from prism_gguf.formats.mix import UNQUANTIZED, Mix, ftype_value
+from prism_gguf.formats.mix import UNQUANTIZED, Mix, ftype_value, ggml_type
 from prism_gguf.formats.patterns import expand, group, listed
 from prism_gguf.system.atomic_files import write_whole
 from prism_gguf.system.errors import InvalidOutputError, InvalidProfileError, InvalidRecipeError
@@ -217,11 +217,17 @@ def _ftype_of(own: str | None, types: Iterable[str]) -> str:
     return "Q8_0"
 
 
-def read_recipe(path: Path, *, names: Iterable[str] | None = None, ftype: str | None = None) -> Recipe:
+def read_recipe(
+    path: Path, *, names: Iterable[str] | None = None, ftype: str | None = None, vectors: Iterable[str] = ()
+) -> Recipe:
     """A recipe from YAML or JSON (as written here), a tensor-type-file, or any GGUF.
 
+    A tensor-type-file may have comments (``#``) and commas between its entries, as Thireus' recipes and ik_llama.cpp's
+    ``--custom-q`` have.
+
     Args:
-        names: the tensors of the base. Needed only if a pattern lists no names, such as ``attn_v``.
+        names: the matrices of the base. Needed only if a pattern lists no names, such as ``attn_v``.
+        vectors: the base's norms and biases, which stay F32: a pattern that says so of them alone is kept by itself.
         ftype: type for the tensors that a tensor-type-file omits. Without it, none may be omitted (``Recipe.complete``).
 
     Raises:
@@ -232,7 +238,7 @@ def read_recipe(path: Path, *, names: Iterable[str] | None = None, ftype: str | 
     try:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
-        text = "" if is_gguf else path.read_text(encoding="utf-8")
+        text = "" if is_gguf else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InvalidRecipeError(f"{path}: cannot be read ({reason})") from error
@@ -242,9 +248,9 @@ def read_recipe(path: Path, *, names: Iterable[str] | None = None, ftype: str | 
 
             recipe = recipe_of(GgufFile(path))
         elif path.suffix in (".yaml", ".yml", ".json"):
-            recipe = _from_mapping(_parsed(path, text), path.stem, names)
+            recipe = _from_mapping(_parsed(path, text), path.stem, names, vectors)
         else:
-            return _from_lines(text, path.stem, names, ftype)
+            return _from_lines(text, path.stem, names, vectors, ftype)
     except (InvalidRecipeError, InvalidProfileError) as error:
         raise InvalidRecipeError(f"{path}: {error}") from error
     if ftype is not None:
@@ -290,7 +296,7 @@ _NUMBERS = {"n_bytes", "file_bytes", "bits_per_weight", "predicted_kld", "predic
 _MAPPINGS = {"tensor_types", "overrides", "reasons"}
 
 
-def _from_mapping(data: Any, stem: str, names: Iterable[str] | None) -> Recipe:
+def _from_mapping(data: Any, stem: str, names: Iterable[str] | None, vectors: Iterable[str]) -> Recipe:
     known = {"schema", "overrides", *(f.name for f in fields(Recipe))}
     if not isinstance(data, dict) or "ftype" not in data:
         raise InvalidRecipeError("a recipe is a mapping that has an 'ftype'")
@@ -301,7 +307,7 @@ def _from_mapping(data: Any, stem: str, names: Iterable[str] | None) -> Recipe:
     for key, value in data.items():
         _check_kind(key, value)
     # Exact names take precedence over patterns. A listing pattern stands for its names, even if the base lacks them.
-    types = {**expand_listed(data.get("overrides") or {}, names), **(data.get("tensor_types") or {})}
+    types = {**expand_listed(data.get("overrides") or {}, names, vectors), **(data.get("tensor_types") or {})}
     reasons = {n: why for key, why in (data.get("reasons") or {}).items() for n in listed(key) or [key]}
     rest = {key: value for key, value in data.items() if key not in {"schema", *_MAPPINGS} and value is not None}
     return Recipe(**{"name": stem, **rest}, tensor_types=types, reasons=reasons)
@@ -323,12 +329,20 @@ def _check_kind(key: str, value: Any) -> None:
         raise InvalidRecipeError(f"'{key}' is {value!r:.60}, where {wanted} is needed")
 
 
-def expand_listed(patterns: Mapping[str, str], names: Iterable[str] | None) -> dict[str, str]:
+def expand_listed(
+    patterns: Mapping[str, str], names: Iterable[str] | None, vectors: Iterable[str] = ()
+) -> dict[str, str]:
     """``expand``, with the names that patterns list, so that errors can name tensors that the base lacks.
+
+    Args:
+        vectors: norms and biases: a pattern that gives F32 to some of them, and nothing to a matrix, asks for nothing.
 
     Raises:
         InvalidRecipeError: as ``expand``; or a pattern lists no names, and none are given.
     """
+    names = None if names is None else list(names)
+    kept = {p for p, kind in patterns.items() if kind.upper() == "F32" and _matches(p, vectors, names or ())}
+    patterns = {pattern: kind for pattern, kind in patterns.items() if pattern not in kept}
     lists = {pattern: listed(pattern) for pattern in patterns}
     if names is None and (open_ended := [pattern for pattern, found in lists.items() if found is None]):
         raise InvalidRecipeError(f"the pattern '{open_ended[0]}' needs a model with tensors that it matches")
@@ -336,18 +350,35 @@ def expand_listed(patterns: Mapping[str, str], names: Iterable[str] | None) -> d
     return expand(patterns, dict.fromkeys([*own, *(names or ())]))
 
 
-def _from_lines(text: str, stem: str, names: Iterable[str] | None, ftype: str | None) -> Recipe:
+def _matches(pattern: str, vectors: Iterable[str], matrices: Iterable[str]) -> bool:
+    """Whether a pattern is of vectors only."""
+    try:
+        expression = re.compile(pattern)
+    except re.error:
+        return False  # ``expand`` says what is wrong with it
+    return any(map(expression.search, vectors)) and not any(map(expression.search, matrices))
+
+
+# One entry, and the comma or the end behind it: a pattern may have commas of its own, in {1,2}.
+_ENTRY = re.compile(r",*(.+?)=([A-Za-z]\w*)(?:,|$)")
+
+
+def _from_lines(text: str, stem: str, names: Iterable[str] | None, vectors: Iterable[str], ftype: str | None) -> Recipe:
     patterns: dict[str, str] = {}
-    for item in text.split():
-        pattern, equals, kind = item.partition("=")
-        if not (pattern and equals and kind):
-            raise InvalidRecipeError(
-                f"'{item:.60}' is not of the form pattern=type (a tensor-type-file has no comments)"
-            )
-        patterns.setdefault(pattern.lower(), kind)  # llama-quantize lowercases; the first match wins
+    lines = (re.sub(r"(^|\s)#.*", "", line) for line in text.splitlines())
+    for item in " ".join(lines).split():
+        entries = _ENTRY.findall(item)
+        if not entries or _ENTRY.sub("", item):
+            raise InvalidRecipeError(f"'{item:.60}' is not of the form pattern=type")
+        for pattern, kind in entries:
+            patterns.setdefault(pattern.lower(), kind)  # llama-quantize lowercases; the first match wins
     if not patterns:
         raise InvalidRecipeError("names no tensor")
-    types = expand_listed(patterns, names)
+    for kind in patterns.values():
+        ggml_type(kind.upper())  # before patterns are looked for: what is wrong with them may matter to no type here
+    types = expand_listed(patterns, names, vectors)
+    if not types:
+        raise InvalidRecipeError("names no matrix: norms and biases stay F32 by themselves")
     label = ftype or _ftype_of(None, (kind.upper() for kind in types.values()))
     return Recipe(label, types, name=stem, complete=ftype is None)
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from prism_gguf.formats.text.windows import TokenWindows
-from prism_gguf.measure.metrics.divergence import TokenDivergence, clustered_mean
+from prism_gguf.measure.metrics.divergence import TokenDivergence, clustered_mean, clustered_quantile
 from prism_gguf.results.comparison import Part, Parts
 
 _POSITION_PARTS = 4
@@ -39,13 +39,17 @@ def _part(tokens: TokenDivergence, clusters: np.ndarray) -> Part:
     kld, kld_se = clustered_mean(tokens.kld, clusters)
     same, same_se = clustered_mean(tokens.same_top, clusters)
     ratio, ratio_se = clustered_mean(tokens.nll_candidate - tokens.nll_reference, clusters)
+    median, median_se = clustered_quantile(tokens.kld, 0.5, clusters)
+    p99, p99_se = clustered_quantile(tokens.kld, 0.99, clusters)
     return Part(
         n_tokens=len(tokens.kld),
         n_windows=len(np.unique(clusters)),
         kld_mean=kld,
         kld_mean_se=kld_se,
-        kld_median=float(np.median(tokens.kld)),
-        kld_p99=float(np.quantile(tokens.kld, 0.99)),
+        kld_median=median,
+        kld_median_se=median_se,
+        kld_p99=p99,
+        kld_p99_se=p99_se,
         same_top=same,
         same_top_se=same_se,
         ln_ppl_ratio=ratio,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from prism_gguf.formats.imatrix_holes import sound
 from prism_gguf.system.errors import RuntimeFailureError
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -142,10 +143,11 @@ def quantize_rows(
     """Rows (n, row width) float32 in a ggml type: (n, bytes per row) uint8, with llama.cpp's own quantizer.
 
     Args:
-        weights: importance of each column (row width,) float32, or None.
+        weights: importance of each column (row width,) float32, or None. Holes are mended (see ``formats.imatrix_holes``).
 
     Raises:
-        RuntimeFailureError: the type's block does not divide the row, or it needs ``weights``.
+        RuntimeFailureError: the type's block does not divide the row, it needs ``weights``, or these are of another width.
+        InvalidImatrixError: weights that are negative or not finite.
     """
     kind = GGMLQuantizationType(type_value)
     block, size = GGML_QUANT_SIZES[kind]
@@ -155,7 +157,9 @@ def quantize_rows(
     if weights is None and requires_imatrix(type_value):
         raise RuntimeFailureError(f"{kind.name} needs an importance matrix")
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    weights = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
+    if weights is not None and weights.shape != (width,):
+        raise RuntimeFailureError(f"importance weights of shape {weights.shape} for rows of {width}")
+    weights = None if weights is None else sound(kind.name, weights)
     out = np.empty((n, width // block * size), dtype=np.uint8)
 
     def convert(start: int) -> None:

@@ -19,6 +19,7 @@ from prism_gguf.formats.text.template import ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.models import ggml
 from prism_gguf.models.conversions import gguf_transform
+from prism_gguf.models.long_runs import on_a_stack_for
 from prism_gguf.models.native_log import native_log
 from prism_gguf.models.output_head import OutputHead
 from prism_gguf.models.passes import MAX_BATCH, MAX_LOGIT_BYTES
@@ -223,7 +224,12 @@ class LlamaCppModel:
         data = text.encode("utf-8")
         buffer = np.empty(len(data) + 8, dtype=np.int32)
         pointer = buffer.ctypes.data_as(ctypes.POINTER(C.llama_token))
-        n = C.llama_tokenize(self._vocab, data, len(data), pointer, len(buffer), False, special)
+
+        def run() -> int:
+            return int(C.llama_tokenize(self._vocab, data, len(data), pointer, len(buffer), False, special))
+
+        splits = C.llama_vocab_type(self._vocab) == C.LLAMA_VOCAB_TYPE_BPE  # others use no regular expressions
+        n = on_a_stack_for(text, run) if splits else run()
         if n < 0:
             raise RuntimeFailureError(f"{self.gguf.path}: llama.cpp cannot tokenize the text (code {n})")
         return buffer[:n].copy()

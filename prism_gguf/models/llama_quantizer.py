@@ -12,6 +12,7 @@ import llama_cpp.llama_cpp as C
 
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.imatrix import ImportanceMatrix
+from prism_gguf.formats.imatrix_holes import sound
 from prism_gguf.formats.mix import Mix, ftype_value, ggml_type
 from prism_gguf.models.native_log import native_log
 from prism_gguf.results.quantized import Metadata
@@ -148,7 +149,8 @@ def _set_imatrix(params: Any, imatrix: ImportanceMatrix | None) -> object:
     array = (C.llama_model_imatrix_data * (len(imatrix.weights) + 1))()
     arrays = []
     for item, (name, weights) in zip(array, imatrix.weights.items(), strict=False):
-        values = weights.astype("float32", copy=False)
+        # Read matrices are mended already; a caller's own may have zeros, of which ggml makes zeros.
+        values = sound(name, weights)
         arrays.append(values)
         item.name, item.size = name.encode(), values.size
         item.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

@@ -11,6 +11,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as C
 
+from prism_gguf.system.native_ends import meaning_of, without_build_paths
 from prism_gguf.system.sanitize import LONGEST, one_line, printable, short
 
 _LONGEST_REASON = 300  # characters: some have a file's own texts in them
@@ -38,7 +39,7 @@ class NativeLog:
         if self._recording is not None:
             self._recording.append(line)
             self._watch(line)
-        line = printable(short(line, LONGEST), keep="\n\t")  # it may be a terminal: --verbose
+        line = printable(short(without_build_paths(line), LONGEST), keep="\n\t")  # it may be a terminal: --verbose
         sys.stderr.write(line)
         self._lines.extend(part.strip() for part in line.splitlines() if part.strip(".= "))
 
@@ -60,7 +61,8 @@ class NativeLog:
         # llama.cpp says "failed to load model" after the line with the reason.
         telling = [line for line in errors if not line.endswith("failed to load model")] or errors
         reason = (telling or list(self._lines) or ["llama.cpp gave no reason"])[0 if telling else -1]
-        return one_line(reason, _LONGEST_REASON)
+        meaning = meaning_of(reason)
+        return one_line(without_build_paths(reason), _LONGEST_REASON) + ("" if meaning is None else f" ({meaning})")
 
 
 _log: NativeLog | None = None

@@ -15,6 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from prism_gguf.formats.gguf_file import PROVENANCE, GgufFile
 from prism_gguf.formats.imatrix import ImportanceMatrix, read_imatrix
+from prism_gguf.formats.imatrix_holes import few
 from prism_gguf.formats.mix import UNQUANTIZED, Mix
 from prism_gguf.formats.recipe import Recipe, mix_digest
 from prism_gguf.formats.stored_types import TensorInfo, fallback_type, find_fallbacks, row_block
@@ -109,14 +110,14 @@ def check_types(wanted: Mapping[str, str], gguf: GgufFile) -> None:
     tensors = {t.name: t for t in gguf.tensors}
     if unknown := [name for name in wanted if name not in tensors]:
         hint = "; its head is tied: name token_embd.weight" if gguf.tied and "output.weight" in unknown else ""
-        raise InvalidRecipeError(f"{gguf.path}: has no tensor {_few(unknown)}{hint}")
+        raise InvalidRecipeError(f"{gguf.path}: has no tensor {few(unknown)}{hint}")
     if impossible := sorted({kind for kind in wanted.values() if kind.upper() in _NEVER_STORED}):
         raise InvalidRecipeError(f"llama.cpp quantizes no tensor to {impossible[0]}")
     broken = [name for name, kind in wanted.items() if tensors[name].row_width % row_block(kind.upper())]
     if broken:
         width, kind = tensors[broken[0]].row_width, wanted[broken[0]].upper()
         raise InvalidRecipeError(
-            f"{_few(broken)}: rows of {width} are not a multiple of {kind}'s block of {row_block(kind)}; name "
+            f"{few(broken)}: rows of {width} are not a multiple of {kind}'s block of {row_block(kind)}; name "
             f"{fallback_type(kind, width)}, which is what llama.cpp would take"
         )
 
@@ -246,7 +247,7 @@ def _check_planned(
     unlisted = [name for name, kind in planned.items() if name not in wanted and kind != stored[name]]
     if complete and unlisted:
         raise InvalidRecipeError(
-            f"the recipe does not say what {_few(unlisted)} of {gguf.path.name} shall become: list all, or name an ftype "
+            f"the recipe does not say what {few(unlisted)} of {gguf.path.name} shall become: list all, or name an ftype "
             "for the rest (--type beside a tensor-type-file)"
         )
 
@@ -262,7 +263,7 @@ def _check_weights(types: Mapping[str, str], mix: Mix, gguf: GgufFile, imatrix: 
     ]
     if missing:
         where = "give one with --imatrix" if imatrix is None else f"{imatrix.file} has none for it"
-        raise InvalidRecipeError(f"{_few(missing)}: {types[missing[0]]} needs an importance matrix; {where}")
+        raise InvalidRecipeError(f"{few(missing)}: {types[missing[0]]} needs an importance matrix; {where}")
 
 
 def needs_imatrix(name: str, kind: str, ftype: str) -> bool:
@@ -299,11 +300,28 @@ def _notes(
             yield "the importance matrix is of a smoothed model, and the base is another; take the one beside the base"
         if its != ours and its is None:
             yield "the base is smoothed: unless the importance matrix was measured on it, take the one that lies beside it"
-        stored = {t.name: t.type for t in gguf.tensors}
-        bare = [t.name for t in tensors if t.type != stored[t.name] and t.name not in imatrix.weights]
-        if bare := [name for name in bare if name not in ("output.weight", *_EMBEDDINGS)]:
-            yield f"the importance matrix has nothing for {_few(bare)}"
+        yield from _imatrix_notes(gguf, tensors, imatrix)
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _imatrix_notes(gguf: GgufFile, tensors: Iterable[TensorInfo], imatrix: ImportanceMatrix) -> Iterable[str]:
+    """Where the importance matrix does not say what it should for the tensors that are quantized."""
+    stored = {t.name: t for t in gguf.tensors}
+    quantized = [t.name for t in tensors if t.type != stored[t.name].type and t.type not in UNQUANTIZED]
+    unused = [
+        name
+        for name in imatrix.weights.keys() & set(quantized) & set(_EMBEDDINGS)
+        if imatrix.weights[name].size != _columns(stored[name])
+    ]
+    for name in unused:
+        yield (
+            f"the importance matrix has {imatrix.weights[name].size:,} values for {name}, which has "
+            f"{_columns(stored[name]):,} columns: quantized without them, as llama-quantize does"
+        )
+    bare, head = [name for name in quantized if name not in imatrix.weights], gguf.head_tensor.name
+    if others := [name for name in bare if name not in (head, *_EMBEDDINGS)]:
+        yield f"the importance matrix has nothing for {few(others)}"
+    if head in bare:  # llama-imatrix leaves it out unless it is told --process-output
+        yield f"the importance matrix has nothing for the output head, {head}: it is quantized without one"
+    if strange := sorted(imatrix.weights.keys() - stored.keys()):
+        yield f"the importance matrix has {few(strange)}, which {gguf.path.name} has not; was it made for this model?"
+    yield from imatrix.notes(set(quantized) - set(unused))

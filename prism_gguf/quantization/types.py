@@ -34,9 +34,9 @@ def types_from(
         raise InvalidRecipeError("--output-type, --embedding-type and --pure go with --type; others say it themselves")
     if entry is not None and profile is None:
         raise InvalidRecipeError("--entry goes with --profile")
-    names = [tensor.name for tensor in GgufFile(base).tensors if len(tensor.shape) > 1]
+    names, vectors = _matrices_and_vectors(base)
     if recipe_file is not None:
-        recipe = read_recipe(recipe_file, names=names, ftype=ftype)
+        recipe = read_recipe(recipe_file, names=names, ftype=ftype, vectors=vectors)
         return recipe, recipe.name
     if profile is not None:
         loaded = load_profile(profile)
@@ -59,5 +59,13 @@ def types_to_come(base: Path, ftype: str | None, recipe: Path | None) -> Recipe 
     """
     if ftype is not None and recipe is not None:
         raise InvalidRecipeError("name the types to come by one of --type and --recipe")
-    names = [tensor.name for tensor in GgufFile(base).tensors if len(tensor.shape) > 1]
-    return Mix((ftype or "Q4_K_M").upper()) if recipe is None else read_recipe(recipe, names=names)
+    if recipe is None:
+        return Mix((ftype or "Q4_K_M").upper())
+    names, vectors = _matrices_and_vectors(base)
+    return read_recipe(recipe, names=names, vectors=vectors)
+
+
+def _matrices_and_vectors(base: Path) -> tuple[list[str], list[str]]:
+    """Names of the tensors that may be quantized by their shape, and of the others."""
+    tensors = GgufFile(base).tensors
+    return [t.name for t in tensors if len(t.shape) > 1], [t.name for t in tensors if len(t.shape) == 1]

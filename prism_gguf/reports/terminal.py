@@ -289,10 +289,12 @@ def _print_limits(candidate: CandidateResult, out: Console) -> None:
     broken = [gate for gate in candidate.verdict.gates if not gate.passed]
     for gate in broken:
         found = "it has none" if gate.value is None else f"it is {number(gate.value)}"
-        bound = "" if gate.compared == gate.value else f", its confidence bound {number(gate.compared)}"
+        if gate.value is not None and gate.reason is not None:
+            found += f", and it is not clear that it keeps the limit: {gate.reason}"
+        bound = "" if gate.compared in (None, gate.value) else f", its confidence bound {number(gate.compared)}"
         name = escape(label(candidate.path))
         out.print(f"[bold red]FAILED[/bold red] {name}: {escape(gate.gate)}: {found}{bound}")
-    if broken:
+    if any(gate.reason is None for gate in broken):  # no recipe mends what more text would tell
         for remedy in candidate.verdict.remedies:
             out.print(Padding(remedy, (0, 0, 0, 7)))
 

@@ -10,10 +10,11 @@ from prism_gguf.formats.lora import in_words
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.results.comparison import CandidateResult, Comparison, Divergence, NoiseFloor
 from prism_gguf.results.model import ModelIdentity
-from prism_gguf.results.verdict import differs_on_purpose, is_lossless
+from prism_gguf.results.verdict import differs_on_purpose, is_lossless, too_few
 from prism_gguf.system.sanitize import printable, short
 
 LOSSLESS = "no measurable loss"
+UNCLEAR = "no loss found, in too few tokens to tell"
 # Upper limits in nats of mean KLD. These are a convention: nobody has measured how many nats a reader notices. The steps
 # are about threefold, and separate the types of a small model (Q8_0; Q6_K; Q5_K_M and Q4_K_M; Q3_K_M; Q2_K).
 LEVELS = (
@@ -56,17 +57,17 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-def loss_in_words(kld_mean: float, floor: NoiseFloor | None) -> str:
-    """One of ``LEVELS`` for a mean KLD in nats, or ``LOSSLESS`` within the noise floor."""
+def loss_in_words(kld_mean: float, floor: NoiseFloor | None, n_tokens: int | None = None) -> str:
+    """One of ``LEVELS`` for a mean KLD in nats; within the noise floor ``LOSSLESS``, or ``UNCLEAR`` of too few tokens."""
     if not (floor is not None and floor.conversion_problem) and is_lossless(kld_mean, floor):
-        return LOSSLESS
+        return UNCLEAR if too_few(n_tokens) else LOSSLESS
     return next((words for limit, words in LEVELS if kld_mean < limit), LEVELS[-1][1])
 
 
 def _difference(candidate: CandidateResult, comparison: Comparison) -> str:
     """``loss_in_words``, or the size of the change if the weights differ on purpose."""
     assert candidate.divergence is not None
-    loss = loss_in_words(candidate.divergence.kld_mean, comparison.noise_floor)
+    loss = loss_in_words(candidate.divergence.kld_mean, comparison.noise_floor, comparison.text.n_scored)
     return _CHANGES.get(loss, loss) if differs_on_purpose(candidate, comparison.noise_floor) else loss
 
 
@@ -138,7 +139,10 @@ def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
     if candidate.is_variant:
         kind = "another checkpoint" if candidate.is_checkpoint else "adapted" if candidate.lora else "other weights"
         return f"{kind}: {_difference(candidate, comparison)}"
-    kld, loss = divergence.kld_mean, loss_in_words(divergence.kld_mean, comparison.noise_floor)
+    kld = divergence.kld_mean
+    loss = loss_in_words(kld, comparison.noise_floor, comparison.text.n_scored)
+    if loss == UNCLEAR:
+        return loss
     if loss == LOSSLESS:
         return "reference quality" if candidate.ftype in UNQUANTIZED else "as good as unquantized"
     size = _best_below(candidate, comparison)
@@ -183,7 +187,7 @@ def _telling(candidate: CandidateResult, comparison: Comparison, loss: str) -> I
         yield f"fails {broken}"
     if (better := dominating(candidate, comparison)) is not None:
         yield _beaten_by(candidate, better)
-    if loss == LOSSLESS:
+    if loss in (LOSSLESS, UNCLEAR):
         return
     shares = candidate.attribution
     if shares is not None and shares.total > 0:

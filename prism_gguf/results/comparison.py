@@ -117,6 +117,27 @@ class Divergence:
     delta_p_p01: float
     delta_p_p001: float
     delta_p_min: float
+    # Quantiles have errors since gates ask for them; results of earlier versions have none.
+    kld_p999_se: float | None = None
+    kld_p99_se: float | None = None
+    kld_p95_se: float | None = None
+    kld_p90_se: float | None = None
+    kld_median_se: float | None = None
+    kld_p10_se: float | None = None
+    kld_p05_se: float | None = None
+    kld_p01_se: float | None = None
+    kld_p001_se: float | None = None
+    delta_p_p999_se: float | None = None
+    delta_p_p99_se: float | None = None
+    delta_p_p95_se: float | None = None
+    delta_p_p90_se: float | None = None
+    delta_p_p75_se: float | None = None
+    delta_p_median_se: float | None = None
+    delta_p_p25_se: float | None = None
+    delta_p_p10_se: float | None = None
+    delta_p_p05_se: float | None = None
+    delta_p_p01_se: float | None = None
+    delta_p_p001_se: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,8 @@ class Part:
     same_top_se: float | None
     ln_ppl_ratio: float
     ln_ppl_ratio_se: float | None
+    kld_median_se: float | None = None
+    kld_p99_se: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +212,7 @@ class Status(str, Enum):
     HEAD = "head-dominated"
     BODY_KERNEL = "kernel-dominated"
     MIXED = "mixed"
+    UNCLEAR = "unclear"  # no loss was found, in too few tokens to say that there is none
     UNATTRIBUTED = "unattributed"  # the causes were not asked for
     CONVERSION = "conversion-problem"  # the unquantized control is far from zero: nothing else can be judged
 
@@ -200,7 +224,9 @@ class GateResult:
     Attributes:
         key: the number's full path in a candidate's JSON.
         value: the number; None where this candidate has none, which fails the gate.
-        compared: the number, or its confidence bound on the losing side.
+        compared: the number, or its confidence bound on the losing side; None where that cannot be told, which fails the
+            gate too.
+        reason: why it cannot be told, in words; None where it can.
     """
 
     gate: str
@@ -208,6 +234,7 @@ class GateResult:
     value: float | None
     compared: float | None
     passed: bool
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

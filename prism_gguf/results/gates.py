@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,21 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
+LEAST_TOKENS = 30
+"""Fewer tokens say nothing of others: their mean need not be near normal, and a rare loss is likely not among them."""
+# Groups of numbers that are measured on a text; other numbers are facts. And the counts in these groups.
+_MEASURED = (
+    "divergence",
+    "parts",
+    "attribution",
+    "risk_attribution",
+    "risk",
+    "geometry",
+    "layers",
+    "baselines",
+    "metrics",
+)
+_COUNTS = ("n_tokens", "n_windows", "sampled", "seconds")
 _METRICS = "metrics."  # further metrics, whose names only the run knows: metrics.NAME.NUMBER
 
 
@@ -52,25 +68,104 @@ class Gate:
             raise InvalidGateError(
                 f"--fail-on '{text}': write KEY>NUMBER, such as kld_mean>0.05 or same_top<0.9"
             ) from None
+        if not math.isfinite(limit):
+            raise InvalidGateError(f"--fail-on '{text}': {number} is no limit, which nothing is above or below")
         return cls(text.strip(), _full_key(text, key), sign, limit)
 
-    def judge(self, candidate: CandidateResult, n_windows: int, confidence: float | None) -> GateResult:
+    def judge(
+        self, candidate: CandidateResult, n_windows: int, confidence: float | None, n_tokens: int | None = None
+    ) -> GateResult:
         """Compare a candidate's number, or its confidence bound on the side where it fails.
 
+        What is not clear is not kept: a number that is missing or undefined, and with ``confidence`` one that the text
+        cannot bound.
+
         Args:
-            confidence: one-sided level, for example 0.95; numbers without a standard error are compared directly.
+            n_windows, n_tokens: scored windows and tokens of the text; None for tokens if unknown.
+            confidence: one-sided level, for example 0.95; what is no measurement on the text is compared directly.
         """
         value = _value(candidate, self.key)
         if value is None:
-            return GateResult(self.text, self.key, None, None, passed=False)
-        compared, error = value, _value(candidate, f"{self.key}_se")
-        if confidence is not None and error is not None:
-            from scipy.special import stdtrit
+            return self._unclear(None, "this candidate has no such number")
+        if not math.isfinite(value):
+            return self._unclear(value, "the number is not finite")
+        if confidence is None or self._is_exact:
+            return self._compared(value, value)
+        evidence = _Evidence.of(candidate, self.key, n_windows, n_tokens)
+        bound, reason = evidence.bound(value, confidence, up=self.operator.startswith(">"))
+        return self._unclear(value, reason) if bound is None else self._compared(value, bound)
 
-            n_clusters = _value(candidate, f"{self.key.rpartition('.')[0]}.n_windows") or n_windows
-            reach = float(stdtrit(n_clusters - 1, confidence)) * error
-            compared = value + reach if self.operator.startswith(">") else value - reach
+    def _compared(self, value: float, compared: float) -> GateResult:
         return GateResult(self.text, self.key, value, compared, not _OPERATORS[self.operator](compared, self.limit))
+
+    def _unclear(self, value: float | None, reason: str) -> GateResult:
+        return GateResult(self.text, self.key, value, None, passed=False, reason=reason)
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the number is a fact about the file or the run, which no other text would change."""
+        group, _, name = self.key.partition(".")
+        return group not in _MEASURED or name.rpartition(".")[2] in _COUNTS
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What a confidence bound of one number rests on.
+
+    Attributes:
+        name: the last part of its path.
+        error: its standard error, or None.
+        n_windows, n_tokens: of the text, or of the part of it that the number is of; None if unknown.
+    """
+
+    name: str
+    error: float | None
+    n_windows: int
+    n_tokens: int | None
+
+    @classmethod
+    def of(cls, candidate: CandidateResult, key: str, n_windows: int, n_tokens: int | None) -> _Evidence:
+        group, _, name = key.rpartition(".")
+        own_windows, own_tokens = (_value(candidate, f"{group}.{count}") for count in ("n_windows", "n_tokens"))
+        return cls(
+            name,
+            _value(candidate, f"{key}_se"),
+            n_windows if own_windows is None else int(own_windows),
+            n_tokens if own_tokens is None else int(own_tokens),
+        )
+
+    def bound(self, value: float, confidence: float, *, up: bool) -> tuple[float | None, str]:
+        """The confidence bound of ``value``, or None and the reason why there is none."""
+        if self.n_windows < 2:
+            return None, "one window has no standard error; give --windows 2 or more, or a longer text"
+        if self.n_tokens is not None and self.n_tokens < LEAST_TOKENS:
+            tokens = f"{self.n_tokens} token{'' if self.n_tokens == 1 else 's'}"
+            return None, f"it is of {tokens}, where {LEAST_TOKENS} are the least; give more windows or a longer text"
+        if self.error is None or not math.isfinite(self.error):
+            return None, self._no_error()
+        if self.error == 0:
+            return self._without_spread(value, confidence)
+        from scipy.special import stdtrit
+
+        reach = float(stdtrit(self.n_windows - 1, confidence)) * self.error
+        if not math.isfinite(reach):
+            return None, f"there is no bound at the confidence {confidence}"
+        return (value + reach if up else value - reach), ""
+
+    def _no_error(self) -> str:
+        if re.fullmatch(r"(kld|delta_p)_(p\d+|median)", self.name):
+            return "too few tokens lie beyond this quantile for a standard error; give more windows"
+        return "this number has no standard error; take kld_mean, kld_p99, same_top or ppl_ratio, or no --confidence"
+
+    def _without_spread(self, value: float, confidence: float) -> tuple[float | None, str]:
+        """All windows agree exactly, which only tells something where nothing differs at all."""
+        nothing = 1.0 if self.name in ("same_top", "ppl_ratio") else 0.0
+        if value != nothing:
+            return None, f"its standard error is 0, which {self.n_windows} windows cannot show"
+        if self.name == "same_top" and self.n_tokens is not None:
+            # What n tokens of n kept may at least be in truth ("rule of three").
+            return (1 - confidence) ** (1 / self.n_tokens), ""
+        return value, ""
 
 
 def _value(candidate: CandidateResult, key: str) -> float | None:

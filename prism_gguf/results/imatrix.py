@@ -19,7 +19,8 @@ class CollectedImatrix:
         n_windows, n_ctx: size of the text, in windows of n_ctx tokens.
         domains: of which texts.
         left_out: parameter → why it has no entry.
-        notes: for the user, such as that a chat template writes the date.
+        notes: for the user: a template that writes the date, too little text, experts that few or no tokens reached,
+            columns that none activated.
     """
 
     out: Path

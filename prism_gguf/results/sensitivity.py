@@ -54,7 +54,7 @@ class Sensitivity:
     Attributes:
         reference: path and fingerprint of the checkpoint.
         text: fingerprint, windows and n_ctx of the text, and the domains.
-        imatrix: file and SHA-256 of the importance matrix, or None.
+        imatrix: file and SHA-256 of the importance matrix, and notes on its holes; or None.
         smoothed: what a smoothed GGUF, of which these are, says of itself (``prism_gguf.smoothed``); None for any other.
         tensors: in the model's order.
         left_out: parameter → why it has no sensitivity.

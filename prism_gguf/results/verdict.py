@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.results.comparison import Attribution, CandidateResult, NoiseFloor, Status, Verdict
-from prism_gguf.results.gates import Gate
+from prism_gguf.results.gates import LEAST_TOKENS, Gate
 
 # Assumed noise floor where no control was run. Controls measured here: 5e-7 to 2e-6 nats with F16.
 ASSUMED_FLOOR = 1e-5
@@ -31,13 +31,20 @@ def judge(
     gates: Sequence[Gate],
     n_windows: int,
     confidence: float | None,
+    n_tokens: int | None = None,
 ) -> Verdict:
-    """A candidate's verdict, after the control has been looked at."""
+    """A candidate's verdict, after the control has been looked at.
+
+    Args:
+        n_windows, n_tokens: scored windows and tokens of the text; None for tokens if unknown.
+    """
     assert candidate.divergence is not None
-    results = [gate.judge(candidate, n_windows, confidence) for gate in gates]
+    results = [gate.judge(candidate, n_windows, confidence, n_tokens) for gate in gates]
     status, axis = _status(candidate.divergence.kld_mean, candidate.attribution, floor)
+    if status is Status.LOSSLESS and too_few(n_tokens):
+        status = Status.UNCLEAR
     passed = all(result.passed for result in results)
-    mendable = axis is not None and status not in (Status.LOSSLESS, Status.CONVERSION)
+    mendable = axis is not None and status not in (Status.LOSSLESS, Status.UNCLEAR, Status.CONVERSION)
     mendable = mendable and not differs_on_purpose(candidate, floor)
     return Verdict(status, axis, results, passed, _remedies(candidate, axis) if mendable and axis else [])
 
@@ -55,6 +62,11 @@ def differs_on_purpose(candidate: CandidateResult, floor: NoiseFloor | None) -> 
 def is_lossless(kld: float, floor: NoiseFloor | None) -> bool:
     """Whether a divergence (nats) is within the noise floor."""
     return kld <= _LOSSLESS * max(ASSUMED_FLOOR if floor is None else floor.kld_mean, 0.0)
+
+
+def too_few(n_tokens: int | None) -> bool:
+    """Whether a text has too few scored tokens to say that nothing is lost."""
+    return n_tokens is not None and n_tokens < LEAST_TOKENS
 
 
 def _status(kld: float, attribution: Attribution | None, floor: NoiseFloor | None) -> tuple[Status, str | None]:

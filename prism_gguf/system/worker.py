@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
 
 from prism_gguf.system.errors import InvalidBackendError, RuntimeFailureError
+from prism_gguf.system.native_ends import in_words, likely_cause, telling_line, without_build_paths
 from prism_gguf.system.progress import Progress, no_progress
 from prism_gguf.system.sanitize import one_line
 from prism_gguf.system.scratch import scratch_folder
@@ -36,8 +37,7 @@ _KEPT_LINES = 20  # of llama.cpp's log, with an error
 # llama.cpp's threads synchronise many times a layer, and OpenMP lets early threads spin. If another process uses a
 # core, all threads wait for that core and slow it further (scripts/bench_waiting.py). The user's settings stay.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-# An assertion prints its place before the backtrace; C++ prints the exception.
-_TELLING = ("ggml_assert", "what():", "error")
+_BEGIN = "starting"
 
 
 class Worker(Protocol):
@@ -137,7 +137,7 @@ class NativeWorker:
                 line, ``log`` the lines before it.
         """
         self.start()
-        self._last_step, self._of = "starting", "" if of is None else f"{of}: "
+        self._last_step, self._of = _BEGIN, "" if of is None else f"{of}: "
         # Taken from its size: the child writes at the position of this file object, which must not move.
         self._log_before = 0 if self._log is None else os.fstat(self._log.fileno()).st_size
         self._send((function, args))
@@ -195,12 +195,15 @@ class NativeWorker:
     def _ended(self, what: str, *, kill: bool) -> RuntimeFailureError:
         """The error that says how the child ended; ``kill`` ends a child that still runs."""
         assert self._process is not None
-        if not kill:
-            what += f" ({_in_words(self._process.wait(timeout=10))})"
+        code = None if kill else self._process.wait(timeout=10)
+        if code is not None:
+            what += f" ({in_words(code)}{f', {self._last_step}' if self._last_step != _BEGIN else ''})"
         self._end_process()
         lines = self._log_lines()
-        telling = [line for line in lines if any(s in line.lower() for s in _TELLING)] or lines
-        message = f"{self._of}{what}; it last said: {telling[-1] if telling else 'nothing'}"
+        cause = None if code is None else likely_cause(code, lines, self._last_step)
+        message = (
+            f"{self._of}{what}; it last said: {telling_line(lines) or 'nothing'}{'' if cause is None else f'; {cause}'}"
+        )
         if kill:
             message += "; --stall-limit gives it more time"
         return RuntimeFailureError(message, log=lines[-_KEPT_LINES:])
@@ -210,7 +213,7 @@ class NativeWorker:
             return []
         self._log.seek(self._log_before)  # the log of an earlier file is not the reason
         lines = (line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines())
-        return [one_line(line, 300) for line in lines if line.strip(".")]
+        return [one_line(without_build_paths(line), 300) for line in lines if line.strip(".")]
 
     def _end_process(self) -> None:
         if self._process is None:
@@ -244,13 +247,3 @@ def _read(stream: IO[bytes], answers: queue.Queue[tuple[str, Any]]) -> None:
         while True:
             answers.put(pickle.load(stream))
     answers.put(("end", None))
-
-
-def _in_words(code: int) -> str:
-    """A process's exit code, or the signal that ended it."""
-    if code >= 0:
-        return str(code)
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-code).name
-        return f"{name}, as the system does where memory runs out" if name == "SIGKILL" else name
-    return str(code)

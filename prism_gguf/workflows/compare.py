@@ -21,7 +21,7 @@ from prism_gguf.measure.headers import Headers, failed_row, read_candidate, shor
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.header import model_header
 from prism_gguf.models.kernels import choose_kernels
-from prism_gguf.results.comparison import CandidateResult, Comparison, NoiseFloor
+from prism_gguf.results.comparison import CandidateResult, Comparison, NoiseFloor, TextInfo
 from prism_gguf.results.options import NO_CONTROL, CompareOptions
 from prism_gguf.results.ranking import rank
 from prism_gguf.system.environment import environment, now
@@ -128,7 +128,7 @@ def compare_candidates(
             worker.renew()
             rows[path] = _measured(measuring, once[path], watch.progress(short_name(path)))
         watch.count(len(once), len(once), "files")
-    floor, results = _judged(rows, control, gates, opened.text.n_windows, options)
+    floor, results = _judged(rows, control, gates, opened.text, options)
     measured = [results[c.path] for c in candidates]
     return Comparison(
         tool_version=__version__,
@@ -243,7 +243,7 @@ def _judged(
     rows: dict[str, CandidateResult],
     control: str | None,
     gates: Sequence[Gate],
-    n_windows: int,
+    text: TextInfo,
     options: CompareOptions,
 ) -> tuple[NoiseFloor | None, dict[str, CandidateResult]]:
     """Verdicts for all that was measured, and the noise floor they rest on."""
@@ -253,7 +253,7 @@ def _judged(
     judged = {
         path: row
         if row.error is not None
-        else replace(row, verdict=judge(row, floor, gates, n_windows, options.confidence))
+        else replace(row, verdict=judge(row, floor, gates, text.n_windows, options.confidence, text.n_scored))
         for path, row in rows.items()
     }
     return floor, judged

@@ -11,7 +11,7 @@ from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
 from prism_gguf.system.errors import InvalidImatrixError
 
 SUMS = {
-    "blk.0.ffn_up.weight": np.array([2.0, 4.0, 0.0, 7.0], np.float32),
+    "blk.0.ffn_up.weight": np.array([2.0, 4.0, 0.5, 7.0], np.float32),
     "blk.0.ffn_down_exps.weight": np.array([[3.0, 6.0], [0.0, 0.0], [5.0, 1.0]], np.float32),
 }
 COUNTS: dict[str, np.ndarray | float] = {
@@ -19,7 +19,7 @@ COUNTS: dict[str, np.ndarray | float] = {
     "blk.0.ffn_down_exps.weight": np.array([3.0, 0.0, 4.0]),
 }
 MEANS = {
-    "blk.0.ffn_up.weight": np.float32([2, 4, 0, 7]) / np.float32(6),
+    "blk.0.ffn_up.weight": np.float32([2, 4, 0.5, 7]) / np.float32(6),
     # No token reached the second expert: llama-quantize weighs its columns by one.
     "blk.0.ffn_down_exps.weight": np.array([1.0, 2.0, 1.0, 1.0, 1.25, 0.25], np.float32),
 }

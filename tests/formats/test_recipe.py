@@ -117,6 +117,55 @@ def test_patterns_are_searched_and_the_first_wins() -> None:
     assert expand(group(dict.fromkeys(names, "Q6_K")), names) == dict.fromkeys(names, "Q6_K")
 
 
+# As quant_assign.py writes them: comments, anchored patterns, F32 for norms and biases.
+PUBLISHED = r"""
+## Quant mix recipe
+# Model name: testbed
+
+## Model head & embeddings — qbits: 32 8 5
+^output_norm\.weight$=f32
+^token_embd\.weight$=q5_K
+^output\.weight$=q8_0
+
+## Multi-headed attention parameters — qbits: 32 4
+^blk\.([0-1])\.attn_norm\.weight$=f32   # a remark
+^blk\.([0-1])\.attn_q\.bias$=f32
+^blk\.([0-1])\.attn_(q|k)\.weight$=iq4_xs
+
+## THE END!
+"""
+MATRICES = ["token_embd.weight", "output.weight", *(f"blk.{b}.attn_{x}.weight" for b in (0, 1) for x in "qk")]
+VECTORS = ["output_norm.weight", *(f"blk.{b}.attn_{x}" for b in (0, 1) for x in ("norm.weight", "q.bias"))]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            PUBLISHED,
+            {"token_embd.weight": "Q5_K", "output.weight": "Q8_0"}
+            | {f"blk.{b}.attn_{x}.weight": "IQ4_XS" for b in (0, 1) for x in "qk"},
+        ),
+        (
+            r"blk\.[0-9]{1,2}\.attn_q=q6_K,blk\.1\.attn_k=q4_K,attn_norm=f32,^token_embd=q8_0",
+            {"blk.0.attn_q.weight": "Q6_K", "blk.1.attn_q.weight": "Q6_K"}
+            | {"blk.1.attn_k.weight": "Q4_K", "token_embd.weight": "Q8_0"},
+        ),
+        ("\ufeff.*=q4_K\r\n", dict.fromkeys(MATRICES, "Q4_K")),
+    ],
+)
+def test_recipes_as_others_publish_them(text: str, expected: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "GLM.recipe"
+    path.write_text(text, encoding="utf-8", newline="")
+    found = read_recipe(path, names=MATRICES, vectors=VECTORS)
+    # A listing pattern stands for its names; F32 is what norms have anyway.
+    assert {n: kind for n, kind in found.tensor_types.items() if kind != "F32"} == expected
+    for kind in ("q8_0", "bf16"):  # norms have no other type
+        path.write_text(f"blk.*attn_norm={kind}")
+        with pytest.raises(InvalidRecipeError, match="matches no tensor"):
+            read_recipe(path, names=MATRICES, vectors=VECTORS)
+
+
 def test_patterns_that_list_nothing_need_the_model(tmp_path: Path) -> None:
     path = tmp_path / "r.txt"
     path.write_text("ATTN_V=q6_k\n^blk\\.9\\.ffn_up\\.weight$=q2_K")
@@ -139,7 +188,13 @@ def test_patterns_that_list_nothing_need_the_model(tmp_path: Path) -> None:
         ("r.yaml", "{ftype: Q4_K_M, overrides: {a: 3}}", "'overrides' is .* a mapping from text to text is needed"),
         ("r.yaml", "{ftype: Q4_K_M, file_bytes: many}", "'file_bytes' is 'many', where a number"),
         ("r.yaml", "{ftype: Q4_K_M, schema: prism-gguf/recipe/9}", "its schema is prism-gguf/recipe/9"),
-        ("r.txt", "# a comment\na=q6_k", "'#' is not of the form pattern=type"),
+        ("r.txt", "# only a comment", "names no tensor"),
+        ("r.txt", "a b=q6_k", "'a' is not of the form pattern=type"),
+        ("r.txt", "a=q6_k,b", "'a=q6_k,b' is not of the form pattern=type"),
+        ("r.recipe", "^blk\\.0\\.ffn_up\\.weight$=iq4_ks", "'IQ4_KS' is a type of ik_llama.cpp, .* IQ4_XS is about as"),
+        ("r.recipe", "^blk\\.0\\.ffn_up\\.weight$=iq5_k_r4", "'IQ5_K_R4' is a type of ik_llama.cpp, .* Q5_K is about"),
+        ("r.recipe", "^blk\\.0\\.ffn_up\\.weight$=q4_k_r4", "'Q4_K_R4' is a type of ik_llama.cpp, .* Q4_K is about"),
+        ("r.yaml", "{ftype: Q4_K_M, overrides: {^output$: iq2_kt}}", "IQ2_S is about as large"),
         ("r.txt", "^a$=q9_k", "'Q9_K' is not a ggml type"),
         ("r.txt", "", "names no tensor"),
         ("r.txt", b"\xff\xfe", "not UTF-8"),

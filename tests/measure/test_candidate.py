@@ -196,6 +196,25 @@ def test_gates_decide_the_exit_code(ladder: dict[str, Path]) -> None:
     assert (code, said.count("\n")) == (2, 1)
 
 
+def test_one_window_shows_nothing_at_a_confidence(ladder: dict[str, Path], tmp_path: Path) -> None:
+    one = tmp_path / "one.txt"
+    one.write_text(held_out_texts()[0].text[:4000])
+    arguments = ["compare", MODEL, ladder["Q8_0"], "--text", one, "--windows", 1, "--n-ctx", 128, "--no-attribution"]
+    limits = ["--fail-on", "kld_mean>9", "--fail-on", "file_bytes<1", "--json", tmp_path / "r.json"]
+
+    def run(*more: str) -> tuple[int, str]:
+        result = CliRunner().invoke(main, [*map(str, (*arguments, *limits)), *more])
+        return result.exit_code, " ".join(result.output.split())
+
+    assert run()[0] == 0
+    code, said = run("--confidence", "0.95")
+    assert code == 1
+    assert "it is not clear that it keeps the limit: one window has no standard error; give --windows 2 or more" in said
+    (row,) = json.loads((tmp_path / "r.json").read_text())["candidates"]
+    kld, size = row["verdict"]["gates"]
+    assert (kld["passed"], kld["compared"], size["passed"], size["compared"]) == (False, None, True, row["file_bytes"])
+
+
 @pytest.mark.slow
 def test_score_all_scores_all(ladder: dict[str, Path]) -> None:
     result = compare(MODEL, [ladder["Q8_0"]], TEXTS, replace(FEW, score=Score.ALL, n_ctx=128))

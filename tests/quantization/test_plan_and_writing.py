@@ -241,7 +241,8 @@ def test_a_quantized_base_is_refused_and_a_hole_in_an_imatrix_noted(
     with RunOptions().worker() as worker:
         with pytest.raises(InvalidModelError, match=r"quantized already \(Q8_0\).*--allow-requantize"):
             plan(ladder["Q8_0"], Mix("Q4_K_M"), worker=worker)
-        (note,) = plan(ladder["F16"], Mix("Q4_K_M"), imatrix=imatrices["hole"], worker=worker).notes
+        note, few = plan(ladder["F16"], Mix("Q4_K_M"), imatrix=imatrices["hole"], worker=worker).notes
+        assert "is of 1,536 tokens" in few
         assert "has nothing for blk.0.ffn_down.weight, blk.1" in note and note.endswith(" and 1 more")
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from prism_gguf.formats.text.windows import TokenWindows
+from prism_gguf.formats.text.windows import Score, TokenWindows
 from prism_gguf.measure.breakdown import break_down
 from prism_gguf.measure.metrics.divergence import TokenDivergence
 from prism_gguf.measure.metrics.statistics import divergence_statistics
@@ -84,13 +86,91 @@ def test_confidence_moves_the_number_to_the_losing_side() -> None:
     code = row.parts.domain["code"]
     assert code.n_windows == 3 and code.kld_mean_se is not None
     assert part.compared == pytest.approx(code.kld_mean + stats.t.ppf(0.95, 2) * code.kld_mean_se)
-    without = Gate.parse("kld_p99>1").judge(row, 6, 0.95)
-    assert without.compared == without.value == row.divergence.kld_p99
+    assert row.divergence.kld_p90_se
+    quantile = Gate.parse("divergence.kld_p90>1").judge(row, 6, 0.95)
+    assert quantile.compared == pytest.approx(row.divergence.kld_p90 + reach * row.divergence.kld_p90_se)
+    size = Gate.parse("file_bytes>1").judge(replace(row, file_bytes=7), 6, 0.95)
+    assert size.compared == size.value == 7 and size.reason is None
 
 
 def test_a_number_that_a_candidate_lacks_fails_its_gate() -> None:
     judged = Gate.parse("attribution.scale>1").judge(candidate(), 6, None)
     assert (judged.value, judged.passed) == (None, False)
+    assert judged.reason == "this candidate has no such number"
+
+
+ONE = TokenWindows(WINDOWS.tokens[:1], ("x",))
+FEW = TokenWindows(WINDOWS.tokens[:, :10], WINDOWS.domains)
+
+
+def measured(windows: TokenWindows, **changes: object) -> CandidateResult:
+    """A candidate on other windows; ``changes`` of its divergence."""
+    n = windows.n_scored
+    tokens = TokenDivergence(*(getattr(TOKENS, f.name)[:n] for f in fields(TokenDivergence)))
+    found = {**divergence_statistics(tokens, windows.window_of_token), **changes}
+    return candidate(divergence=Divergence(**found), parts=break_down(tokens, windows))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "windows", "gate", "reason"),
+    [
+        (measured(ONE), ONE, "kld_mean>9", "one window has no standard error; give --windows 2 or more"),
+        (measured(ONE), ONE, "parts.domain.x.same_top<0", "one window has no standard error"),
+        (measured(FEW), FEW, "kld_mean>9", "it is of 24 tokens, where 30 are the least"),
+        (measured(FEW), FEW, "parts.domain.code.kld_mean>9", "it is of 12 tokens"),
+        (measured(WINDOWS), WINDOWS, "kld_max>99", "this number has no standard error; take kld_mean"),
+        (measured(WINDOWS), WINDOWS, "divergence.kld_min<-1", "this number has no standard error"),
+        (measured(WINDOWS), WINDOWS, "ln_ppl_correlation<-2", "this number has no standard error"),
+        (measured(WINDOWS), WINDOWS, "divergence.kld_p99>99", "too few tokens lie beyond this quantile"),
+        (measured(WINDOWS, kld_mean_se=None), WINDOWS, "kld_mean>9", "no standard error"),
+        (measured(WINDOWS, kld_mean_se=float("nan")), WINDOWS, "divergence.kld_mean>9", "no standard error"),
+        (measured(WINDOWS, kld_mean_se=0.0), WINDOWS, "divergence.kld_mean>9", "standard error is 0, which 6 windows"),
+    ],
+)
+def test_what_is_not_clear_is_not_kept_and_said(
+    row: CandidateResult, windows: TokenWindows, gate: str, reason: str
+) -> None:
+    judged = Gate.parse(gate).judge(row, windows.n_windows, 0.95, windows.n_scored)
+    assert (judged.passed, judged.compared) == (False, None)
+    assert judged.value is not None and judged.reason is not None and reason in judged.reason
+    assert Gate.parse(gate).judge(row, windows.n_windows, None, windows.n_scored).passed  # as the number alone says
+
+
+def test_undefined_numbers_and_limits_keep_nothing() -> None:
+    for value in (float("nan"), float("inf"), float("-inf")):
+        row = measured(WINDOWS, kld_mean=value, same_top=value)
+        for gate in ("divergence.kld_mean>9", "divergence.same_top<0.5"):
+            judged = Gate.parse(gate).judge(row, 6, None)
+            assert (judged.passed, judged.reason) == (False, "the number is not finite")
+    for limit in ("nan", "inf", "-inf", "1e999"):
+        with pytest.raises(InvalidGateError, match="is no limit"):
+            Gate.parse(f"kld_mean>{limit}")
+
+
+def test_where_nothing_differs_the_bound_is_what_the_tokens_show() -> None:
+    row = measured(
+        WINDOWS, same_top=1.0, same_top_se=0.0, kld_mean=0.0, kld_mean_se=0.0, ppl_ratio=1.0, ppl_ratio_se=0.0
+    )
+    judged = Gate.parse("divergence.same_top<0.96").judge(row, 6, 0.95, N)
+    assert judged.compared == pytest.approx(0.05 ** (1 / N)) and judged.passed  # 0.967
+    assert not Gate.parse("divergence.same_top<0.98").judge(row, 6, 0.95, N).passed
+    assert Gate.parse("divergence.kld_mean>1e-6").judge(row, 6, 0.95, N).passed
+    assert Gate.parse("ppl_ratio>1.001").judge(row, 6, 0.95, N).passed
+
+
+def test_two_windows_are_judged_by_their_own_quantile() -> None:
+    two = TokenWindows(WINDOWS.tokens[:2], ("x",) * 2, Score.ALL)
+    row = measured(two)
+    assert row.divergence is not None and row.divergence.kld_mean_se
+    judged = Gate.parse("divergence.kld_mean>9").judge(row, 2, 0.95, two.n_scored)
+    assert judged.compared == pytest.approx(row.divergence.kld_mean + stats.t.ppf(0.95, 1) * row.divergence.kld_mean_se)
+
+
+def test_too_few_tokens_are_no_proof_that_nothing_is_lost() -> None:
+    row = measured(FEW, kld_mean=0.0)
+    verdict = judge(row, FLOOR, [], FEW.n_windows, None, FEW.n_scored)
+    assert (verdict.status, verdict.remedies) == (Status.UNCLEAR, [])
+    assert judge(row, FLOOR, [], 6, None, N).status is Status.LOSSLESS
 
 
 FLOOR = NoiseFloor("f16.gguf", 1e-6, 1e-7, 1e-3, conversion_problem=False)

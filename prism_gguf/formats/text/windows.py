@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prism_gguf.formats.text.differences import cause_of_pieces, cause_of_reading, same_piece
 from prism_gguf.formats.text.source import BYTE_ORDER_MARK, domain_of, is_there, read_utf8
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
 
@@ -17,9 +18,6 @@ SHORTEST_WINDOW = 8
 # A first guess of how much of a long text the windows need.
 _CHARACTERS_PER_TOKEN = 8
 _MARKED = "the byte order mark at its start was left out; llama-perplexity reads it as text"
-_OTHER_TOKENIZER = (
-    "probably made of another model, of a fine-tune with another tokenizer, or converted with another pre-tokenizer"
-)
 
 
 @dataclass(frozen=True)
@@ -280,9 +278,10 @@ def check_same_pieces(pieces: Mapping[int, str], candidate: Vocabulary, name: st
     """
     for token, piece in pieces.items():
         found = candidate.piece(token)
-        if found.strip() != piece.strip() and "\ufffd" not in found + piece:
+        if not same_piece(piece, found):
             raise IncompatibleModelsError(
-                f"{name}: token {token} is {found!r:.80}, in the reference {piece!r:.80}; {_OTHER_TOKENIZER}"
+                f"{name}: token {token} is {found!r:.80}, in the reference {piece!r:.80}; "
+                f"{cause_of_pieces(pieces, candidate.piece)}"
             )
 
 
@@ -316,7 +315,7 @@ def check_same_reading(
             f"{name}: its tokenizer reads text '{text.domain}' differently from token {at} on: "
             f"{_context(pieces.__getitem__, expected, at)} in the reference, "
             f"{_context(candidate.piece, found, at)} in the candidate; "
-            f"{_OTHER_TOKENIZER}"
+            f"{cause_of_reading(expected, found, at, pieces, candidate.piece, candidate.tokenize)}"
         )
 
 

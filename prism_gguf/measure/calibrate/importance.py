@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from prism_gguf.formats.fingerprint import is_gguf
-from prism_gguf.formats.imatrix import write_imatrix
+from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
+from prism_gguf.formats.imatrix_holes import few
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import notes_of
 from prism_gguf.measure.calibrate.gradients import linear_arguments, products_by_weight
@@ -94,5 +95,17 @@ def collect_imatrix(
         windows.n_ctx,
         windows.domain_names,
         left_out,
-        notes_of(texts),
+        [*(f"the text {note}" for note in notes_of(texts)), *_notes(out, observed)],
     )
+
+
+def _notes(out: Path, observed: _Observed) -> list[str]:
+    """What is written, as a reader will see it; and what no token reached at all."""
+    missed = [name for name, counts in observed.counts.items() if not counts.any() and name not in _TABLES]
+    notes = list(read_imatrix(out).notes())
+    if missed:
+        notes.append(f"no token reached {few(missed)}: the importance matrix has nothing for them")
+    return notes
+
+
+_TABLES = ("token_embd.weight", "per_layer_token_embd.weight")  # which are looked up, where they are no head

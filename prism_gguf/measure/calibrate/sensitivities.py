@@ -73,8 +73,9 @@ def ensure_sensitivity(
     """See ``sensitivity``. Runs in the worker."""
     fingerprint, result, folder = place(reference, reading, options, progress)
     imatrix = None if options.imatrix is None else read_imatrix(Path(options.imatrix))
-    digest = imatrix_digest(imatrix)
-    recorded = None if digest is None else {"file": str(options.imatrix), "digest": digest}
+    recorded = None
+    if imatrix is not None:
+        recorded = {"file": str(options.imatrix), "digest": imatrix_digest(imatrix), "notes": list(imatrix.notes())}
     cache = options.cache_folder
     with locked(result, cache, progress):
         if result.exists():

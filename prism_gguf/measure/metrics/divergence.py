@@ -162,6 +162,33 @@ def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], t
     return stream.results()[0]
 
 
+def clustered_quantile(values: np.ndarray, share: float, clusters: np.ndarray) -> tuple[float, float | None]:
+    """A quantile over tokens, and its standard error with tokens of one window taken as dependent.
+
+    Woodruff (1952): the share of tokens below the quantile has a standard error; the quantiles of the shares that lie one
+    error away tell how far the quantile itself may be off. The farther of the two counts: tails are skewed.
+
+    Args:
+        values: one value per token, (n,).
+        share: of the tokens that lie below, between 0 and 1.
+        clusters: the window of each token, (n,) int.
+
+    Returns:
+        (quantile, standard error); the error is None with a single window, and where so few tokens lie beyond the quantile
+        that its error reaches the end of the data.
+    """
+    value = float(np.quantile(values, share))
+    _, error = clustered_mean(values <= value, clusters)
+    if error is None:
+        return value, None
+    error = max(error, float(np.sqrt(share * (1 - share) / len(values))))  # windows may agree by chance
+    low, high = share - error, share + error
+    if low <= 0 or high >= 1:
+        return value, None
+    below, above = np.quantile(values, [low, high])
+    return value, float(max(value - below, above - value))
+
+
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None]:
     """Mean over tokens, and its standard error with tokens of one window taken as dependent (CR1).
 

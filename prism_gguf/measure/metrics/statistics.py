@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from prism_gguf.measure.metrics.divergence import TokenDivergence, clustered_mean
+from prism_gguf.measure.metrics.divergence import TokenDivergence, clustered_mean, clustered_quantile
 
 _KLD_QUANTILES = {
     "p999": 0.999,
@@ -36,12 +36,12 @@ def divergence_statistics(tokens: TokenDivergence, clusters: np.ndarray) -> dict
         return value
 
     mean("kld_mean", tokens.kld)
-    _quantiles(result, "kld", tokens.kld, {**_KLD_QUANTILES, "p001": 0.001})
+    _quantiles(result, "kld", tokens.kld, {**_KLD_QUANTILES, "p001": 0.001}, clusters)
     mean("same_top", tokens.same_top)
     _perplexities(result, tokens, clusters)
     delta_p = np.exp(-tokens.nll_candidate) - np.exp(-tokens.nll_reference)
     mean("delta_p_mean", delta_p)
-    _quantiles(result, "delta_p", delta_p, {**_DELTA_P_QUANTILES, "p001": 0.001})
+    _quantiles(result, "delta_p", delta_p, {**_DELTA_P_QUANTILES, "p001": 0.001}, clusters)
     square, square_se = clustered_mean(delta_p**2, clusters)
     rms = float(np.sqrt(square))
     result["delta_p_rms"] = rms
@@ -49,9 +49,11 @@ def divergence_statistics(tokens: TokenDivergence, clusters: np.ndarray) -> dict
     return result
 
 
-def _quantiles(result: dict[str, float | None], name: str, values: np.ndarray, at: dict[str, float]) -> None:
-    found = np.quantile(values, list(at.values()))
-    result.update({f"{name}_{key}": float(value) for key, value in zip(at, found, strict=True)})
+def _quantiles(
+    result: dict[str, float | None], name: str, values: np.ndarray, at: dict[str, float], clusters: np.ndarray
+) -> None:
+    for key, share in at.items():
+        result[f"{name}_{key}"], result[f"{name}_{key}_se"] = clustered_quantile(values, share, clusters)
     result[f"{name}_max"], result[f"{name}_min"] = float(values.max()), float(values.min())
 
 

@@ -59,7 +59,7 @@ class Judge:
         change, error = clustered_mean(tokens.kld - self.own.kld, self.clusters)
         carrier = CandidateResult("", divergence=divergence)
         n_windows = len(np.unique(self.clusters))
-        gates = [gate.judge(carrier, n_windows, self.confidence) for gate in self.gates]
+        gates = [gate.judge(carrier, n_windows, self.confidence, len(self.clusters)) for gate in self.gates]
         return HeadScore(source, kernel, divergence, change, error, gates, all(g.passed for g in gates))
 
 
@@ -97,7 +97,6 @@ def score_heads(
     """Cross-score every type against every body, in one pass over the vocabulary; a sweep for each path."""
     options.limit_threads()
     capture = read_capture(folder, progress)
-    weights = settings.column_weights(options)
     kinds = [kind for kind in settings.kinds(options) if capture.head.width % GGML_QUANT_SIZES[kind][0] == 0]
     files = {body.path: GgufFile(body.path) for body in bodies}
 
@@ -107,13 +106,14 @@ def score_heads(
     sweeps: dict[str, HeadSweep] = {}
     for (tensor, shared_rows), group in groupby(sorted(bodies, key=tensor_and_rows), tensor_and_rows):
         together = list(group)
-        heads = _Heads(capture, kinds, weights.get(tensor), options.runtime().n_threads)
+        weights = settings.weights_of(options, tensor, capture.head.width)
+        heads = _Heads(capture, kinds, weights, options.runtime().n_threads)
         tokens, as_stored = _cross_score(heads, together, files, shared_rows, progress)
         for i, body in enumerate(together):
             of_body = dict(zip(kinds, tokens[i * len(kinds) : (i + 1) * len(kinds)], strict=True))
             judge, gguf = _judge(capture, body, options), files[body.path]
             rows = _rows(gguf, body, settings.kinds(options), of_body, as_stored[body.path], judge)
-            notes = [*body.notes, *_notes(body, tensor, weights)]
+            notes = [*body.notes, *_notes(body), *settings.imatrix_notes(options, tensor)]
             sweeps[body.path] = HeadSweep(
                 path=body.path,
                 file_bytes=gguf.file_bytes,
@@ -272,14 +272,12 @@ def _with_prices(
     return priced[::-1]
 
 
-def _notes(body: Body, tensor: str, weights: Mapping[str, np.ndarray]) -> Iterator[str]:
+def _notes(body: Body) -> Iterator[str]:
     if not body.kernel:
         yield (
             "llama.cpp's head kernel cannot be emulated here: heads are scored without its rounding of activations, "
             "the file itself with it"
         )
-    if weights and tensor not in weights:
-        yield f"the imatrix has no entry for {tensor}: heads are quantized without one, as llama.cpp would"
 
 
 def run_head(
@@ -289,7 +287,8 @@ def run_head(
     options.limit_threads()
     capture, gguf, kind = read_capture(folder, progress), GgufFile(body.path), GGMLQuantizationType[type_name]
     tensor = gguf.head_tensor.name
-    heads = _Heads(capture, [kind], settings.column_weights(options).get(tensor), options.runtime().n_threads)
+    weights = settings.weights_of(options, tensor, capture.head.width)
+    heads = _Heads(capture, [kind], weights, options.runtime().n_threads)
     block, size = GGML_QUANT_SIZES[kind]
     with tempfile.TemporaryDirectory(dir=body.folder) as temporary:
         place, file = Path(temporary), Path(temporary) / "replaced.gguf"
