@@ -1,7 +1,7 @@
 """Where the next thing goes: one new file (or one row of data) and one line in a table, as CONTRIBUTING shows.
 
-A throw-away metric, quantizer, report format, backend and architecture are registered through their tables, and used as a
-user would use the ones that ship.
+A throw-away metric, quantizer, report format, backend, architecture and conversion are registered through their tables,
+and used as a user would use the ones that ship.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from gguf_edit import edited
 
@@ -22,6 +23,7 @@ from prism_gguf import CompareOptions, Mix, PrismGgufError, QuantizeOptions, com
 from prism_gguf.cli.output import Output
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.measure.probes import PROBES, Probe
+from prism_gguf.models.conversions import CONVERSIONS, converted
 from prism_gguf.models.symmetries import ARCHITECTURES, find_sites
 from prism_gguf.quantization.quantizers import QUANTIZERS
 from prism_gguf.reports.columns import COLUMNS, Column
@@ -194,6 +196,13 @@ def test_a_report_format(
     assert "One path a line, to FILE." in CliRunner().invoke(show, ["--help"]).output
     refused = CliRunner().invoke(show, ["--lines", str(tmp_path / "no" / "x")])
     assert refused.exit_code == 2 and "is not a writable folder" in refused.output
+
+
+def test_a_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = torch.ones(4)
+    assert converted("throwaway", None, "output_norm.weight", norm) is norm
+    monkeypatch.setitem(CONVERSIONS, "throwaway", CONVERSIONS["gemma"])
+    assert torch.equal(converted("throwaway", None, "output_norm.weight", norm), norm + 1)
 
 
 def test_an_architecture(ladder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

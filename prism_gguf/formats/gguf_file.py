@@ -288,7 +288,9 @@ class GgufFile:
             notes.append(f"general.file_type is missing; its tensors are mostly {types.held}")
         elif recorded.startswith("unknown"):
             value = self.number("general.file_type")
-            notes.append(f"general.file_type is {value}, which names no ftype; its tensors are mostly {types.held}")
+            notes.append(
+                f"general.file_type is {value}, which gguf-py does not know; its tensors are mostly {types.held}"
+            )
         elif (found := types.against(recorded)) is not None:
             notes.append(f"general.file_type says {recorded}, but {found}")
         contradicted = [found for name in named if (found := types.against(name)) is not None]

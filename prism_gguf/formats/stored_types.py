@@ -30,9 +30,10 @@ _FALLBACKS = {wanted: taken for taken, all_wanted in _FALLBACK_STANDS_FOR.items(
 # llama.cpp's src/llama-quant.cpp: the types that most weights of an ftype get, where they are not called like it.
 _TYPES_OF_FTYPE: dict[str, tuple[str, ...]] = {
     "IQ2_S": ("IQ2_XS", "IQ2_S"),
-    "IQ2_M": ("IQ2_S",),
+    "IQ2_M": ("IQ2_S", "IQ2_XS"),
     "IQ3_XS": ("IQ3_S", "IQ3_XXS"),
-    "IQ3_M": ("IQ3_S",),
+    "IQ3_M": ("IQ3_S", "IQ3_XXS"),
+    "Q8_K_XL": ("Q8_0",),  # a publisher's name; no weights are stored as Q8_K
     "MXFP4_MOE": ("MXFP4", "Q8_0"),
 }
 _K_FTYPE = re.compile(r"(I?Q\d_K)_\w+")
@@ -153,6 +154,12 @@ class StoredTypes:
     def held(self) -> str:
         """The type that holds most weights of the body."""
         return next((kind for kind, _ in _weights(self.body).most_common(1)), "F32")
+
+    @property
+    def held_unquantized(self) -> str:
+        """The unquantized type that holds most weights; F32 where none does."""
+        plain = [t for t in self.matrices if t.type in UNQUANTIZED]
+        return next((kind for kind, _ in _weights(plain).most_common(1)), "F32")
 
     @property
     def has_published_experts(self) -> bool:

@@ -19,9 +19,13 @@ from prism_gguf.models.output_head import HeadPair
 from prism_gguf.models.protocol import Model
 from prism_gguf.models.serving import serving_of
 from prism_gguf.results.details import OtherWeights
+from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.options import RunOptions
 from prism_gguf.system.errors import IncompatibleModelsError
 from prism_gguf.system.sanitize import one_line
+
+# Tokens that a candidate may lack: those of pictures and sound, which converters leave out (Gemma 3's one, 3n's 256).
+_FEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,7 @@ def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair
             )
         )
     shared = min(candidate.vocab_size, reference.vocab_size)
-    tokens = model.vocabulary.n_tokens
-    if max(tokens, capture.n_tokens) > shared:
-        raise IncompatibleModelsError(
-            f"{candidate.path}: vocabulary of {tokens} tokens in {candidate.vocab_size} rows, the reference has "
-            f"{capture.n_tokens} in {reference.vocab_size}; probably made of another model, or of a fine-tune that added "
-            f"tokens, and {other}"
-        )
+    vocabulary = _vocabulary_notes(capture, candidate, model.vocabulary.n_tokens, shared, other)
     if found is None:
         found, said = _other_weights(capture, model)
     if found is not None and not variant:
@@ -133,12 +131,39 @@ def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair
     notes = [*candidate.notes, *([] if said is None else [said])]
     if isinstance(model, LlamaCppModel) and (for_types := model.gguf.text(f"{SMOOTHED}_for")) is not None:
         notes.append(f"smoothed for {one_line(for_types, 40)}: scales were moved between norms and matrices")
+    notes += vocabulary
+    return Pair(capture, HeadPair(capture.head, head, shared), notes, found)
+
+
+def _vocabulary_notes(capture: Capture, candidate: ModelIdentity, n_tokens: int, shared: int, other: str) -> list[str]:
+    """What to say of two vocabularies, of which the first ``shared`` rows are compared; ``n_tokens`` are the candidate's.
+
+    Raises:
+        IncompatibleModelsError: one has tokens that the other lacks, beyond a few that no text uses.
+    """
+    reference = capture.identity
+    lacking = capture.n_tokens - shared
+    if n_tokens > shared or lacking > _FEW_TOKENS:
+        raise IncompatibleModelsError(
+            f"{candidate.path}: vocabulary of {n_tokens} tokens in {candidate.vocab_size} rows, the reference has "
+            f"{capture.n_tokens} in {reference.vocab_size}; probably made of another model, or of a fine-tune that added "
+            f"tokens, and {other}"
+        )
+    if (used := next((token for token in sorted(capture.pieces) if token >= shared), None)) is not None:
+        raise IncompatibleModelsError(
+            f"{candidate.path}: the text uses token {used} ({one_line(capture.pieces[used], 40)!r}), and the file has rows "
+            f"for {shared} tokens only; take it out of the text, or convert again"
+        )
+    notes = []
     if candidate.vocab_size != reference.vocab_size:
         notes.append(
             f"padded vocabulary: {candidate.vocab_size} rows against the reference's {reference.vocab_size}; "
             f"compared over the {shared} that both have"
         )
-    return Pair(capture, HeadPair(capture.head, head, shared), notes, found)
+    if lacking > 0:
+        said = "last token" if lacking == 1 else f"last {lacking} tokens"
+        notes.append(f"it has no row for the reference's {said}, which no text uses")
+    return notes
 
 
 def _other_architecture(capture: Capture, model: Model) -> tuple[OtherWeights | None, str | None]:

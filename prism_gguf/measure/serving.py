@@ -219,6 +219,28 @@ def _types(reference: Serving, candidate: Serving) -> Iterator[str]:
         )
 
 
+def _special_texts(reference: Serving, candidate: Serving) -> Iterator[str]:
+    """Special tokens that are written otherwise: markup then means nothing. Only where converters copy the texts."""
+    if candidate.tokenizer.get("model", "gpt2") != "gpt2" or reference.tokenizer.get("model", "gpt2") != "gpt2":
+        return
+    both = [t for t in reference.pieces if t in candidate.pieces]
+    special = {*map(str, reference.special), *map(str, candidate.special)} or set(both)
+    other = [t for t in both if t in special and reference.pieces[t].strip() != candidate.pieces[t].strip()]
+    if other:
+        token = int(other[0])
+        yield (
+            f"special tokens: {len(other)} of them {'is' if len(other) == 1 else 'are'} written otherwise than in the "
+            f"reference, as {_token(candidate, token)}, there {_token(reference, token)}: {_OUT}"
+        )
+
+
+def _sampling(reference: Serving, candidate: Serving) -> Iterator[str]:
+    for name, value in candidate.sampling.items():
+        due = reference.sampling.get(name, value)
+        if not _alike(value, due):
+            yield f"general.sampling.{name}: it is {_shown(value)}, in the reference {_shown(due)}: {_OUT}"
+
+
 def _entries(reference: Serving, candidate: Serving) -> Iterator[str]:
     """The architecture's own: rope, windows, caps, scales, experts, heads, epsilons."""
     kinds = (reference.kind, candidate.kind)
@@ -285,8 +307,10 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, bool) or isinstance(b, bool) or isinstance(a, str) or isinstance(b, str):
         return bool(a == b)
     if isinstance(a, list) or isinstance(b, list):
-        both = isinstance(a, list) and isinstance(b, list)
-        return both and len(a) == len(b) and all(map(_alike, a, b))
+        if isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(map(_alike, a, b))
+        blocks, one = (a, b) if isinstance(a, list) else (b, a)
+        return all(_alike(n, one) for n in blocks if n)  # blocks of another kind have none
     return math.isclose(float(a), float(b), rel_tol=1e-5, abs_tol=1e-12)
 
 
@@ -319,5 +343,5 @@ def _is_plain(reference: Serving, candidate: Serving) -> bool:
 
 
 _PARTS: tuple[Callable[[Serving, Serving], Iterator[str]], ...] = (
-    _ends, _templates, _reading, _types, _entries, _factors,
+    _ends, _templates, _reading, _types, _special_texts, _sampling, _entries, _factors,
 )  # fmt: skip

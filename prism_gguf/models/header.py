@@ -21,6 +21,8 @@ _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _EMBEDDING = re.compile(r"(embed_tokens|embed_in|word_embeddings|wte|token_embd|embeddings?)\.weight$")
 _HEAD = re.compile(r"(lm_head|embed_out|^output)\.weight$")
 _KEYS_VALUES = re.compile(r"(k_proj|v_proj|attn_k|attn_v)\.weight$")
+# Types that no computation takes, and the bytes of a value of what they are read as (see models.checkpoint_loading).
+_READ_IN = {"F64": 4, "F8_E4M3": 2, "F8_E5M2": 2}
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d+)\.")
 
 
@@ -135,9 +137,6 @@ def _checkpoint_header(folder: Path) -> ModelHeader | None:
     config |= config.get("text_config") or {}
     headers = tensor_headers(files)
     n_bytes = {name: h["data_offsets"][1] - h["data_offsets"][0] for name, h in headers.items()}
-    # Experts of several types become one matrix of the type that holds them all.
-    experts = {h["dtype"] for name, h in headers.items() if _ONE_EXPERT.search(name)}
-    joined = 4 if len(experts) > 1 else None
     return _header(
         {name: tuple(h["shape"]) for name, h in headers.items()},
         is_gguf=False,
@@ -148,19 +147,22 @@ def _checkpoint_header(folder: Path) -> ModelHeader | None:
         cached=None,
         stored_bytes=sum(n_bytes.values()),
         files=tuple(files),
-        fused_bytes=sum(
-            math.prod(h["shape"]) * joined
-            if joined and _ONE_EXPERT.search(name)
-            else _copied(n_bytes[name], h["dtype"])
-            for name, h in headers.items()
-            if _ONE_EXPERT.search(name) or h["dtype"] == "F64"
-        ),
+        fused_bytes=_copied_bytes(headers),
     )
 
 
-def _copied(n_bytes: int, dtype: str) -> int:
-    """Bytes of a copy of a stored tensor: F64 is read in float32."""
-    return n_bytes // 2 if dtype == "F64" else n_bytes
+def _copied_bytes(headers: dict[str, dict[str, Any]]) -> int:
+    """Bytes of the weights that come as copies: joined experts, of several types in float32, and types read as others."""
+    experts = {name: h["dtype"] for name, h in headers.items() if _ONE_EXPERT.search(name)}
+    mixed = len(set(experts.values())) > 1
+    n_bytes = 0
+    for name, h in headers.items():
+        size = 4 if mixed and name in experts else _READ_IN.get(h["dtype"])
+        if size is not None:
+            n_bytes += size * math.prod(h["shape"])
+        elif name in experts:
+            n_bytes += h["data_offsets"][1] - h["data_offsets"][0]
+    return n_bytes
 
 
 def _header(

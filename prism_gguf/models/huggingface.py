@@ -236,10 +236,10 @@ class HuggingFaceModel:
         notes = [] if self._quantization else storage_notes(self._headers, self._said_dtype)
         if beyond := [token for token in self._tokens if token >= self._n_served]:
             names = ", ".join(repr(one_line(self._tokens[token], 40)) for token in beyond[:3])
-            notes.append(
-                f"its tokenizer has {len(beyond)} tokens that no row serves ({names}{', …' if len(beyond) > 3 else ''}); "
-                "no text may use them"
-            )
+            if len(beyond) > 3:
+                names += ", …"
+            what = "a token" if len(beyond) == 1 else f"{len(beyond)} tokens"
+            notes.append(f"its tokenizer has {what} that no row serves ({names}): no text may use it")
         return notes
 
     @cached_property
@@ -296,7 +296,7 @@ class HuggingFaceModel:
         return bool(self._tokenizer.chat_template)
 
     @property
-    def chat_template(self) -> ChatTemplate:
+    def render_chat(self) -> ChatTemplate:
         if not self.has_template:
             raise InvalidModelError(f"{self._path}: the tokenizer has no chat template; use --text")
         stored, known = self._tokenizer.chat_template, self._tokenizer.special_tokens_map
@@ -304,7 +304,6 @@ class HuggingFaceModel:
             sources=stored if isinstance(stored, dict) else {"default": stored},
             special={key: str(known[key]) for name in SPECIAL_TOKENS if (key := f"{name}_token") in known},
             bos=None if self._bos is None else written_as(self._bos, str(self._tokenizer.bos_token), self.tokenize),
-            path=self._path,
         )
 
     def stored(self) -> StoredModel:

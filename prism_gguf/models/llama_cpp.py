@@ -41,16 +41,20 @@ _MAX_HEAD_DISAGREEMENT = 0.05
 
 def gguf_identity(gguf: GgufFile) -> ModelIdentity:
     """The identity of a GGUF. Whether it is quantized goes by its tensors, not by what it calls itself."""
+    notes, dtype = list(gguf.label_notes), gguf.ftype
+    if gguf.is_quantized and gguf.is_original:  # what is left of it is what its publisher did not quantize
+        dtype = gguf.stored_types.held_unquantized
+        notes = notes or [f"its experts are {', '.join(gguf.stored_types.quantized_types)}, as the model was published"]
     return ModelIdentity(
         path=str(gguf.path),
         kind="gguf",
         architecture=gguf.architecture,
-        dtype=gguf.ftype,
+        dtype=dtype,
         hidden_size=gguf.hidden_size,
         vocab_size=gguf.vocab_size,
         tied=gguf.tied,
         quantization=None if gguf.is_original else gguf.ftype,
-        notes=list(gguf.label_notes),
+        notes=notes,
     )
 
 
@@ -250,7 +254,7 @@ class LlamaCppModel:
         return buffer.raw[: max(n, 0)]
 
     @property
-    def chat_template(self) -> ChatTemplate:
+    def render_chat(self) -> ChatTemplate:
         stored = {name: self.gguf.text(key) for name, key in _TEMPLATES.items()}
         if not any(stored.values()):
             raise InvalidModelError(f"{self.gguf.path}: the file has no chat template; use --text")
@@ -260,7 +264,6 @@ class LlamaCppModel:
             sources={name: str(source) for name, source in stored.items() if source},
             special=special,
             bos=None if bos is None else written_as(bos, self.piece(bos), self.tokenize),
-            path=str(self.gguf.path),
         )
 
     def _special_tokens(self) -> dict[str, int]:

@@ -75,8 +75,8 @@ class Model(Protocol):
         ...
 
     @property
-    def chat_template(self) -> ChatTemplate:
-        """The model's own chat template.
+    def render_chat(self) -> ChatTemplate:
+        """The model's own chat template, which is called with a conversation and writes its text.
 
         Raises:
             InvalidModelError: the model has none.

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prism_gguf.formats.fingerprint import is_checkpoint, is_gguf
+from prism_gguf.formats.fingerprint import is_checkpoint
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.results.serving import CHECKPOINT, GGUF, Serving, Template
 
@@ -22,6 +22,8 @@ from prism_gguf.results.serving import CHECKPOINT, GGUF, Serving, Template
 _TYPES = {1: "unknown", 2: "unused", 4: "normal", 8: "control", 16: "user-defined", 32: "byte"}
 _LONGEST_ARRAY = 512  # one number a block; vocabularies are longer
 _MOST_ENDS = 64
+_MOST_SHOWN = 256
+_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}  # gguf-py's gguf/metadata.py
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _TOKENIZER_TEXTS = ("model", "pre")
 _TOKENIZER_FLAGS = ("add_space_prefix", "remove_extra_whitespaces", "add_sep_token")
@@ -38,7 +40,7 @@ def serving_of(path: str, *, trust_remote_code: bool = False) -> Serving | None:
     Args:
         path: a GGUF, or a checkpoint's folder or hub id.
     """
-    if is_gguf(path) or not is_checkpoint(path):
+    if not is_checkpoint(path):
         return gguf_serving(GgufFile(path))
     try:
         return _checkpoint_serving(path, trust_remote_code)
@@ -76,7 +78,7 @@ def _vocabulary(gguf: GgufFile) -> Iterator[Any]:
 
     from prism_gguf.models.native_log import native_log
 
-    native_log()
+    log = native_log()
     params = C.llama_model_default_params()
     params.vocab_only = True
     model = C.llama_model_load_from_file(str(gguf.path).encode(), params)
@@ -85,6 +87,7 @@ def _vocabulary(gguf: GgufFile) -> Iterator[Any]:
     finally:
         if model:
             C.llama_model_free(model)
+        log.clear()  # what is said of a later failure is not to be this
 
 
 def _of_vocabulary(gguf: GgufFile, vocab: Any) -> Serving:
@@ -102,7 +105,8 @@ def _of_vocabulary(gguf: GgufFile, vocab: Any) -> Serving:
     attributes = [int(C.llama_vocab_get_attr(vocab, token)) for token in range(gguf.n_vocab_tokens or n_tokens)]
     ends = [token for token in range(n_tokens) if C.llama_vocab_is_eog(vocab, token)][:_MOST_ENDS]
     further = {name: valid(int(getattr(C, f"llama_vocab_{name}")(vocab))) for name in _FURTHER_IDS}
-    shown = [token for token in (bos, eos, pad, *further.values(), *ends) if token is not None]
+    control = [token for token, attribute in enumerate(attributes) if _type(attribute) == "control"][:_MOST_SHOWN]
+    shown = [token for token in (bos, eos, pad, *further.values(), *ends, *control) if token is not None]
     return Serving(
         kind=GGUF,
         architecture=gguf.architecture,
@@ -118,6 +122,7 @@ def _of_vocabulary(gguf: GgufFile, vocab: Any) -> Serving:
         types=[(kind, len(list(run))) for kind, run in itertools.groupby(map(_type, attributes))],
         tokenizer={**_tokenizer(gguf), **{f"{name}_token_id": token for name, token in further.items()}},
         model=dict(_model_entries(gguf)),
+        sampling=_sampling(gguf),
         rope_factors=_rope_factors(gguf),
     )
 
@@ -172,6 +177,13 @@ def _model_entries(gguf: GgufFile) -> Iterator[tuple[str, Any]]:
         yield key.removeprefix(prefix), value
 
 
+def _sampling(gguf: GgufFile) -> dict[str, Any]:
+    prefix = "general.sampling."
+    names = [key.removeprefix(prefix) for key in gguf.metadata_bytes if key.startswith(prefix)]
+    values = {name: gguf.metadata(prefix + name) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
+
+
 def _rope_factors(gguf: GgufFile) -> dict[str, list[float]]:
     import numpy as np
 
@@ -197,11 +209,12 @@ def _checkpoint_serving(path: str, trust_remote_code: bool) -> Serving:
     generation = _json_beside(path, "generation_config.json")
     plain, special = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     bos, sources = tokenizer.bos_token_id, (written, written.get("text_config") or {}, generation)
-    eos = [tokenizer.eos_token_id, *itertools.chain(*(_ids(one.get("eos_token_id")) for one in sources))]
+    named = (_ids(one.get(name)) for one in sources for name in ("eos_token_id", "eod_token_id"))
+    eos = [tokenizer.eos_token_id, *itertools.chain(*named)]
     ends = list(dict.fromkeys(token for token in eos if token is not None))
     special_ids = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
-    shown = [token for token in (bos, tokenizer.pad_token_id, *ends, *special_ids[:_MOST_ENDS]) if token is not None]
-    template, named = _checkpoint_templates(path, tokenizer)
+    shown = [token for token in (bos, tokenizer.pad_token_id, *ends, *special_ids[:_MOST_SHOWN]) if token is not None]
+    template, further = _checkpoint_templates(path, tokenizer)
     return Serving(
         kind=CHECKPOINT,
         architecture=next(iter(getattr(config, "architectures", None) or []), type(config).__name__),
@@ -213,9 +226,10 @@ def _checkpoint_serving(path: str, trust_remote_code: bool) -> Serving:
         ends=ends,
         pieces={str(token): str(tokenizer.convert_ids_to_tokens(token)) for token in dict.fromkeys(shown)},
         template=template_of(template, tokenizer.bos_token),
-        templates={n: t.sha256 for n, text in named.items() if (t := template_of(text, None)) is not None},
+        templates={n: t.sha256 for n, text in further.items() if (t := template_of(text, None)) is not None},
         special=special_ids,
         model=_config_entries(config, written),
+        sampling={name: generation[key] for name, key in _SAMPLING.items() if generation.get(key) is not None},
         rope_factors=_config_factors(config),
     )
 

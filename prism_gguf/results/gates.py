@@ -136,6 +136,8 @@ class _Evidence:
 
     def bound(self, value: float, confidence: float, *, up: bool) -> tuple[float | None, str]:
         """The confidence bound of ``value``, or None and the reason why there is none."""
+        if not 0.5 <= confidence < 1:
+            return None, f"a confidence is from 0.5 to below 1, and this is {confidence}"
         if self.n_windows < 2:
             return None, "one window has no standard error; give --windows 2 or more, or a longer text"
         if self.n_tokens is not None and self.n_tokens < LEAST_TOKENS:
@@ -148,8 +150,6 @@ class _Evidence:
         from scipy.special import stdtrit
 
         reach = float(stdtrit(self.n_windows - 1, confidence)) * self.error
-        if not math.isfinite(reach):
-            return None, f"there is no bound at the confidence {confidence}"
         return (value + reach if up else value - reach), ""
 
     def _no_error(self) -> str:

@@ -28,7 +28,7 @@ class Serving:
         bos, pad: ids, or None.
         eos: ids that end a text; of a GGUF one.
         ends: all ids after which nothing more is made.
-        pieces: the texts of these ids.
+        pieces: the texts of these ids, and of special tokens.
         template: the chat template; None where there is none.
         templates: SHA-256 of further, named ones.
         special: ids that stand for themselves in a prompt, as a checkpoint has them; empty for a GGUF.
@@ -36,6 +36,7 @@ class Serving:
         tokenizer: of a GGUF, further entries of its tokenizer; long ones by their SHA-256.
         model: entries of a GGUF's architecture without their prefix; of a checkpoint, all values that llama.cpp's converter
             may write for them.
+        sampling: how the next token is chosen by default, such as ``temp``; what the files do not say is not in it.
         rope_factors: tensor name and numbers that divide rope's frequencies.
     """
 
@@ -54,6 +55,7 @@ class Serving:
     types: list[tuple[str, int]] = field(default_factory=list)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
     rope_factors: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -449,6 +449,14 @@ def test_the_architecture_of_contributing_is_a_row() -> None:
     assert registered(row, "ARCHITECTURES", _GATED=symmetries._GATED) in symmetries.ARCHITECTURES.values()
 
 
+def test_the_conversion_of_contributing_is_a_row() -> None:
+    from prism_gguf.models import conversions
+
+    _, row = contributed("Add a conversion")
+    names = {"Conversion": conversions.Conversion, "_ALL_NORMS": conversions._ALL_NORMS}
+    assert registered(row, "CONVERSIONS", **names).added == conversions.CONVERSIONS["gemma"].added
+
+
 # The site
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from prism_gguf.formats.text.chat import ChatSource, read_chat
-from prism_gguf.formats.text.conversation import conversation_of
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_cpp import LlamaCppModel
@@ -31,7 +30,7 @@ def test_special_tokens_are_tokens_and_both_runtimes_agree(smollm2, tmp_path: Pa
     source = read_chat(chat_file(tmp_path, {"messages": TALK}, "", TALK * 3))
     assert (source.domain, len(source.conversations)) == ("talk", 2)
     with HuggingFaceModel(smollm2.checkpoint) as checkpoint, LlamaCppModel(smollm2.f16, n_ctx=128) as gguf:
-        texts = [source.render(model.chat_template) for model in (checkpoint, gguf)]
+        texts = [source.render(model.render_chat) for model in (checkpoint, gguf)]
         assert texts[0] == texts[1] and texts[0].special
         tokens = [text.read(model.vocabulary) for text, model in zip(texts, (checkpoint, gguf), strict=True)]
         np.testing.assert_array_equal(tokens[0], tokens[1])
@@ -56,7 +55,7 @@ def test_special_tokens_are_tokens_and_both_runtimes_agree(smollm2, tmp_path: Pa
 def test_what_is_no_conversation(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidTextError, match=message):
         read_chat(chat_file(tmp_path, line))
-    with pytest.raises(InvalidTextError, match="no such text file"):
+    with pytest.raises(InvalidTextError, match="No such file"):
         read_chat(tmp_path / "none.jsonl")
 
 
@@ -64,8 +63,8 @@ def test_what_is_no_conversation(line: str, message: str, tmp_path: Path) -> Non
 def test_models_without_a_template_and_refused_conversations(smollm2, ladder: dict[str, Path], tmp_path: Path) -> None:
     source = ChatSource("talk", [TALK, [{"role": "user", "content": 3}]])
     with HuggingFaceModel(MODEL) as model, pytest.raises(InvalidModelError, match="no chat template; use --text"):
-        source.render(model.chat_template)
+        source.render(model.render_chat)
     with LlamaCppModel(ladder["Q8_0"], n_ctx=128) as model, pytest.raises(InvalidModelError, match="no chat template"):
-        model.chat_template.render(conversation_of(TALK))
+        model.render_chat(TALK)
     with LlamaCppModel(smollm2.f16, n_ctx=128) as model, pytest.raises(InvalidTextError, match="conversation 2"):
-        source.render(model.chat_template)
+        source.render(model.render_chat)

@@ -16,10 +16,12 @@ from random_gguf import MODELS, write_random
 
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.mix import UNQUANTIZED, Mix
-from prism_gguf.formats.stored_types import StoredTypes
+from prism_gguf.formats.stored_types import StoredTypes, TensorInfo
 from prism_gguf.models.factors import Factors
+from prism_gguf.models.llama_cpp import gguf_identity
 from prism_gguf.models.llama_quantizer import planned_types
 from prism_gguf.quantization.smoothing.apply import write_smoothed
+from prism_gguf.reports.words import quantized_reference
 from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed.gguf_export import finish
 from prism_gguf.workflows.inspect import inspect
@@ -53,7 +55,7 @@ def test_sound_files_have_no_note(ladder: dict[str, Path], name: str) -> None:
         ("Q4_K_M", BF16, "Q4_K", "says BF16, but it holds Q4_K, Q6_K in 30 of 30 matrices"),
         ("Q4_K_M", Q8_0, "Q4_K", "general.file_type says Q8_0, but its tensors are mostly Q4_K"),
         ("Q4_K_M", None, "Q4_K", "general.file_type is missing; its tensors are mostly Q4_K"),
-        ("Q4_K_M", 99, "Q4_K", "general.file_type is 99, which names no ftype; its tensors are mostly Q4_K"),
+        ("Q4_K_M", 99, "Q4_K", "general.file_type is 99, which gguf-py does not know; its tensors are mostly Q4_K"),
         ("Q8_0", Q4_K_M, "Q8_0", "general.file_type says Q4_K_M, but its tensors are mostly Q8_0"),
         ("F16", Q4_K_M, "F16", "general.file_type says Q4_K_M, but its tensors are mostly F16"),
         ("F16", BF16, "F16", "general.file_type says BF16, but its tensors are mostly F16"),
@@ -82,6 +84,8 @@ def test_a_guessed_label_is_one(ladder: dict[str, Path], tmp_path: Path) -> None
         ("Q4_K_M", "model-F16.gguf", "the file's name says F16, but it holds Q4_K, Q6_K in 30 of 30 matrices"),
         ("F16", "model-Q4_K_M.gguf", "the file's name says Q4_K_M, but its tensors are mostly F16"),
         ("Q4_K_M", "model-UD-Q4_K_XL.gguf", None),
+        ("Q8_0", "model-UD-Q8_K_XL.gguf", None),
+        ("Q6_K", "model-Q6_K_L.gguf", None),
         ("Q4_K_M", "model-BF16-Q4_K_S.gguf", None),  # made from BF16
         ("Q4_K_M", "model.gguf", None),
     ],
@@ -135,6 +139,27 @@ def test_files_of_other_sizes_contradict_a_label(planned: list[tuple[str, str, S
         assert agreeing == family
 
 
+@pytest.mark.parametrize(
+    ("label", "blocks", "agrees"),
+    [
+        # As publishers tune mixes, tensor by tensor: the label's size, and often not half of the weights in its type.
+        ("Q4_K_XL", {"Q4_K": 4, "Q5_K": 3, "Q6_K": 2, "Q8_0": 1}, True),
+        ("Q4_K_M", {"IQ4_XS": 4, "Q4_K": 3, "Q5_K": 2, "Q6_K": 1}, True),
+        ("Q2_K", {"Q2_K": 3, "Q3_K": 4, "IQ3_XXS": 3}, True),
+        ("Q4_K_M", {"Q4_K": 1, "Q8_0": 9}, False),
+        ("Q8_0", {"Q8_0": 2, "Q4_K": 8}, False),
+        ("Q6_K", {"Q6_K": 3, "Q3_K": 7}, False),
+        ("F16", {"F16": 4, "F32": 6}, False),
+        ("F16", {"F16": 5, "F32": 2, "BF16": 3}, True),
+    ],
+)
+def test_tuned_mixes(label: str, blocks: dict[str, int], agrees: bool) -> None:
+    names = (f"blk.{n}.ffn_up.weight" for n in range(10))
+    kinds = [kind for kind, count in blocks.items() for _ in range(count)]
+    tensors = [_typed(TensorInfo(name, "F32", (256, 256), 0), kind) for name, kind in zip(names, kinds, strict=True)]
+    assert (StoredTypes.of(tensors, "llama").against(label) is None) == agrees
+
+
 def rewritten(
     source: Path, out: Path, changed: dict[str, GGMLQuantizationType], architecture: str = "llama"
 ) -> GgufFile:
@@ -171,6 +196,9 @@ def test_experts_in_mxfp4_are_the_original_of_gpt_oss(tmp_path: Path, architectu
     assert file.is_quantized and file.ftype == "MXFP4"
     assert file.is_original == (architecture == "gpt-oss")
     assert ("as the model was published" in file.label_notes[0]) == file.is_original
+    identity = gguf_identity(file)
+    assert (identity.quantization, identity.dtype) == ((None, "F16") if file.is_original else ("MXFP4", "MXFP4"))
+    assert identity.notes == file.label_notes and (quantized_reference(identity) is None) == file.is_original
 
 
 def test_a_smoothed_file_is_labelled_by_what_it_holds(ladder: dict[str, Path], tmp_path: Path) -> None:

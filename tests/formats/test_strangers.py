@@ -187,13 +187,12 @@ def test_chat_templates_stay_in_their_sandbox(
     next(e for e in made.entries if e.key == b"tokenizer.chat_template").value = template.encode()
     source = ChatSource("talk", [[{"role": "user", "content": "Hi"}]])
     checkpoint = HuggingFaceModel.__new__(HuggingFaceModel)  # its tokenizer is all that renders
-    checkpoint._path = "checkpoint"
     checkpoint._tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
     checkpoint._tokenizer.chat_template = template
     with LlamaCppModel(written(tmp_path / "t.gguf", made), n_ctx=32) as gguf:
         for model in (gguf, checkpoint):
             with pytest.raises(TEMPLATES[template]) as error:
-                source.render(model.chat_template)
+                source.render(model.render_chat)
             assert len(str(error.value)) < 600
             check_inert(str(error.value))
     assert not (tmp_path / "owned").exists()

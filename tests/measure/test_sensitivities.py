@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
 from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import Score
 from prism_gguf.measure.calibrate.fisher import FisherProducts
 from prism_gguf.measure.calibrate.gradients import backward, fisher_gradient
+from prism_gguf.measure.calibrate.importance import _notes, _Observed
 from prism_gguf.measure.calibrate.sensitivities import ensure_sensitivity
 from prism_gguf.measure.calibrate.weight_errors import WeightErrors
 from prism_gguf.models.conversions import KnownHead
@@ -56,9 +61,11 @@ def make_model(config: PreTrainedConfig) -> Any:
 class Small(HuggingFaceModel):
     """A model that has no files: random weights, and no tokenizer."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, types: Sequence[torch.dtype] = (torch.float32,)) -> None:
         self._path = "small"
         self._model = make_model(config)
+        for parameter, dtype in zip(self._model.parameters(), cycle(types), strict=False):
+            parameter.data = parameter.data.to(dtype)
         self._head = self._model.get_output_embeddings()
         self._known = KnownHead(transform=LogitTransform(softcap=getattr(config, "final_logit_softcapping", None)))
         self._n_rows = len(self._head.weight)
@@ -66,9 +73,18 @@ class Small(HuggingFaceModel):
         self._hook = self._head.register_forward_pre_hook(self._on_head)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GEMMA2, PHI3, MOE], ids=lambda c: c.model_type)
-def test_products_are_those_of_the_whole_gradient(config: PreTrainedConfig, tmp_path: Path) -> None:
-    model = Small(config)
+PLAIN, MIXED = (torch.float32,), (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "types"),
+    [(LLAMA, PLAIN), (LLAMA, MIXED), (GEMMA2, PLAIN), (PHI3, PLAIN), (MOE, PLAIN), (MOE, MIXED)],
+    ids=["llama", "llama, mixed types", "gemma2", "phi3", "moe", "moe, mixed types"],
+)
+def test_products_are_those_of_the_whole_gradient(
+    config: PreTrainedConfig, types: Sequence[torch.dtype], tmp_path: Path
+) -> None:
+    model = Small(config, types)
     tensors, _ = quantizable_tensors(model.network)
     errors = WeightErrors(tmp_path, ["Q4_0", "Q8_0"], None)
     errors.prepare(tensors, lambda *_: None)
@@ -77,14 +93,14 @@ def test_products_are_those_of_the_whole_gradient(config: PreTrainedConfig, tmp_
     backward(model, tokens, tensors, sums.add_product, lambda ids, d: sums.add_embedding(0, ids, d), seed=5)
 
     # The same random loss by plain autograd, with all weights asking for gradients.
-    head, network = model.output_head(), model.network
+    head, network = model.output_head(), deepcopy(model.network).float()
     for number, ids in enumerate(tokens):
         states = model.traced_states(ids[None], Float32Compute())[0]
         delta = fisher_gradient(states, head, torch.Generator().manual_seed(5 + number))
         network.requires_grad_(True)
         hidden = network.model(input_ids=ids[None]).last_hidden_state[0]
         network.zero_grad()
-        ((hidden @ model.head_weight.T) * delta).sum().backward()
+        ((hidden @ network.lm_head.weight.T) * delta).sum().backward()
         network.requires_grad_(False)
         gradients = {name: p.grad for name, p in network.named_parameters()}
         for row, tensor in enumerate(tensors):
@@ -101,6 +117,28 @@ def test_products_are_those_of_the_whole_gradient(config: PreTrainedConfig, tmp_
                 whole += expected
             columns = [errors.types.index(kind) for kind in kinds]
             np.testing.assert_allclose(sums.directional[number, row, columns], whole, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["imatrix.gguf", "imatrix.dat"])
+def test_experts_that_no_token_reached_are_named_and_weigh_evenly(name: str, tmp_path: Path) -> None:
+    model = Small(MOE)
+    tensors, _ = quantizable_tensors(model.network)
+    observed = _Observed(tensors)
+    with torch.no_grad():
+        model.traced_states(torch.tensor([[3]]), observed)  # two of four experts
+    seen = {n for n, counts in observed.counts.items() if counts.any()}
+    sums, counts = ({n: found[n] for n in seen} for found in (observed.sums, observed.counts))
+    write_imatrix(tmp_path / name, sums, counts, datasets=["x"], n_chunks=40, chunk_size=512)
+    found, experts = read_imatrix(tmp_path / name), "blk.0.ffn_down_exps.weight"
+    weights = found.weights[experts].reshape(4, 32)
+    assert (counts[experts] == 0).sum() == 2
+    assert (weights[counts[experts] == 0] == 1).all() and (weights > 0).all()
+    notes = " ".join(found.notes({experts}))
+    if name.endswith("gguf"):  # the legacy format does not say it
+        assert "reached 2 of 4 experts of blk.0.ffn_down_exps.weight" in notes
+        assert "fewer than 100 tokens" in notes and "(1 at least)" in notes
+    told = _notes(tmp_path / name, observed)
+    assert told[: len(list(found.notes()))] == list(found.notes())
 
 
 def test_names_of_fused_and_merged_weights() -> None:

@@ -63,7 +63,7 @@ def test_both_runtimes_write_the_same_with_one_bos(ladder: dict[str, Path], tmp_
     source = read_chat(file)
     checkpoint, f16 = with_templates(ladder, tmp_path)
     with HuggingFaceModel(checkpoint) as hf, LlamaCppModel(f16, n_ctx=64) as gguf:
-        texts = [source.render(model.chat_template) for model in (hf, gguf)]
+        texts = [source.render(model.render_chat) for model in (hf, gguf)]
         assert texts[0] == texts[1]
         text = texts[0].text
         assert "None" not in text and 'add({"a": 1, "b": 1})' in text and text.startswith("26 July 2024\nuser: ")
@@ -82,7 +82,7 @@ def test_every_conversation_begins_with_bos_where_the_tokenizer_puts_one(
 ) -> None:
     stored = {"tokenizer.chat_template": "{{ messages[0].content }}"}
     with LlamaCppModel(edited(ladder["F16"], tmp_path / "F16.gguf", metadata=stored), n_ctx=64) as gguf:
-        text = ChatSource("talk", [[USER], [USER]]).render(gguf.chat_template)
+        text = ChatSource("talk", [[USER], [USER]]).render(gguf.render_chat)
         assert text.text == "What is 1 + 1?<|bos|>What is 1 + 1?"
 
 

@@ -25,8 +25,17 @@ from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.testbed.gguf_export import write_f16
 
-TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+TYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# What no computation takes: the narrowest type that holds it; F64 is rounded.
+READ_AS = {torch.float64: torch.float32, torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}
 TIED = {**SMALL, "vocab_size": 4096, "tie_word_embeddings": True}
 
 
@@ -63,11 +72,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def check_exact(folder: Path) -> HuggingFaceModel:
-    """Every tensor of its files is a parameter of the same type and the same bits; F64 is rounded to float32."""
+    """Every tensor of its files is a parameter of the same type and the same bits, or of the type that it is read as."""
     with HuggingFaceModel(folder) as model:
         found = {**dict(model.network.named_buffers()), **dict(model.network.named_parameters())}
         for name, tensor in tensors_of(folder).items():
-            wanted = tensor.float() if tensor.dtype == torch.float64 else tensor
+            wanted = tensor.to(READ_AS.get(tensor.dtype, tensor.dtype))
             assert found[name].dtype == wanted.dtype, name
             assert torch.equal(found[name], wanted), name
         if model.identity.tied:
@@ -82,9 +91,9 @@ def test_every_type_under_every_configuration(kind: str, said: str | None, tmp_p
     for key in ("dtype", "torch_dtype"):
         say(folder, **{"dtype": None, "torch_dtype": None, key: said})
         model = check_exact(folder)
-        assert model.identity.dtype == model.stored().ftype == NAMES[kind]
+        assert model.identity.dtype == model.stored().ftype == NAMES.get(kind, kind)
         contradicted = any(f"config.json says {said}" in note for note in model.identity.notes)
-        assert contradicted == (said is not None and said != NAMES[kind])
+        assert contradicted == (said is not None and said != NAMES.get(kind))
         assert any("float64" in note and "read in float32" in note for note in model.identity.notes) == (kind == "F64")
 
 
@@ -223,7 +232,9 @@ def test_memory_of_weights_that_come_as_copies(tmp_path: Path) -> None:
     wide = model_header(str(stored(tmp_path / "wide", T.LlamaConfig(**SMALL), lambda _: torch.float64)))
     assert plain is not None and mixed is not None and wide is not None
     assert mixed.fused_bytes == 2 * plain.fused_bytes > 0
+    narrow = model_header(str(stored(tmp_path / "narrow", T.LlamaConfig(**SMALL), lambda _: torch.float8_e5m2)))
     assert wide.fused_bytes == wide.stored_bytes // 2
+    assert narrow is not None and narrow.fused_bytes == 2 * narrow.stored_bytes
 
 
 def test_the_noise_floor_is_that_of_f16_whatever_is_said(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tiny_gguf import N_VOCAB
 
 from prism_gguf import CompareOptions, compare
 from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.measure.pair import check_pair
 from prism_gguf.measure.same_weights import compare_weights, other_architecture, sample_of
 from prism_gguf.models.conversions import (
     CONVERSIONS,
@@ -32,7 +33,7 @@ from prism_gguf.models.conversions import (
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_cpp import LlamaCppModel
 from prism_gguf.models.output_head import LogitTransform
-from prism_gguf.system.errors import InvalidTextError
+from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
 from prism_gguf.testbed import held_out_texts
 
 TOKENS = np.random.default_rng(0).integers(300, 4000, 64).astype(np.int32)
@@ -177,6 +178,16 @@ _NETWORKS: dict[str, tuple[Callable[[], Any], LogitTransform]] = {
         ),
         LogitTransform(1 / 6),
     ),
+    "granite_swa": (lambda: T.GraniteSWAConfig(**SIZES, **_WINDOWS, logits_scaling=6.0), LogitTransform(1 / 6)),
+    "granitemoe_swa": (
+        lambda: T.GraniteMoeSWAConfig(**SIZES, **_WINDOWS, **_EXPERTS, logits_scaling=6.0),
+        LogitTransform(1 / 6),
+    ),
+    "cohere2_moe": (
+        lambda: T.Cohere2MoeConfig(**SIZES, **_WINDOWS, num_experts=4, num_experts_per_tok=2, logit_scale=0.3),
+        LogitTransform(0.3),
+    ),
+    "falcon_h1": (CASES["falcon-h1"].config, LogitTransform()),  # its factor is in the head's rows
     "hyperclovax": (lambda: T.HyperCLOVAXConfig(**SIZES, logits_scaling=0.4), LogitTransform(0.4)),
     "minicpm3": (CASES["minicpm3"].config, LogitTransform(4.0)),
     "gemma2": (lambda: T.Gemma2Config(**SIZES, final_logit_softcapping=0.5), LogitTransform(1.0, 0.5)),
@@ -291,7 +302,7 @@ def test_a_whole_comparison_of_a_nemotron_with_tokens_that_no_row_serves(short: 
     assert [row.error for row in found.candidates] == [None, None]
     assert all(row.divergence is not None and row.divergence.kld_mean < 1e-6 for row in found.candidates)
     (note,) = found.reference.notes
-    assert "2 tokens that no row serves ('<image_0>', '<image_1>'); no text may use them" in note
+    assert "2 tokens that no row serves ('<image_0>', '<image_1>'): no text may use it" in note
     assert [note in row.notes for row in found.candidates] == [False, True]
 
 
@@ -320,3 +331,29 @@ def test_padding_that_a_network_cuts_off(tmp_path: Path, monkeypatch: pytest.Mon
     with HuggingFaceModel(folder) as model:
         assert model.identity.vocab_size == model.output_head().n_rows == model.vocabulary.n_tokens == 4000
         assert model.head_source() is None
+
+
+def test_a_candidate_without_rows_for_the_references_last_tokens(tmp_path: Path) -> None:
+    """As GGUFs of Gemma 3 that leave out the token of pictures: a note, unless a text uses it."""
+    folder = write_checkpoint(tmp_path / "model", T.LlamaConfig(**{**SIZES, "vocab_size": 4100}))
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 4096, "content": "<image>"})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    file = convert(write_checkpoint(tmp_path / "cut", CASES["llama"].config()), tmp_path / "a.gguf", CASES["llama"])
+    with HuggingFaceModel(folder) as reference, LlamaCppModel(file, n_ctx=64) as candidate:
+        assert reference.identity.notes == [] and reference.vocabulary.n_tokens == 4097
+        pieces = {300: "a", 301: "b"}
+        capture: Any = SimpleNamespace(
+            identity=reference.identity, n_tokens=4097, pieces=pieces, head=reference.output_head(), weights=None
+        )
+        pair = check_pair(capture, candidate)
+        assert pair.heads.n_rows == 4096
+        assert pair.notes[-1] == "it has no row for the reference's last token, which no text uses"
+        pieces[4096] = "<image>"
+        with pytest.raises(
+            IncompatibleModelsError, match=r"uses token 4096 \('<image>'\), and the file has rows for 4096"
+        ):
+            check_pair(capture, candidate)
+        capture.n_tokens = 5000
+        with pytest.raises(IncompatibleModelsError, match="probably made of another model"):
+            check_pair(capture, candidate)

@@ -246,6 +246,27 @@ def test_a_quantized_base_is_refused_and_a_hole_in_an_imatrix_noted(
         assert "has nothing for blk.0.ffn_down.weight, blk.1" in note and note.endswith(" and 1 more")
 
 
+def test_holes_are_named_before_the_work(ladder: dict[str, Path], tmp_path: Path) -> None:
+    base = ladder["F16"]
+    whole = read_imatrix(imatrix_of(base, tmp_path / "whole.gguf")).weights
+    sums = {name: weights.copy() for name, weights in whole.items() if name != "output.weight"}
+    sums["blk.0.ffn_down.weight"][:] = 0
+    sums["blk.1.ffn_down.weight"][:300] = 0
+    sums["blk.0.attn_qkv.weight"] = np.ones(256, np.float32)
+    sums["token_embd.weight"] = np.ones(100, np.float32)
+    out = tmp_path / "holes.gguf"
+    write_imatrix(out, sums, dict.fromkeys(sums, 9000.0), datasets=["x"], n_chunks=18, chunk_size=512)
+    with RunOptions().worker() as worker:
+        planned = plan(base, Mix("Q4_K_M"), imatrix=out, worker=worker)
+        assert plan(base, Mix("Q8_0"), imatrix=tmp_path / "whole.gguf", worker=worker).imatrix_text
+    embedding, head, strange, zeros, silent = planned.notes
+    assert "100 values for token_embd.weight, which has 256 columns: quantized without them" in embedding
+    assert "nothing for the output head, output.weight" in head
+    assert "has blk.0.attn_qkv.weight, which testbed-F16.gguf has not; was it made for this model?" in strange
+    assert "only zeros for blk.0.ffn_down.weight (768 columns)" in zeros
+    assert "never activated 300 of 768 columns of blk.1.ffn_down.weight" in silent
+
+
 def test_rows_that_do_not_divide(ladder: dict[str, Path], tmp_path: Path) -> None:
     narrow = {
         "blk.0.ffn_gate.weight": np.zeros((768, 224), np.float16),

@@ -147,6 +147,12 @@ def test_undefined_numbers_and_limits_keep_nothing() -> None:
             Gate.parse(f"kld_mean>{limit}")
 
 
+@pytest.mark.parametrize("confidence", [1.0, 0.05, -1.0, float("nan"), 95.0])
+def test_a_confidence_that_is_none_shows_nothing(confidence: float) -> None:
+    judged = Gate.parse("divergence.kld_mean>9").judge(measured(WINDOWS), 6, confidence, N)
+    assert not judged.passed and judged.reason is not None and "from 0.5 to below 1" in judged.reason
+
+
 def test_where_nothing_differs_the_bound_is_what_the_tokens_show() -> None:
     row = measured(
         WINDOWS, same_top=1.0, same_top_se=0.0, kld_mean=0.0, kld_mean_se=0.0, ppl_ratio=1.0, ppl_ratio_se=0.0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from prism_gguf.cli import main
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.gguf_writer import NewTensor, write_copy
-from prism_gguf.formats.imatrix import ImportanceMatrix
+from prism_gguf.formats.imatrix import ImportanceMatrix, write_imatrix
 from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.measure.capture.ensure import ensure_capture
@@ -28,6 +28,7 @@ from prism_gguf.quantization.heads.cross_score import decode_body, score_heads
 from prism_gguf.results.comparison import GateResult
 from prism_gguf.results.heads import HeadReport, HeadRow
 from prism_gguf.results.options import HEAD_TYPES, CaptureOptions, CompareOptions, HeadOptions
+from prism_gguf.system.errors import InvalidImatrixError
 from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed import FOLDER, MODEL, held_out_texts
 from prism_gguf.testbed.gguf_export import write_f16
@@ -128,6 +129,25 @@ def test_an_imatrix_weighs_the_columns(
     assert row.output_side is not None
     assert row.output_side.divergence.kld_mean == pytest.approx(measured["weighed"], rel=1e-6)
     assert measured["weighed"] != pytest.approx(measured["Q2_K"], rel=0.01)
+
+
+def test_an_imatrix_with_a_hole_in_the_head_or_of_another_model(tmp_path: Path) -> None:
+    holes = np.ones(256, np.float32)
+    holes[:9] = 0
+    for width, weights in ((256, holes), (100, np.ones(100, np.float32))):
+        given = {"output.weight": weights}, {"output.weight": 9000.0}
+        write_imatrix(tmp_path / "i.gguf", *given, datasets=["x"], n_chunks=20, chunk_size=512)
+        options = HeadOptions(imatrix=tmp_path / "i.gguf")
+        if width == 256:
+            (note,) = settings.imatrix_notes(options, "output.weight")
+            assert "never activated 9 of 256 columns of output.weight" in note
+            found = settings.weights_of(options, "output.weight", 256)
+            assert found is not None and (found > 0).all()
+        else:
+            with pytest.raises(InvalidImatrixError, match=r"has 100 values for output\.weight, which has 256 columns"):
+                settings.weights_of(options, "output.weight", 256)
+    (note,) = settings.imatrix_notes(options, "token_embd.weight")
+    assert "no entry for token_embd.weight" in note
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,8 @@ def test_what_llama_cpp_takes_anyway_is_no_difference(
 BOTH, GGUF_ONLY = ("gguf", "checkpoint"), ("gguf",)
 
 
+TOKENS = json.loads((MODEL / "tokenizer.json").read_text())["model"]["vocab"]
+TOKENS = sorted(TOKENS, key=TOKENS.__getitem__)
 WITH_BOS, DUE = "the reference with 0 '<|bos|>'", "in the reference"
 
 
@@ -95,6 +97,7 @@ WITH_BOS, DUE = "the reference with 0 '<|bos|>'", "in the reference"
         ({TOKENIZER + "token_type": [1] * 4096}, BOTH, f"token types: 1 token has another type than {DUE}, as 0 '<|bos|>'"),
         ({TOKENIZER + "token_type": [3, *[1] * 99, *[4] * 3996]}, GGUF_ONLY, "token types: 3996 tokens have other types"),
         ({TOKENIZER + "pre": "llama-bpe"}, GGUF_ONLY, f"tokenizer.ggml.pre: it is 'llama-bpe', {DUE} 'gpt-2': {OUT}"),
+        ({TOKENIZER + "tokens": ["<|odd|>", *TOKENS[1:]]}, BOTH, "<|odd|>"),
         ({TEMPLATE: CHATML}, BOTH, f"chat template: it has one ({len(CHATML.strip())} characters, SHA-256 "),
         ({LLAMA + "rope.freq_base": 500000.0}, BOTH, f"llama.rope.freq_base: it is 500000, {DUE} 10000: {IN}"),
         ({LLAMA + "rope.scaling.factor": 4.0}, BOTH, f"llama.rope.scaling.factor: it is 4, {DUE} 1: {IN}"),
@@ -121,6 +124,19 @@ def test_each_difference_is_a_note(
         notes = serving_notes(references[kind], found)
         assert len([n for n in notes if note in n]) == 1, notes
         assert all("\n" not in n and len(n) <= 400 for n in notes)
+
+
+def test_sampling_is_compared_where_both_say_it(ladder: dict[str, Path], tmp_path: Path) -> None:
+    cold, warm = (
+        serving_of(str(edited(ladder["F16"], tmp_path / f"{t}.gguf", metadata={"general.sampling.temp": t})))
+        for t in (0.25, 1.0)
+    )
+    plain, folder = serving_of(str(ladder["F16"])), checkpoint(tmp_path / "m")
+    generation = folder / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"temperature": 1.0, "do_sample": True}))
+    for reference in (warm, serving_of(str(folder))):
+        assert serving_notes(reference, cold) == [f"general.sampling.temp: it is 0.25, in the reference 1: {OUT}"]
+        assert serving_notes(reference, warm) == serving_notes(reference, plain) == []
 
 
 def test_rope_factors_are_compared(

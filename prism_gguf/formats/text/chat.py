@@ -47,7 +47,7 @@ class ChatSource:
             InvalidModelError: the template is invalid, or uses something that Jinja's sandbox forbids.
         """
         conversations = self.read()
-        text = "".join(map(template.render, conversations)).removeprefix(template.bos or "")
+        text = "".join(map(template, conversations)).removeprefix(template.bos or "")
         is_dated = any(map(template.writes_date, conversations))
         return EvaluationText(self.domain, text, special=True, note=DATE_NOTE if is_dated else None)
 

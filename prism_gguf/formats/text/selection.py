@@ -27,7 +27,7 @@ class Reader(Protocol):
     def vocabulary(self) -> Vocabulary: ...
 
     @property
-    def chat_template(self) -> ChatTemplate: ...
+    def render_chat(self) -> ChatTemplate: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Reading:
         vocabulary = model.vocabulary
         if isinstance(self.sources, TokenSource):
             return self._ready_made(self.sources, vocabulary), []
-        texts = [s.render(model.chat_template) if isinstance(s, ChatSource) else s for s in self.sources]
+        texts = [s.render(model.render_chat) if isinstance(s, ChatSource) else s for s in self.sources]
         names = [text.domain for text in texts]
         if len(set(names)) < len(names):
             raise InvalidTextError(

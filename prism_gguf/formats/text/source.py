@@ -11,7 +11,15 @@ from prism_gguf.system.errors import InvalidTextError
 STANDARD_INPUT = "-"
 BYTE_ORDER_MARK = "\ufeff"
 """At the start of a text it says how that is encoded, and is no part of it."""
-_POINTER = b"version https://git-lfs.github.com/spec/"
+# How files begin that are often given for a text.
+_NO_TEXTS = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself; get that with `git lfs pull`",
+    b"_logits_": "a base-logits file; `prism-gguf capture --from-kld-base` reads it",
+    b"GGUF\x03\0": "a GGUF, not a text",
+    b"\x1f\x8b": "compressed (gzip); give its content, as with <(zcat FILE)",
+    b"PK\x03\x04": "compressed (zip); give its content",
+    b"PAR1\x15": "a Parquet file, not a text; write its column out as text or JSON lines",
+}
 # The longer marks first: UTF-32's begins with UTF-16's.
 _OTHER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -30,8 +38,9 @@ def read_utf8(path: str | Path) -> str:
         InvalidTextError: it cannot be read, or is not UTF-8: another encoding, a folder, a Git LFS pointer.
     """
     data = _read(path)
-    if data.startswith(_POINTER):
-        raise InvalidTextError(f"{path}: a Git LFS pointer, not the file itself; get that with `git lfs pull`")
+    for start, what in _NO_TEXTS.items():
+        if data.startswith(start):
+            raise InvalidTextError(f"{path}: {what}")
     for mark, encoding in _OTHER_MARKS.items():
         if data.startswith(mark):
             raise InvalidTextError(f"{path}: is {encoding}, not UTF-8; convert it first")
@@ -46,8 +55,6 @@ def _read(path: str | Path) -> bytes:
         return sys.stdin.buffer.read()
     path = Path(path)
     try:
-        if not path.exists():
-            raise InvalidTextError(f"{path}: no such text file")
         if path.is_dir():
             raise InvalidTextError(f"{path}: a folder, not a text file")
         return path.read_bytes()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prism_gguf.formats.text.conversation import Conversation, Message
+from prism_gguf.formats.text.conversation import Conversation, Message, conversation_of
 from prism_gguf.system.errors import InvalidModelError, InvalidTextError
 from prism_gguf.system.sanitize import one_line
 
@@ -52,22 +52,20 @@ class ChatTemplate:
         sources: templates by name: ``default``, and ``tool_use`` for conversations with tools, where there is one.
         special: texts of special tokens: ``bos_token``, ``eos_token`` …
         bos: text of BOS where the tokenizer puts one before every text; None where it does not.
-        path: the model, for messages.
     """
 
     sources: Mapping[str, str]
     special: Mapping[str, str] = field(default_factory=dict)
     bos: str | None = None
-    path: str = ""
 
-    def render(self, conversation: Conversation) -> str:
+    def __call__(self, stored: Conversation | list[Message]) -> str:
         """The text of a conversation. It begins with one BOS where the tokenizer asks for one, whoever writes it.
 
         Raises:
             InvalidTextError: the template refuses the conversation.
             InvalidModelError: the template is invalid, or does what it may not do.
         """
-        text = self._on(DATE, conversation)
+        text = self._on(DATE, conversation_of(stored))
         return text if self.bos is None else self.bos + text.removeprefix(self.bos)
 
     def writes_date(self, conversation: Conversation) -> bool:
@@ -81,7 +79,8 @@ class ChatTemplate:
         found = next((self.sources[name] for name in order if self.sources.get(name)), None)
         if found is None:
             raise InvalidModelError(
-                f"{self.path}: has no default chat template, only {one_line(', '.join(self.sources), 80)}; use --text"
+                f"{conversation.place}: the model has no default chat template, only "
+                f"{one_line(', '.join(self.sources), 80)}; use --text"
             )
         return found
 
@@ -93,11 +92,14 @@ class ChatTemplate:
         try:
             messages = _fitted(source, conversation.messages)
             text = _run(source, messages, conversation.tools, date, self.special)
+            text.encode("utf-8")
         except (SecurityError, TemplateSyntaxError) as error:
             raise InvalidModelError(
                 f"{conversation.place}: the model's chat template cannot run ({type(error).__name__}): "
                 f"{one_line(str(error), 300)}"
             ) from error
+        except UnicodeEncodeError as error:  # from JSON that was itself in a text of JSON
+            raise InvalidTextError(f"{conversation.place}: has half a character, which is no text") from error
         except (InvalidTextError, InvalidModelError) as error:
             raise type(error)(f"{conversation.place}: {error}") from error
         except Exception as error:  # templates raise any error: Jinja's errors, TypeError, KeyError …
@@ -105,8 +107,6 @@ class ChatTemplate:
                 f"{conversation.place}: the model's chat template refuses it: "
                 f"{one_line(str(error) or type(error).__name__, 300)}"
             ) from error
-        if any("\ud800" <= c <= "\udfff" for c in text):  # in JSON that is itself a text of JSON
-            raise InvalidTextError(f"{conversation.place}: has half a character, which is no text")
         if _ADDRESS.search(text) and not _ADDRESS.search(json.dumps([conversation.messages, conversation.tools])):
             raise InvalidModelError(
                 f"{conversation.place}: the model's chat template writes an address in memory, which is another in each run"

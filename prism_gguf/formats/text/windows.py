@@ -159,6 +159,8 @@ def read_texts(sources: Sequence[str]) -> list[EvaluationText]:
         # A path may contain "=": an argument that names a file is a path, any other is NAME=FILE.
         path = rest if rest and not is_there(source) else source
         domain = name if path != source else domain_of(path, set(texts))
+        if not is_there(path):
+            raise InvalidTextError(f"{path}: no such text file")
         text = read_utf8(path)
         note = _MARKED if text.startswith(BYTE_ORDER_MARK) else None
         text = text.removeprefix(BYTE_ORDER_MARK)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prism_gguf.formats.fingerprint import is_gguf
 from prism_gguf.formats.text.selection import Reading, Source, TokenSource
 from prism_gguf.formats.text.windows import EvaluationText, Score, notes_of
 from prism_gguf.measure.capture.ensure import capture_place, ensure_capture
@@ -84,7 +83,7 @@ class ReferenceSource:
         folder = worker.run(ensure_capture, self.path, self.reading, running, progress=progress, of=self.path)
         identity, text = worker.run(_describe, folder, self.is_default, progress=progress)
         # A cached capture may have been made from the same content under another name, which is a label too.
-        if is_gguf(self.path):
+        if identity.kind == "gguf":
             identity = worker.run(_named, self.path, identity, progress=progress, of=self.path)
         return OpenReference(folder, replace(identity, path=self.path), text)
 
