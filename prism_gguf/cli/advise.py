@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.files import OutputFile
+from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
     base_option,
     compare_options,
@@ -21,7 +22,7 @@ from prism_gguf.cli.options import (
     trust_option,
     types_option,
 )
-from prism_gguf.cli.output import say_holes, watching
+from prism_gguf.cli.output import say_holes, table_console, watching
 
 
 @main.command()
@@ -31,7 +32,7 @@ from prism_gguf.cli.output import say_holes, watching
 @click.option(
     "-o",
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(),
     required=True,
     help="Recipe to write: .yaml, .json, or .txt for a tensor-type-file.",
 )
@@ -63,7 +64,7 @@ from prism_gguf.cli.output import say_holes, watching
 @click.option(
     "--make",
     "make",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(streams=False),
     metavar="OUT.gguf",
     help="Make the file from the recipe too, and compare it with REFERENCE.",
 )
@@ -95,20 +96,20 @@ def advise(
     from prism_gguf.reports.advice import print_advice, print_made
     from prism_gguf.reports.json_result import write_json
     from prism_gguf.reports.smoothing import print_smoothed
-    from prism_gguf.reports.terminal import console
     from prism_gguf.results.options import SENSITIVITY_TYPES, AdviseOptions
+    from prism_gguf.system.atomic_files import is_stream
     from prism_gguf.workflows.advise import advise as run_advise
 
-    check_writable(out, "--out")
-    check_writable(json_file)
     types = types or SENSITIVITY_TYPES
-    chosen = compare_options(AdviseOptions, types=types, folder=out.parent, recipe_file=out, **options)
+    chosen = compare_options(
+        AdviseOptions, types=types, folder=None if is_stream(out) else out.parent, recipe_file=out, **options
+    )
     say_holes(options["imatrix"], quiet)
     with watching(quiet, options) as watched:
         advice = run_advise(reference, base, budget, measured, sources(text, chat), chosen, **watched)
     if json_file is not None:
         write_json(json_file, advice.to_dict())
-    shown = console()
+    shown = table_console()
     shown.quiet = quiet
     if advice.smoothing is not None:
         print_smoothed(advice.smoothing, shown)

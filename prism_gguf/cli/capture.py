@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,4 +76,6 @@ def capture(
         folder = run_capture(reference, texts, CaptureOptions(score=Score(score), **options), **watched)
     for note in [] if quiet else capture_notes(folder):
         click.echo(f"note: {one_line(note)}", err=True)
-    click.echo(folder)
+    click.echo(
+        os.fsencode(folder) if os.name == "posix" else folder
+    )  # as other programs want it, whatever its characters

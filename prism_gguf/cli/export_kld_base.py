@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
-from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.files import OutputFile
+from prism_gguf.cli.group import main
 from prism_gguf.cli.options import force_option, quiet_option
 from prism_gguf.cli.output import watching
+from prism_gguf.system.amounts import amount
 
 
 @main.command("export-kld-base")
 @click.argument("capture", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=OutputFile(streams=False))
 @click.option(
     "--candidate",
     type=click.Path(path_type=Path),
@@ -30,8 +32,7 @@ def export_kld_base(capture: Path, file: Path, candidate: Path | None, force: bo
     """
     from prism_gguf.workflows.capture import export_kld_base as run_export
 
-    check_writable(file, "FILE")
     with watching(quiet) as watched:
         n_vocab = run_export(capture, file, candidate=candidate, force=force, **watched)
     if not quiet:
-        click.echo(f"written for GGUFs with a vocabulary of {n_vocab} tokens, padding included", err=True)
+        click.echo(f"written for GGUFs with a vocabulary of {amount(n_vocab, 'token')}, padding included", err=True)

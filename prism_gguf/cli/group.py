@@ -6,14 +6,16 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
-from prism_gguf.system.errors import known
+from prism_gguf.cli.files import Command
+from prism_gguf.system.errors import TRACEBACK, known, unforeseen
 from prism_gguf.system.sanitize import one_line
+from prism_gguf.system.streams import prepare_streams
 from prism_gguf.system.version import __version__
 
 EXIT_GATE, EXIT_BAD, EXIT_INTERRUPTED = 1, 2, 130
@@ -24,12 +26,33 @@ _GOES_ON = ("advise", "capture", "compare", "demo", "quantize", "sensitivity", "
 
 
 class Group(click.Group):
-    """Turns the library's own errors and refusals of the system into one line and exit code 2."""
+    """Turns every error into one line and exit code 2: exit code 1 says only that a limit is broken."""
+
+    command_class = Command
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        def work() -> Any:
+            return super(Group, self).main(args, prog_name, complete_var, False, **extra)
+
+        if not standalone_mode:
+            return work()
+        prepare_streams()
+        code = EXIT_INTERRUPTED  # where a second interrupt comes while the first is handled
+        with contextlib.suppress(KeyboardInterrupt), _terminated_is_interrupted():
+            code = _code_of(work)
+            code = _code_of(sys.stdout.flush) or code  # Python itself would fail silently on a full disk
+        sys.exit(code)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _terminated_is_interrupted():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except KeyboardInterrupt:
             way_on = (
                 "run the same command again to continue from the finished work"
@@ -38,12 +61,26 @@ class Group(click.Group):
             )
             complain(f"interrupted; {way_on or 'no half-written file is left'}")
             sys.exit(EXIT_INTERRUPTED)
-        except Exception as error:
-            told = known(error)
-            if told is None:
-                raise
-            complain(str(told))
-            sys.exit(EXIT_BAD)
+
+
+def _code_of(work: Callable[[], object]) -> int:
+    """The exit code of ``work``, whose errors are told."""
+    try:
+        ended = work()
+    except SystemExit as end:
+        ended = end.code
+    except click.ClickException as error:
+        error.show()
+        return EXIT_BAD
+    except (KeyboardInterrupt, EOFError, click.Abort):
+        complain("interrupted")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(error)
+        complain(str(known(error) or unforeseen(error)))
+        return EXIT_BAD
+    return ended if isinstance(ended, int) else 0
 
 
 @contextlib.contextmanager
@@ -72,13 +109,3 @@ def complain(message: str) -> None:
 @click.version_option(__version__, prog_name="prism-gguf")
 def main() -> None:
     """Is this GGUF good enough to publish, and what exactly did quantization break?"""
-
-
-def check_writable(path: Path | None, hint: str = "--json") -> None:
-    """Fail before the long run if ``path`` cannot be written.
-
-    Raises:
-        click.BadParameter: its folder does not exist or is not writable.
-    """
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise click.BadParameter(f"{path.parent} is not a writable folder", param_hint=hint)

@@ -11,7 +11,6 @@ import click
 from prism_gguf.cli.group import (
     EXIT_BAD,
     EXIT_GATE,
-    check_writable,
     complain,
     main,
 )
@@ -26,7 +25,7 @@ from prism_gguf.cli.options import (
     text_options,
     trust_option,
 )
-from prism_gguf.cli.output import say_holes, watching
+from prism_gguf.cli.output import say_holes, table_console, watching
 
 
 @main.command()
@@ -78,11 +77,9 @@ def head(
     from prism_gguf.formats.text.windows import Score
     from prism_gguf.reports.head_table import print_heads
     from prism_gguf.reports.json_result import write_json
-    from prism_gguf.reports.terminal import console
     from prism_gguf.results.options import HEAD_TYPES, HeadOptions
     from prism_gguf.workflows.head import head as sweep_heads
 
-    check_writable(json_file)
     check_capture_options(reference)
     chosen = HeadOptions(score=Score(score), types=types or HEAD_TYPES, run_all=run == "all", **options)
     say_holes(options["imatrix"], quiet)
@@ -91,7 +88,7 @@ def head(
     if json_file is not None:
         write_json(json_file, report.to_dict())
     if not quiet:
-        print_heads(report, console())
+        print_heads(report, table_console())
     for candidate in report.failed:
         assert candidate.error is not None
         complain(candidate.error.message)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.files import OutputFile
+from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
     calibration_options,
     quiet_option,
@@ -26,7 +27,7 @@ from prism_gguf.system.sanitize import one_line
 @click.option(
     "-o",
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(streams=False),
     required=True,
     help="Importance matrix to write, .gguf.",
 )
@@ -52,7 +53,6 @@ def imatrix(
     from prism_gguf.results.options import ImatrixOptions
     from prism_gguf.workflows.imatrix import imatrix as collect
 
-    check_writable(out, "--out")
     with watching(quiet, options) as watched:
         found = collect(reference, out, sources(text, chat), ImatrixOptions(**options), steps=watched["steps"])
     if not quiet:

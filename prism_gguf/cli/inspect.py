@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from prism_gguf.cli.group import main
+from prism_gguf.cli.output import hand_over
 
 
 @main.command()
@@ -26,13 +26,14 @@ def inspect(file: Path, as_json: bool, as_recipe: bool, recipe_format: str | Non
     Reads types, bits per weight, head, imatrix, and tensors that fell back to another type from the header of a GGUF.
     """
     from prism_gguf.reports.inspection import print_inspection
+    from prism_gguf.reports.json_result import json_text
     from prism_gguf.reports.terminal import console
     from prism_gguf.workflows.inspect import inspect as run_inspect
 
     found = run_inspect(file)
     if as_recipe or recipe_format:
-        click.echo(found.recipe().formatted(recipe_format or ("json" if as_json else "yaml")), nl=False)
+        hand_over(found.recipe().formatted(recipe_format or ("json" if as_json else "yaml")))
     elif as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        hand_over(json_text(found.to_dict()))
     else:
         print_inspection(found, console())

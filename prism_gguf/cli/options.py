@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 from click.core import ParameterSource
 
+from prism_gguf.cli.files import OutputFile
+
 if TYPE_CHECKING:
     from prism_gguf.formats.text.selection import Source
     from prism_gguf.results.options import CompareOptions
@@ -81,7 +83,10 @@ def evaluation_options(default: str) -> Callable[[F], F]:
 text_options = evaluation_options("the packaged text, five domains")
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads. Default: the number of physical cores."
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads. Default: the physical cores that this process may use (affinity, container).",
 )
 cache_option = click.option(
     "--cache",
@@ -206,7 +211,11 @@ trust_option = click.option(
 )
 quiet_option = click.option("--quiet", is_flag=True, help="Show no progress, no tables and no notes; only errors.")
 json_option = click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result to FILE as JSON."
+    "--json",
+    "json_file",
+    type=OutputFile(),
+    metavar="FILE",
+    help="Write the result to FILE as JSON; - is standard output.",
 )
 
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, check_writable, complain
+from prism_gguf.cli.files import Beside, OutputFile, prints_result
+from prism_gguf.cli.group import EXIT_BAD, EXIT_GATE, complain
 from prism_gguf.cli.options import options, quiet_option
-from prism_gguf.reports.formats import FORMATS, JSON, all_files, named_twice, write_reports
+from prism_gguf.reports.formats import FORMATS, JSON, Format, write_reports
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from prism_gguf.results.comparison import Comparison
     from prism_gguf.system.estimate import Estimate
 
@@ -49,6 +52,23 @@ def say_holes(imatrix: Path | None, quiet: bool) -> None:
             click.echo(f"note: {note}", err=True)
 
 
+def table_console() -> Console:
+    """Where tables are printed: standard output, or standard error where a file of the command is standard output."""
+    from prism_gguf.reports.terminal import console
+
+    return console(stderr=prints_result(click.get_current_context()))
+
+
+def say(text: str = "") -> None:
+    """Print a line where the tables are."""
+    click.echo(text, err=prints_result(click.get_current_context()))
+
+
+def hand_over(text: str) -> None:
+    """Print what other programs read, in UTF-8, whatever the terminal has."""
+    click.echo(text.encode("utf-8", "backslashreplace"), nl=False)
+
+
 @dataclass(frozen=True)
 class Output:
     """The output options of a command.
@@ -65,17 +85,9 @@ class Output:
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> Output:
-        """Take the output options out of a command's options. Checks that the files can be written, before the long run.
-
-        Raises:
-            click.BadParameter: a file cannot be written, or two options name the same file.
-        """
+        """Take the output options out of a command's options."""
         asked = {name: given.pop(f"{name}_file") for name in FORMATS}
         files = {name: path for name, path in asked.items() if path is not None}
-        for name, file in all_files(files):
-            check_writable(file, f"--{name}")
-        if (again := named_twice(files)) is not None:
-            raise click.BadParameter(f"{again[1]} is named twice", param_hint=f"--{again[0]}")
         return cls(files, given.pop("details"), given.pop("quiet"))
 
     @property
@@ -101,11 +113,11 @@ class Output:
     def show(self, comparison: Comparison, footer: str = "") -> None:
         """Print the result to the terminal."""
         if not self.quiet:
-            from prism_gguf.reports.terminal import console, print_comparison
+            from prism_gguf.reports.terminal import print_comparison
 
-            print_comparison(comparison, console(), details=self.details)
+            print_comparison(comparison, table_console(), details=self.details)
             if footer:
-                click.echo(f"\n{footer}")
+                say(f"\n{footer}")
         for candidate in comparison.failed:
             assert candidate.error is not None
             complain(candidate.error.message)
@@ -121,12 +133,16 @@ class Output:
             sys.exit(EXIT_GATE)
 
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
-
 def format_options() -> Callable[[Any], Any]:
     """Add an option for each report format."""
-    made = (click.option(f"--{name}", f"{name}_file", type=_FILE, help=form.help) for name, form in FORMATS.items())
+
+    def beside(form: Format) -> Beside:
+        return lambda path: form.files(path)[1:]
+
+    made = (
+        click.option(f"--{name}", f"{name}_file", type=OutputFile(beside=beside(form)), metavar="FILE", help=form.help)
+        for name, form in FORMATS.items()
+    )
     return options(*made)
 
 

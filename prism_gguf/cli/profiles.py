@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from prism_gguf.cli.group import main
+from prism_gguf.cli.output import hand_over
+from prism_gguf.system.amounts import amount
 
 
 @main.command()
@@ -19,10 +21,10 @@ def profiles(name: str | None) -> None:
 
     if name is not None:
         path = load_profile(name).path
-        click.echo(f"# {path}\n{read_utf8(path)}", nl=False)
+        hand_over(f"# {path}\n{read_utf8(path)}")
         return
     names = profile_names()
     width = max(map(len, names))
     for known in names:
         profile = load_profile(known)
-        click.echo(f"{known:<{width}}  {len(profile.entries):>2} files  {profile.description}")
+        click.echo(f"{known:<{width}}  {amount(len(profile.entries), 'file'):<8}  {profile.description}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prism_gguf.cli.files import OutputFile
 from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
     compare_options,
@@ -20,6 +21,8 @@ from prism_gguf.cli.options import (
 from prism_gguf.cli.output import (
     Output,
     output_options,
+    say,
+    table_console,
     watching,
 )
 from prism_gguf.quantization.quantizers import LLAMA_CPP, QUANTIZERS
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 @main.command()
 @click.argument("base", type=click.Path(path_type=Path), metavar="BASE.gguf")
-@click.argument("out", type=click.Path(path_type=Path), metavar="OUT.gguf")
+@click.argument("out", type=OutputFile(streams=False, folder=False), metavar="OUT.gguf")
 @click.option(
     "--recipe",
     "recipe_file",
@@ -91,7 +94,6 @@ def quantize(
     from prism_gguf.quantization.types import types_from
     from prism_gguf.reports.json_result import write_json
     from prism_gguf.reports.plan import print_plan
-    from prism_gguf.reports.terminal import console
     from prism_gguf.reports.words import printable
     from prism_gguf.results.options import QuantizeOptions
     from prism_gguf.workflows.quantize import quantize as run_quantize
@@ -109,17 +111,17 @@ def quantize(
         force=force,
         verify=verify,
         texts=sources(text, chat),
-        planned=None if output.quiet else lambda plan: print_plan(plan, out, console()),
+        planned=None if output.quiet else lambda plan: print_plan(plan, out, table_console()),
     )
     with watching(output.quiet, options) as watched:
         result = run_quantize(base, out, what, chosen, **watched)
     if result.found and not output.quiet:
-        click.echo(f"{printable(str(out))}: already exists and is up to date")
+        say(f"{printable(str(out))}: already exists and is up to date")
     if output.json_file is not None:
         write_json(output.json_file, result.to_dict())
     if result.comparison is not None:
         if not output.quiet:
-            click.echo()
+            say()
         # The JSON above contains the comparison.
         output.without_json().finish(result.comparison, footer=_predicted_and_measured(result))
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.files import OutputFile
+from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
     cache_option,
     calibration_options,
@@ -22,7 +23,7 @@ from prism_gguf.cli.options import (
     types_option,
     verbose_option,
 )
-from prism_gguf.cli.output import say_holes, watching
+from prism_gguf.cli.output import say_holes, table_console, watching
 
 
 @main.command()
@@ -30,7 +31,7 @@ from prism_gguf.cli.output import say_holes, watching
 @click.option(
     "-o",
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(),
     required=True,
     help="JSON file for the sensitivities.",
 )
@@ -65,16 +66,15 @@ def sensitivity(
     killed, the next run continues from there.
     """
     from prism_gguf.reports.advice import print_sensitivity
-    from prism_gguf.reports.terminal import console
     from prism_gguf.results.options import SENSITIVITY_TYPES, SensitivityOptions
     from prism_gguf.system.atomic_files import write_whole
+    from prism_gguf.system.sanitize import valid
     from prism_gguf.workflows.sensitivity import sensitivity as measure
 
-    check_writable(out, "--out")
     chosen = SensitivityOptions(types=types or SENSITIVITY_TYPES, **options)
     say_holes(options["imatrix"], quiet)
     with watching(quiet, options) as watched:
         found = measure(reference, sources(text, chat), chosen, **watched)
-    write_whole(out, json.dumps(found.to_dict()) + "\n")
+    write_whole(out, json.dumps(valid(found.to_dict())) + "\n")
     if not quiet:
-        print_sensitivity(found, console())
+        print_sensitivity(found, table_console())

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.files import OutputFile
+from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
     base_option,
     cache_option,
@@ -21,7 +22,13 @@ from prism_gguf.cli.options import (
     trust_option,
     verbose_option,
 )
-from prism_gguf.cli.output import say_holes, watching
+from prism_gguf.cli.output import say_holes, table_console, watching
+
+
+def _imatrix_beside(out: Path) -> list[Path]:
+    from prism_gguf.workflows.smooth import imatrix_beside
+
+    return [imatrix_beside(out)]
 
 
 @main.command()
@@ -30,7 +37,7 @@ from prism_gguf.cli.output import say_holes, watching
 @click.option(
     "-o",
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(streams=False, beside=_imatrix_beside),
     required=True,
     metavar="SMOOTH-F16.gguf",
     help="File to write. Its importance matrix is written beside it, as SMOOTH-F16.imatrix.gguf.",
@@ -93,12 +100,9 @@ def smooth(
     from prism_gguf.quantization.types import types_to_come
     from prism_gguf.reports.json_result import write_json
     from prism_gguf.reports.smoothing import print_smoothed
-    from prism_gguf.reports.terminal import console
     from prism_gguf.results.options import SmoothOptions
     from prism_gguf.workflows.smooth import smooth as run_smooth
 
-    check_writable(out, "--out")
-    check_writable(json_file)
     what, chosen = types_to_come(base, ftype, recipe), SmoothOptions(force=force, overwrite=force, **options)
     say_holes(options["imatrix"], quiet)
     with watching(quiet, options) as watched:
@@ -106,4 +110,4 @@ def smooth(
     if json_file is not None:
         write_json(json_file, smoothed.to_dict())
     if not quiet:
-        print_smoothed(smoothed, console())
+        print_smoothed(smoothed, table_console())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from prism_gguf.cli.group import check_writable, main
+from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
     check_capture_options,
     compare_options,
@@ -86,7 +87,9 @@ def sweep(
 
     output = Output.taken_from(options)
     folder = out or base.parent
-    check_writable(folder / "x" if folder.is_dir() else folder, "--out")
+    writable = folder if folder.is_dir() else folder.parent
+    if not (writable.is_dir() and os.access(writable, os.W_OK)):
+        raise click.BadParameter(f"{writable} is not a writable folder", param_hint="--out")
     check_capture_options(reference)
     profile = load_profile(profile_name)
     if budget is not None:

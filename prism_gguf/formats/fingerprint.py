@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from itertools import accumulate
 from pathlib import Path
 
+from prism_gguf.formats.checkpoint_files import check_checkpoint_name
+from prism_gguf.formats.file_kind import is_gguf, missing, not_a
 from prism_gguf.formats.gguf_reader import split_parts
+from prism_gguf.formats.hub import is_hub_id
 from prism_gguf.system.cache import file_digest
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.progress import Progress, no_progress, part
 
 # The files of a checkpoint folder that decide its results: weights, configuration, tokenizer, its own code.
 _CHECKPOINT_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path counts as a GGUF file."""
-    return str(path).endswith(".gguf")
-
-
-def is_hub_id(reference: str) -> bool:
-    """Whether this names a model on the hub rather than a file or folder."""
-    return not Path(reference).exists() and reference.count("/") == 1 and not reference.startswith((".", "/", "~"))
 
 
 def is_checkpoint(candidate: str) -> bool:
@@ -36,24 +30,25 @@ def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progr
     A file is hashed again only if its size or modification time has changed.
 
     Raises:
-        InvalidModelError: there is no such model.
+        InvalidModelError: there is no such model, or a file of it is something else.
     """
     path = Path(reference)
-    if is_hub_id(reference):
-        return _hub_commit(reference)
-    if path.is_dir():
+    if is_gguf(path):
+        if not path.exists():
+            raise InvalidModelError(f"{path}: {missing(path)}")
+        files = split_parts(path)
+    elif path.exists() and not path.is_dir():
+        raise InvalidModelError(f"{path}: {not_a('a GGUF file', path)}")
+    else:
+        check_checkpoint_name(reference)
+        if is_hub_id(reference):
+            return _hub_commit(reference)
         files = sorted(f for f in path.iterdir() if f.suffix in _CHECKPOINT_FILES and f.is_file())
         files += sorted((path / "additional_chat_templates").glob("*.jinja"))
-    elif path.is_file():
-        files = split_parts(path)
-    elif is_gguf(path):
-        raise InvalidModelError(f"{path}: no such file")
-    else:
-        raise InvalidModelError(f"{reference}: no such checkpoint directory, hub id (owner/name) or .gguf file")
     before = [0, *accumulate(f.stat().st_size for f in files)]
     digests = [file_digest(f, cache, part(progress, at, before[-1])) for f, at in zip(files, before, strict=False)]
     lines = (f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
 def _hub_commit(model: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.mix import UNQUANTIZED
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.sanitize import one_line
 
@@ -41,11 +42,14 @@ def _problems(gguf: GgufFile) -> Iterator[str]:
         number("expert_used_count"),
     )
     if blocks is not None and not 0 < blocks <= _MOST_BLOCKS:
-        yield f"says that it has {blocks:.0f} blocks"
+        yield f"says that it has {amount(round(blocks), 'block')}"
     if blocks is not None and number("nextn_predict_layers") > blocks:
-        yield f"says that {number('nextn_predict_layers'):.0f} of its {blocks:.0f} blocks predict further tokens"
+        yield (
+            f"says that {number('nextn_predict_layers'):.0f} of its {amount(round(blocks), 'block')} "
+            f"predict further tokens"
+        )
     if not (experts >= used > 0 or experts == used == 0) or experts > _MOST_EXPERTS:
-        yield f"says that it uses {used:.0f} of {experts:.0f} experts"
+        yield f"says that it uses {used:.0f} of {amount(round(experts), 'expert')}"
     scaling = gguf.text(f"{gguf.architecture}.rope.scaling.type")
     if scaling is not None and scaling not in _ROPE_SCALING:
         yield f"says that rope is scaled by '{one_line(scaling, 40)}'"

@@ -16,9 +16,11 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
-from prism_gguf.formats.gguf_reader import entry_bytes, open_reader, split_parts, value_of
+from prism_gguf.formats.file_kind import missing, without_ending
+from prism_gguf.formats.gguf_reader import check_parts, entry_bytes, open_reader, split_parts, value_of
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.formats.stored_types import Fallback, StoredTypes, TensorInfo, find_fallbacks
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.sanitize import one_line
 
@@ -78,10 +80,11 @@ class GgufFile:
         self.path = Path(path)
         if self.path.is_dir():
             raise InvalidModelError(f"{self.path}: is a folder; name a .gguf file")
-        if not self.path.is_file():
-            raise InvalidModelError(f"{self.path}: no such file")
+        if not self.path.exists():
+            raise InvalidModelError(f"{self.path}: {missing(self.path)}")
         self.parts = split_parts(self.path)
         self.readers = [open_reader(part) for part in self.parts]
+        check_parts(self.parts, self.readers)
         self._tensors = {t.name: t for reader in self.readers for t in reader.tensors}
         self._check_causal()
         self._check_head()
@@ -108,10 +111,13 @@ class GgufFile:
     def _check_head(self) -> None:
         head, bias = self._tensors[self.head_tensor.name], self._tensors.get("output.bias")
         if len(head.shape) != 2:
-            raise InvalidModelError(f"{self.path}: {head.name} has {len(head.shape)} dimensions, where a matrix has 2")
+            raise InvalidModelError(
+                f"{self.path}: {head.name} has {amount(len(head.shape), 'dimension')}, where a matrix has 2"
+            )
         if bias is not None and (bias.tensor_type.name not in UNQUANTIZED or bias.n_elements != self.vocab_size):
             raise InvalidModelError(
-                f"{self.path}: output.bias is {bias.tensor_type.name} of {bias.n_elements}, where {self.vocab_size} plain "
+                f"{self.path}: output.bias is {bias.tensor_type.name} of "
+                f"{amount(bias.n_elements, 'value')}, where {self.vocab_size} plain "
                 "numbers are due"
             )
 
@@ -155,7 +161,8 @@ class GgufFile:
         trained = self.number(f"{self.architecture}.context_length")
         if trained is not None and n_ctx > trained:
             raise InvalidModelError(
-                f"{self.path}: was trained for a context of {trained} tokens, and windows of {n_ctx} are too long; use "
+                f"{self.path}: was trained for a context of {amount(int(trained), 'token')}, and windows "
+                f"of {n_ctx} are too long; use "
                 f"--n-ctx {trained} or less"
             )
 
@@ -262,7 +269,7 @@ class GgufFile:
     @cached_property
     def _named_ftypes(self) -> list[str]:
         """All of them, the last one first: a name may say what its head is of, or what it was made from."""
-        return [match.upper() for match in reversed(_NAME_PATTERN.findall(self.path.name.removesuffix(".gguf")))]
+        return [match.upper() for match in reversed(_NAME_PATTERN.findall(without_ending(self.path.name)))]
 
     @cached_property
     def ftype(self) -> str:

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,9 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from gguf.constants import GGML_QUANT_SIZES
 
+from prism_gguf.formats.file_kind import GGUF, is_piece, kind_of, not_a
 from prism_gguf.formats.foreign_types import of_another_build
+from prism_gguf.system.amounts import agrees, amount
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.sanitize import one_line
 
@@ -68,7 +70,9 @@ class _BoundedReader(GGUFReader):
         offset = int(offset)  # numpy's numbers wrap around
         wanted = int(count) * np.dtype(dtype).itemsize
         if wanted > len(self.data) - offset:
-            raise _Damaged(f"{_bytes(wanted)} are due at byte {offset}, and it has {len(self.data)}")
+            raise _Damaged(
+                f"{amount(wanted, 'byte')} {agrees(wanted, 'is', 'are')} due at byte {offset}, and it has {len(self.data)}"
+            )
         return super()._get(offset, dtype, count, override_order)
 
     def _build_fields(self, offs: int, count: int) -> int:
@@ -87,7 +91,7 @@ class _BoundedReader(GGUFReader):
     def _get_str(self, offset: int, limit: int = _MAX_KEY) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
         length = int(self._get(offset, np.uint64)[0])
         if length > limit:
-            raise _Damaged(f"the text at byte {offset} has {length} bytes, where {limit} are the most")
+            raise _Damaged(f"the text at byte {offset} has {amount(length, 'byte')}, where {limit} are the most")
         return super()._get_str(offset)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
@@ -111,7 +115,7 @@ class _BoundedReader(GGUFReader):
         """The texts of an array that begins at byte ``at``, and the byte where the last text ends."""
         data = self.data.data  # a memoryview: its slices are cheap
         if count * 8 > len(data) - at:
-            raise _Damaged(f"an array of {count} texts runs past its end")
+            raise _Damaged(f"an array of {amount(count, 'text')} runs past its end")
         self._texts_left -= count
         if self._texts_left < 0:
             raise _Damaged(f"it has more than {_MAX_TEXTS} texts in arrays")
@@ -128,12 +132,14 @@ class _BoundedReader(GGUFReader):
     def _get_tensor_info_field(self, orig_offs: int) -> ReaderField:
         length, name = self._get_str(orig_offs)
         if not 0 < len(name) <= _MAX_NAME:
-            raise _Damaged(f"it has a tensor whose name has {length[0]} bytes; ggml takes 1 to {_MAX_NAME}")
+            raise _Damaged(
+                f"it has a tensor whose name has {amount(int(length[0]), 'byte')}; ggml takes 1 to {_MAX_NAME}"
+            )
         if _quoted(name) != bytes(name).decode("utf-8", "replace"):
             raise _Damaged(f"the tensor name {_quoted(name)} has unprintable characters")
         n_dims = int(self._get(orig_offs + 8 + len(name), np.uint32)[0])
         if not 0 < n_dims <= _MAX_DIMS:
-            raise _Damaged(f"tensor {_quoted(name)} has {n_dims} dimensions; ggml has 1 to {_MAX_DIMS}")
+            raise _Damaged(f"tensor {_quoted(name)} has {amount(n_dims, 'dimension')}; ggml has 1 to {_MAX_DIMS}")
         return super()._get_tensor_info_field(orig_offs)
 
     def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
@@ -145,7 +151,7 @@ class _BoundedReader(GGUFReader):
             if int(offset[0]) != due:
                 raise _Damaged(f"tensor {_quoted(name)} begins at byte {offset[0]} of the data, where {due} is due")
             if n_bytes > len(self.data) - begin - due:
-                raise _Damaged(f"tensor {_quoted(name)} has {_bytes(n_bytes)}, and the file ends before")
+                raise _Damaged(f"tensor {_quoted(name)} has {amount(n_bytes, 'byte')}, and the file ends before")
             due += GGUFWriter.ggml_pad(n_bytes, int(self.alignment))
         super()._build_tensors(begin, fields)
 
@@ -196,10 +202,6 @@ def _tensor_bytes(name: str, dims: list[int], raw_type: int) -> int:
     return n_elements // block * size
 
 
-def _bytes(n: int) -> str:
-    return f"{n} byte{'' if n == 1 else 's'}"
-
-
 def _quoted(name: npt.NDArray[np.uint8]) -> str:
     """A tensor's name in a message."""
     return one_line(bytes(name).decode("utf-8", "replace"), 80)
@@ -211,10 +213,10 @@ def open_reader(path: Path) -> GGUFReader:
     Raises:
         InvalidModelError: not a GGUF, truncated or damaged.
     """
+    if kind_of(path) != GGUF:
+        raise InvalidModelError(f"{path}: {not_a('a GGUF file', path)}")
     with path.open("rb") as file:
         begin = file.read(8)
-    if begin[:4] != b"GGUF":
-        raise InvalidModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
     try:
         _check_version(begin)
         return _BoundedReader(path)
@@ -223,6 +225,8 @@ def open_reader(path: Path) -> GGUFReader:
     except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, RuntimeError) as error:
         # numpy and gguf-py report the faults that are not checked here.
         reason = str(error) if isinstance(error, _Damaged) else f"{type(error).__name__}: {error}"
+        if is_piece(path):
+            raise InvalidModelError(f"{path}: {not_a('a whole GGUF file', path)}") from error
         raise InvalidModelError(
             f"{path}: cannot be read as GGUF, probably truncated or damaged: download or make it again "
             f"({one_line(reason, 300)})"
@@ -283,3 +287,39 @@ def split_parts(path: Path) -> list[Path]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InvalidModelError(f"{path}: split GGUF with missing parts: {', '.join(missing[:3])}{more}")
     return parts
+
+
+def check_parts(parts: Sequence[Path], readers: Sequence[GGUFReader]) -> None:
+    """Check that files are all the parts of one GGUF, by what they say in their metadata, as llama.cpp does.
+
+    Raises:
+        InvalidModelError: one is a part of another model, or of one with other parts, or was renamed.
+    """
+    tensors: dict[str, Path] = {}
+    for number, (part, reader) in enumerate(zip(parts, readers, strict=True)):
+        count, own = (value_of(reader.get_field(f"split.{key}")) for key in ("count", "no"))
+        if len(parts) == 1 and (count or 0) in (0, 1):
+            continue
+        if len(parts) == 1:
+            raise InvalidModelError(
+                f"{part}: part {(own or 0) + 1} of {count} of a split GGUF, by its metadata, and its name does not say so. "
+                f"Name it NAME-00001-of-{count:05d}.gguf beside the others; in the hub's cache name the link in snapshots"
+            )
+        if (count, own) != (len(parts), number):
+            said = "no part of a split GGUF" if count is None else f"part {(own or 0) + 1} of {count}"
+            raise InvalidModelError(
+                f"{part}: {said}, by its metadata, and part {number + 1} of {len(parts)} by its name"
+            )
+        for tensor in reader.tensors:
+            if (other := tensors.setdefault(tensor.name, part)) is not part:
+                raise InvalidModelError(
+                    f"{part}: has {tensor.name}, as {other.name} has; they are parts of different models"
+                )
+    totals = {value_of(reader.get_field("split.tensors.count")) for reader in readers}
+    if len(parts) > 1 and totals != {len(tensors)}:
+        said = " or ".join(sorted(str(total) for total in totals if total is not None)) or "none"
+        raise InvalidModelError(
+            f"{parts[0]}: its parts hold {amount(len(tensors), 'tensor')}, where their metadata name "
+            f"{said}; they are of different "
+            "models, or one is damaged"
+        )

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from prism_gguf.formats.imatrix_holes import FEW_TOKENS, Coverage, coverage, coverage_notes, few, mended
+from prism_gguf.formats.file_kind import GGUF, kind_of, not_a
+from prism_gguf.formats.imatrix_holes import FEW_TOKENS, Coverage, coverage, coverage_notes, mended
+from prism_gguf.system.amounts import agrees, amount, few
 from prism_gguf.system.atomic_files import written_whole
 from prism_gguf.system.errors import InvalidImatrixError, InvalidModelError
-from prism_gguf.system.sanitize import one_line
+from prism_gguf.system.sanitize import one_line, valid
 
 # llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 _DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -54,7 +56,7 @@ class ImportanceMatrix:
         found = {name: one for name, one in self.coverage.items() if tensors is None or name in tensors}
         if 0 < self.n_chunks < _FEW_CHUNKS and self.n_tokens is None:
             yield (
-                f"the importance matrix is of {self.n_chunks} chunk{'' if self.n_chunks == 1 else 's'} of text: "
+                f"the importance matrix is of {amount(self.n_chunks, 'chunk')} of text: "
                 f"{_FEW_CHUNKS} and more tell what matters, fewer what happened to be in the text"
             )
         yield from coverage_notes(found, self.n_tokens)
@@ -87,11 +89,12 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
+        kind = kind_of(path)
+        if kind not in (None, GGUF):
+            raise InvalidImatrixError(f"{path}: {not_a('an importance matrix', path)}")
+        return _read_gguf(path) if kind == GGUF else _read_legacy(path)
     except OSError as error:
         raise InvalidImatrixError(f"{path}: cannot be read ({error.strerror})") from error
-    return _read_gguf(path) if is_gguf else _read_legacy(path)
 
 
 def _check_values(path: Path, name: str, values: np.ndarray) -> None:
@@ -146,7 +149,9 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         if counts is None or {sums.tensor_type.name, counts.tensor_type.name} != {"F32"}:
             raise InvalidImatrixError(f"{path}: {name} needs sums and counts, both F32")
         if counts.n_elements < 1 or sums.n_elements % counts.n_elements:
-            raise InvalidImatrixError(f"{path}: {name} has {sums.n_elements} sums for {counts.n_elements} counts")
+            raise InvalidImatrixError(
+                f"{path}: {name} has {amount(sums.n_elements, 'sum')} for {amount(counts.n_elements, 'count')}"
+            )
         entries.add(name, *_means(path, name, np.asarray(sums.data), np.asarray(counts.data)))
     datasets = tuple(one_line(str(name)) for name in fields[_DATASETS])
     size = fields[_CHUNK_SIZE] if isinstance(fields[_CHUNK_SIZE], int) else 0
@@ -197,7 +202,7 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
     entries, uncounted = _Entries(path), []
     n_entries = source.int32()
     if n_entries < 1:
-        raise InvalidImatrixError(f"{path}: not an importance matrix (it names {n_entries} tensors)")
+        raise InvalidImatrixError(f"{path}: not an importance matrix (it names {amount(n_entries, 'tensor')})")
     for _ in range(n_entries):
         name, n_calls, n_values = source.text(), source.int32(), source.int32()
         values = np.frombuffer(source.take(4 * n_values), np.dtype("<f4")).astype(np.float32)
@@ -211,7 +216,10 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
     n_chunks = source.int32() if source.left else 0
     dataset = source.text() if source.left else ""
     if source.left:
-        raise InvalidImatrixError(f"{path}: not an importance matrix: {source.left} bytes follow where it should end")
+        raise InvalidImatrixError(
+            f"{path}: not an importance matrix: {amount(source.left, 'byte')} "
+            f"{agrees(source.left, 'follows', 'follow')} where it should end"
+        )
     return ImportanceMatrix(
         entries.weights,
         str(path),
@@ -245,6 +253,7 @@ def write_imatrix(
     path = Path(path)
     if not datasets or not sums or sums.keys() != counts.keys():
         raise InvalidImatrixError(f"{path}: needs a dataset's name, and sums and counts for the same tensors")
+    datasets = valid(list(datasets))
     entries = {name: _entry(path, name, sums[name], counts[name]) for name in sorted(sums)}
     with written_whole(path) as partial:
         write = _write_legacy if path.suffix == ".dat" else _write_gguf
@@ -256,7 +265,7 @@ def _entry(path: Path, name: str, sums: np.ndarray, counts: np.ndarray | float) 
     tokens = np.asarray(counts, dtype=np.float32).reshape(-1, 1)
     squares = np.atleast_2d(np.asarray(sums, dtype=np.float32))
     if squares.ndim != 2 or squares.shape[1] < 1 or len(squares) != len(tokens):
-        raise InvalidImatrixError(f"{path}: {name} has sums {np.shape(sums)} for {len(tokens)} counts")
+        raise InvalidImatrixError(f"{path}: {name} has sums {np.shape(sums)} for {amount(len(tokens), 'count')}")
     for values in (squares, tokens):
         _check_values(path, name, values)
     return squares, tokens

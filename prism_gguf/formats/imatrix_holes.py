@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prism_gguf.system.amounts import agrees, few
 from prism_gguf.system.errors import InvalidImatrixError
 
 # Between these, ggml's quantizers give the same bytes for weights that are all multiplied by a power of two. Tried with
@@ -123,8 +124,8 @@ def coverage_notes(found: Mapping[str, Coverage], n_tokens: int | None) -> Itera
     """
     if n_tokens is not None and n_tokens < FEW_TOKENS:
         yield (
-            f"the importance matrix is of {_counted(n_tokens, 'token')}: {FEW_TOKENS:,} and more tell what matters, fewer "
-            "what happened to be in the text"
+            f"the importance matrix is of {n_tokens:,} {agrees(n_tokens, 'token', 'tokens')}: {FEW_TOKENS:,} and more "
+            "tell what matters, fewer what happened to be in the text"
         )
     if empty := {n: c for n, c in found.items() if c.empty and c.empty == c.experts}:
         yield (
@@ -170,13 +171,3 @@ def _rare(one: Coverage) -> list[int]:
 
 def _of(found: Mapping[str, Coverage], what: str) -> str:
     return f"{sum(getattr(c, what) for c in found.values()):,} {what}"
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def few(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -13,6 +13,7 @@ import numpy as np
 
 from prism_gguf.formats.text.selection import TokenSource
 from prism_gguf.formats.text.windows import SHORTEST_WINDOW
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidTextError
 
 MAGIC = b"_logits_"
@@ -50,7 +51,7 @@ def read_tokens(path: str | Path) -> TokenSource:
     if tokens.min() < 0 or tokens.max() >= n_vocab:
         worst = int(tokens.min() if tokens.min() < 0 else tokens.max())
         raise InvalidTextError(
-            f"{path}: damaged: token id {worst} is outside the {n_vocab} tokens that its header speaks of"
+            f"{path}: damaged: token id {worst} is outside the {amount(n_vocab, 'token')} that its header speaks of"
         )
     return TokenSource(path.name, tokens.astype(np.int32).reshape(n_chunk, n_ctx), n_vocab)
 

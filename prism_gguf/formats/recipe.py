@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from prism_gguf.formats.file_kind import is_gguf, without_ending
 from prism_gguf.formats.mix import UNQUANTIZED, Mix, ftype_value, ggml_type
 from prism_gguf.formats.patterns import expand, group, listed
-from prism_gguf.system.atomic_files import write_whole
-from prism_gguf.system.errors import InvalidOutputError, InvalidProfileError, InvalidRecipeError
+from prism_gguf.formats.text.source import BYTE_ORDER_MARK, read_utf8
+from prism_gguf.system.atomic_files import is_stream, write_whole
+from prism_gguf.system.errors import InvalidOutputError, InvalidProfileError, InvalidRecipeError, InvalidTextError
 from prism_gguf.system.sanitize import one_line, short
 from prism_gguf.system.tables import table
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Recipe", "expand", "group", "read_recipe", "recipe_of", "write_recipe"]
 
 SCHEMA = "prism-gguf/recipe/1"
+_HAS_FTYPE = re.compile(r"^\W*ftype\W", re.MULTILINE)  # of a recipe from a pipe, which has no ending
 _LONGEST_VALUE = 200  # characters of a file's own description
 
 
@@ -172,7 +175,7 @@ def recipe_of(gguf: GgufFile) -> Recipe:
     return Recipe(
         ftype=_ftype_of(gguf.ftype, types.values()),
         tensor_types=types,
-        name=made.get("recipe") or file_name.removesuffix(".gguf"),
+        name=made.get("recipe") or without_ending(file_name),
         description=f"read from {file_name}",
         base=made.get("base"),
         imatrix=None
@@ -235,19 +238,20 @@ def read_recipe(
         InvalidModelError: a GGUF that is damaged.
     """
     path = Path(path)
+    made_of_gguf = is_gguf(path)
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        text = "" if is_gguf else path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InvalidRecipeError(f"{path}: cannot be read ({reason})") from error
+        path.stat()
+        text = "" if made_of_gguf else read_utf8(path).removeprefix(BYTE_ORDER_MARK)
+    except OSError as error:
+        raise InvalidRecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except InvalidTextError as error:
+        raise InvalidRecipeError(str(error)) from error
     try:
-        if is_gguf:
+        if made_of_gguf:
             from prism_gguf.formats.gguf_file import GgufFile
 
             recipe = recipe_of(GgufFile(path))
-        elif path.suffix in (".yaml", ".yml", ".json"):
+        elif path.suffix in (".yaml", ".yml", ".json") or (is_stream(path) and _HAS_FTYPE.search(text)):
             recipe = _from_mapping(_parsed(path, text), path.stem, names, vectors)
         else:
             return _from_lines(text, path.stem, names, vectors, ftype)
@@ -262,7 +266,7 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
     """Write a recipe in the format of the file's ending: .yaml, .json, or .txt for a tensor-type-file.
 
     Args:
-        path: the file to write; it appears whole or not at all.
+        path: the file to write; it appears whole or not at all. A pipe or device gets YAML.
         recipe: the recipe.
 
     Raises:
@@ -276,10 +280,11 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
         ".json": recipe.to_json,
         ".txt": recipe.to_tensor_type_file,
     }
-    if path.suffix not in formats:
+    kind = ".yaml" if is_stream(path) else path.suffix
+    if kind not in formats:
         raise InvalidOutputError(f"{path}: a recipe's file ends in .yaml, .json, or .txt (a tensor-type-file)")
     try:
-        write_whole(path, formats[path.suffix]())
+        write_whole(path, formats[kind]())
     except OSError as error:
         raise InvalidOutputError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -287,7 +292,7 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
 def _parsed(path: Path, text: str) -> Any:
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise InvalidRecipeError(f"not {kind}: {' '.join(str(error).split())}") from error
 

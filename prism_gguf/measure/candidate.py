@@ -29,6 +29,7 @@ from prism_gguf.models.protocol import Model
 from prism_gguf.results.comparison import CandidateResult, Divergence, Risk
 from prism_gguf.results.details import Baselines, FallbackInfo, HeadInfo
 from prism_gguf.results.options import CompareOptions
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.environment import now
 from prism_gguf.system.errors import UndefinedMetricError
 from prism_gguf.system.progress import Progress, no_progress, stage
@@ -62,7 +63,7 @@ def _remarks(path: str, lora: Sequence[LoraAdapter], options: CompareOptions) ->
         yield f"a checkpoint, computed in float32 by transformers: none of llama.cpp's kernels is in its numbers{kernels}"
     for adapter in lora:
         if ignored := AdapterFile(adapter.path).ignored:
-            yield f"llama.cpp leaves {len(ignored)} norms of {in_words([adapter])} out"
+            yield f"llama.cpp leaves {amount(len(ignored), 'norm')} of {in_words([adapter])} out"
 
 
 def measure(

@@ -24,6 +24,7 @@ from prism_gguf.models.opening import open_model, open_variant, runtime_of
 from prism_gguf.models.passes import MAX_LAYER_WINDOWS
 from prism_gguf.results.details import LayerCost, LayerDrift, Layers
 from prism_gguf.results.options import CompareOptions, RunOptions
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.atomic_files import write_whole
 from prism_gguf.system.cache import key_of, locked, recorded_key
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidCaptureError, PrismGgufError
@@ -200,7 +201,9 @@ def measure_layers(
             progress(i, len(reference.numbers))
             for part in read.layer_states(model, number):
                 if len(part.hidden) != len(sums):
-                    raise IncompatibleModelsError(f"{path}: {len(part.hidden)} blocks, the reference has {len(sums)}")
+                    raise IncompatibleModelsError(
+                        f"{path}: {amount(len(part.hidden), 'block')}, the reference has {len(sums)}"
+                    )
                 for block, hidden in enumerate(part.hidden):
                     sums[block].add(streams.read(i, block, part.start, part.stop), hidden)
     progress(len(reference.numbers), len(reference.numbers))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 from prism_gguf.formats.fingerprint import is_checkpoint
@@ -102,8 +101,3 @@ def read_header(
     for adapter in lora:
         AdapterFile(adapter.path).check_fits(gguf)
     return gguf.ftype
-
-
-def short_name(path: str) -> str:
-    """A candidate's name in progress messages."""
-    return Path(path).name.removesuffix(".gguf") or path

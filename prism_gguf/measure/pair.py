@@ -21,6 +21,7 @@ from prism_gguf.models.serving import serving_of
 from prism_gguf.results.details import OtherWeights
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.options import RunOptions
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import IncompatibleModelsError
 from prism_gguf.system.sanitize import one_line
 
@@ -145,14 +146,14 @@ def _vocabulary_notes(capture: Capture, candidate: ModelIdentity, n_tokens: int,
     lacking = capture.n_tokens - shared
     if n_tokens > shared or lacking > _FEW_TOKENS:
         raise IncompatibleModelsError(
-            f"{candidate.path}: vocabulary of {n_tokens} tokens in {candidate.vocab_size} rows, the reference has "
-            f"{capture.n_tokens} in {reference.vocab_size}; probably made of another model, or of a fine-tune that added "
-            f"tokens, and {other}"
+            f"{candidate.path}: vocabulary of {amount(n_tokens, 'token')} in {amount(candidate.vocab_size, 'row')}, the "
+            f"reference has {capture.n_tokens} in {reference.vocab_size}; probably made of another model, or of a "
+            f"fine-tune that added tokens, and {other}"
         )
     if (used := next((token for token in sorted(capture.pieces) if token >= shared), None)) is not None:
         raise IncompatibleModelsError(
             f"{candidate.path}: the text uses token {used} ({one_line(capture.pieces[used], 40)!r}), and the file has rows "
-            f"for {shared} tokens only; take it out of the text, or convert again"
+            f"for {amount(shared, 'token')} only; take it out of the text, or convert again"
         )
     notes = []
     if candidate.vocab_size != reference.vocab_size:
@@ -161,7 +162,7 @@ def _vocabulary_notes(capture: Capture, candidate: ModelIdentity, n_tokens: int,
             f"compared over the {shared} that both have"
         )
     if lacking > 0:
-        said = "last token" if lacking == 1 else f"last {lacking} tokens"
+        said = "last token" if lacking == 1 else f"last {amount(lacking, 'token')}"
         notes.append(f"it has no row for the reference's {said}, which no text uses")
     return notes
 

@@ -24,6 +24,7 @@ from prism_gguf.models.protocol import Model
 from prism_gguf.models.symmetries import find_sites
 from prism_gguf.models.tensor_names import copied_vectors, gguf_architecture, is_copied_vector, quantizable_tensors
 from prism_gguf.results.details import OtherWeights
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.atomic_files import written_whole
 
 # What is kept of each tensor: rows and columns enough to see an adapter's few directions, 64 KiB in half precision.
@@ -190,7 +191,7 @@ def other_architecture(sample: WeightSample, gguf: GgufFile) -> str | None:
     named = f"architecture '{ours}', the reference is '{theirs}'" if ours != theirs and theirs else ""
     blocks = _n_blocks(shapes), _n_blocks(sample.shapes)
     if sample.shapes and blocks[0] != blocks[1]:
-        found = f"{blocks[0]} blocks, the reference has {blocks[1]}"
+        found = f"{amount(blocks[0], 'block')}, the reference has {blocks[1]}"
     elif (name := next(_reshaped(sample.shapes, shapes), None)) is not None:
         found, wanted = (" × ".join(map(str, of[name])) for of in (shapes, sample.shapes))
         found = f"{name} is {found}, in the reference {wanted}"
@@ -350,7 +351,10 @@ def _in_words(other: OtherWeights, sample: WeightSample, gguf: GgufFile) -> str:
         )
     what = []
     if other.vectors_changed:
-        what.append(f"{other.vectors_changed} of {other.vectors} norms and biases, which quantization leaves alone")
+        what.append(
+            f"{other.vectors_changed} of {amount(other.vectors, 'norm or bias', 'norms and biases')}, "
+            "which quantization leaves alone"
+        )
     if other.matrices_changed:
         moved = f"{other.matrices_changed} of {other.matrices} sampled matrices, by {other.relative:.1%}"
         what.append(moved)

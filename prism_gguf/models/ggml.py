@@ -13,6 +13,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from prism_gguf.formats.imatrix_holes import sound
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import RuntimeFailureError
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -112,7 +113,9 @@ def read_float32(tensor: int, width: int) -> np.ndarray:
     n_bytes = library().ggml_nbytes(tensor)
     out = np.empty((n_bytes // (4 * width), width), dtype=np.float32)
     if out.nbytes != n_bytes:
-        raise RuntimeFailureError(f"tensor {tensor_name(tensor)} has {n_bytes} bytes, not rows of {width} float32")
+        raise RuntimeFailureError(
+            f"tensor {tensor_name(tensor)} has {amount(n_bytes, 'byte')}, not rows of {width} float32"
+        )
     library().ggml_backend_tensor_get(tensor, out.ctypes.data, 0, n_bytes)
     return out
 

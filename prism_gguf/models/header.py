@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from prism_gguf.formats.checkpoint_files import tensor_headers, weight_files
-from prism_gguf.formats.fingerprint import is_gguf, is_hub_id
+from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.hub import cached_folder, is_hub_id
 from prism_gguf.system.errors import PrismGgufError
 
 _EXPERT = re.compile(r"\.experts\.|_exps\.")
@@ -83,17 +84,10 @@ def model_header(path: str) -> ModelHeader | None:
     try:
         if is_gguf(path):
             return _gguf_header(GgufFile(path))
-        folder = _hub_folder(path) if is_hub_id(path) else Path(path)
+        folder = cached_folder(path) if is_hub_id(path) else Path(path)
         return None if folder is None else _checkpoint_header(folder)
     except (PrismGgufError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _hub_folder(model: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _gguf_header(gguf: GgufFile) -> ModelHeader | None:
@@ -133,7 +127,7 @@ def _checkpoint_header(folder: Path) -> ModelHeader | None:
     files = weight_files(folder)
     if not files or not all(file.is_file() for file in files):
         return None
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     config |= config.get("text_config") or {}
     headers = tensor_headers(files)
     n_bytes = {name: h["data_offsets"][1] - h["data_offsets"][0] for name, h in headers.items()}

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from transformers.utils.hub import cached_file
 
-from prism_gguf.formats.checkpoint_files import tensor_headers, weight_files
-from prism_gguf.formats.fingerprint import is_hub_id
+from prism_gguf.formats.checkpoint_files import check_checkpoint_name, tensor_headers, weight_files
+from prism_gguf.formats.hub import is_hub_id
 from prism_gguf.formats.text.template import SPECIAL_TOKENS, ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.models.checkpoint_loading import load_network, main_type, quiet_transformers, storage_notes
@@ -28,8 +28,9 @@ from prism_gguf.models.output_head import OutputHead
 from prism_gguf.models.passes import LONGEST_PASS
 from prism_gguf.models.protocol import LayerStates, WindowStates
 from prism_gguf.results.model import ModelIdentity, StoredModel
+from prism_gguf.system.amounts import agrees, amount
 from prism_gguf.system.cache import is_capture
-from prism_gguf.system.errors import InvalidModelError, InvalidTextError, RuntimeFailureError
+from prism_gguf.system.errors import InvalidModelError, InvalidTextError, RuntimeFailureError, known
 from prism_gguf.system.sanitize import one_line
 
 _PROBE = "The quick brown fox jumps over the lazy dog."
@@ -66,6 +67,7 @@ def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) 
             f"{path}: holds a PEFT adapter, not a checkpoint; convert it (llama.cpp's convert_lora_to_gguf.py) and give it "
             "with --lora, or merge it"
         )
+    check_checkpoint_name(path)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -104,6 +106,7 @@ class HuggingFaceModel:
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
         self._path = str(path)
         self._quantization: str | None = None
+        check_checkpoint_name(self._path)
         try:
             with quiet_transformers():
                 config = AutoConfig.from_pretrained(self._path, trust_remote_code=trust_remote_code)
@@ -123,7 +126,8 @@ class HuggingFaceModel:
             raise InvalidModelError(f"{self._path}: {reason}") from error
         if missing:  # transformers would make random numbers of them
             raise InvalidModelError(
-                f"{self._path}: {len(missing)} weights are in no safetensors, as {min(missing):.80}"
+                f"{self._path}: {amount(len(missing), 'weight')} {agrees(len(missing), 'is', 'are')} in "
+                f"no safetensors, as {min(missing):.80}"
             )
         self._head = self._model.get_output_embeddings()
         if self._head is None or not hasattr(self._head, "weight"):
@@ -139,6 +143,21 @@ class HuggingFaceModel:
         if self._stop:
             raise _HeadReached
 
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """For the model's own code, which may fail on a configuration that loads."""
+        try:
+            yield
+        except _HeadReached:
+            return
+        except Exception as error:
+            if known(error) is not None:
+                raise
+            raise RuntimeFailureError(
+                f"{self._path}: transformers loads it as {type(self._model).__name__} and cannot run it: "
+                f"{type(error).__name__}: {_reason(error)}; look at its config.json"
+            ) from error
+
     @torch.no_grad()
     def _forward(
         self, tokens: torch.Tensor, *, head: bool, cache: DynamicCache | None = None
@@ -146,7 +165,7 @@ class HuggingFaceModel:
         """Final states (n, d) float32 of tokens (n,) that follow what the cache holds, and logits (n, V) where wanted."""
         self._stop = not head
         logits = None
-        with Float32Compute(), contextlib.suppress(_HeadReached):
+        with self._running(), Float32Compute():
             logits = (
                 self._model(input_ids=tokens[None], past_key_values=cache, use_cache=cache is not None)
                 .logits[0]
@@ -161,7 +180,7 @@ class HuggingFaceModel:
     def traced_states(self, tokens: torch.Tensor, mode: TorchFunctionMode) -> torch.Tensor:
         """Final states (k, n, d) float32 of token ids (k, n), computed under ``mode``, which may leave a graph."""
         self._stop = True
-        with mode, contextlib.suppress(_HeadReached):
+        with self._running(), mode:
             self._model(input_ids=tokens, use_cache=False)
         states, self._states = self._states, None
         assert states is not None
@@ -238,7 +257,7 @@ class HuggingFaceModel:
             names = ", ".join(repr(one_line(self._tokens[token], 40)) for token in beyond[:3])
             if len(beyond) > 3:
                 names += ", …"
-            what = "a token" if len(beyond) == 1 else f"{len(beyond)} tokens"
+            what = amount(len(beyond), "token")
             notes.append(f"its tokenizer has {what} that no row serves ({names}): no text may use it")
         return notes
 
@@ -398,7 +417,8 @@ class HuggingFaceModel:
                 width = self._head.weight.shape[1]
                 if len(seen) != len(blocks) or any(states.shape[1] != width for states in seen):
                     raise RuntimeFailureError(
-                        f"{self._path}: {len(blocks)} blocks gave {len(seen)} outputs, not one of width {width} each; "
+                        f"{self._path}: {amount(len(blocks), 'block')} gave "
+                        f"{amount(len(seen), 'output')}, not one of width {width} each; "
                         "leave out --layers"
                     )
                 if start < stop:
@@ -417,7 +437,8 @@ class HuggingFaceModel:
         lists = [m for m in self._model.get_decoder().children() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
         if len(lists) != 1:
             raise InvalidModelError(
-                f"{self._path}: {type(self._model).__name__} has {len(lists)} lists of {n} blocks, where one is needed; "
+                f"{self._path}: {type(self._model).__name__} has {amount(len(lists), 'list')} of {n} "
+                f"blocks, where one is needed; "
                 "leave out --layers"
             )
         return lists[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from prism_gguf.models.passes import MAX_BATCH, MAX_LOGIT_BYTES
 from prism_gguf.models.protocol import LayerStates, WindowStates
 from prism_gguf.results.model import ModelIdentity, StoredModel
 from prism_gguf.results.options import DEFAULT, RuntimeOptions
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidAdapterError, InvalidModelError, RuntimeFailureError
 
 # llama.cpp keeps logits of a whole batch: outputs × V × 4 bytes. Batches shrink so that this stays below the bound.
@@ -147,7 +149,7 @@ class LlamaCppModel:
         if self.options.n_gpu_layers is not None:
             params.n_gpu_layers = self.options.n_gpu_layers
         params.use_extra_bufts = self.options.kernels == DEFAULT  # buffers of repacked weights (CPU_REPACK, AMX)
-        path = str(self.gguf.path).encode()
+        path = os.fsencode(self.gguf.path)
         self._model = C.llama_model_load_from_file(path, params)
         if not self._model:
             raise InvalidModelError(f"{self.gguf.path}: llama.cpp cannot load it: {self._log.reason()}")
@@ -166,7 +168,7 @@ class LlamaCppModel:
 
     def _load_adapter(self, adapter: LoraAdapter) -> Any:
         """An adapter in llama.cpp; it goes with the model."""
-        loaded = C.llama_adapter_lora_init(self._model, str(adapter.path).encode())
+        loaded = C.llama_adapter_lora_init(self._model, os.fsencode(adapter.path))
         if not loaded:
             raise InvalidAdapterError(f"{adapter.path}: llama.cpp cannot load it: {self._log.reason()}")
         return loaded
@@ -205,7 +207,9 @@ class LlamaCppModel:
         # Outputs are the last tokens of a batch; architectures drop the others in their last block, and not before.
         assert self._blocks is not None
         if len(states) not in (self._n_tokens, self._n_outputs):
-            raise RuntimeFailureError(f"{len(states)} states after block {number} for {self._n_tokens} tokens")
+            raise RuntimeFailureError(
+                f"{amount(len(states), 'state')} after block {number} for {amount(self._n_tokens, 'token')}"
+            )
         self._blocks[number] = states[-self._n_outputs :].copy()
 
     @property
@@ -359,7 +363,7 @@ class LlamaCppModel:
         if len(hidden) != n_outputs:
             raise RuntimeFailureError(
                 f"{self.gguf.path}: llama.cpp's graph of architecture '{self.gguf.architecture}' gave {len(hidden)} "
-                f"states named {_FINAL_STATES} for {n_outputs} tokens; this architecture is not supported"
+                f"states named {_FINAL_STATES} for {amount(n_outputs, 'token')}; this architecture is not supported"
             )
         return hidden, np.ctypeslib.as_array(C.llama_get_logits(self._ctx), (n_outputs, self.n_vocab))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def write_quantized(
             done += math.prod(map(int, match[2].split(",")))
 
     with log.recorded(watch) as recorded:
-        code = C.llama_model_quantize(str(base).encode(), str(out).encode(), params)
+        code = C.llama_model_quantize(os.fsencode(base), os.fsencode(out), params)
     del keep  # ctypes frees what the structures point to
     if code != 0:
         raise RuntimeFailureError(f"{base}: llama.cpp cannot quantize it to {mix.ftype}: {log.reason()}")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from prism_gguf.formats.fingerprint import is_checkpoint, is_gguf
+from prism_gguf.formats.file_kind import is_gguf
+from prism_gguf.formats.fingerprint import is_checkpoint
 from prism_gguf.results.options import RunOptions
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _vocabulary(gguf: GgufFile) -> Iterator[Any]:
     log = native_log()
     params = C.llama_model_default_params()
     params.vocab_only = True
-    model = C.llama_model_load_from_file(str(gguf.path).encode(), params)
+    model = C.llama_model_load_from_file(os.fsencode(gguf.path), params)
     try:
         yield C.llama_model_get_vocab(model) if model else None
     finally:

@@ -21,6 +21,7 @@ import numpy as np
 
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.stored_types import TensorInfo
+from prism_gguf.system.amounts import amount
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _site(block: str, kind: _Kind, tensors: dict[str, TensorInfo], heads: int) -
         group, size = heads // max(kv_heads, 1), kv_heads * head_size
         first_row = n_rows - size
     if any(follower.row_width != size * group for follower in followers):
-        return f"{followers[0].name} has {columns} columns, where {size * group} are due"
+        return f"{followers[0].name} has {amount(columns, 'column')}, where {size * group} are due"
     return Site(
         name=f"{block}.{kind.source}",
         source=source.name,

@@ -15,13 +15,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from prism_gguf.formats.gguf_file import PROVENANCE, GgufFile
 from prism_gguf.formats.imatrix import ImportanceMatrix, read_imatrix
-from prism_gguf.formats.imatrix_holes import few
 from prism_gguf.formats.mix import UNQUANTIZED, Mix
 from prism_gguf.formats.recipe import Recipe, mix_digest
 from prism_gguf.formats.stored_types import TensorInfo, fallback_type, find_fallbacks, row_block
 from prism_gguf.models.factors import smoothing_digest, smoothing_of_imatrix
 from prism_gguf.quantization.quantizers import LLAMA_CPP, planned_types
 from prism_gguf.results.quantized import MADE_OF, Plan
+from prism_gguf.system.amounts import agrees, amount, few
 from prism_gguf.system.errors import InvalidImatrixError, InvalidModelError, InvalidRecipeError
 from prism_gguf.system.progress import Progress, no_progress, stage
 from prism_gguf.system.version import __version__
@@ -137,7 +137,8 @@ def check_imatrix(imatrix: ImportanceMatrix, gguf: GgufFile) -> None:
         # llama.cpp lets token embeddings be: their entries are of the output's side, where models are tied.
         if tensor is not None and name not in _EMBEDDINGS and weights.size != (size := _columns(tensor)):
             raise InvalidImatrixError(
-                f"{file}: has {weights.size} values for {name}, which has {size} columns; it was made for another model"
+                f"{file}: has {amount(weights.size, 'value')} for {name}, which has "
+                f"{amount(size, 'column')}; it was made for another model"
             )
 
 
@@ -164,7 +165,7 @@ _SPLIT_KEYS = {"split.no", "split.count", "split.tensors.count"}  # a split base
 
 
 def _text_bytes(text: str) -> int:
-    return 8 + len(text.encode())
+    return 8 + len(text.encode("utf-8", "replace"))
 
 
 def _value_bytes(value: str | int | bool) -> int:
@@ -213,7 +214,7 @@ def provenance(
 
 
 def _cut(text: str) -> str:
-    return text.encode()[:_MAX_STRING].decode("utf-8", "ignore")
+    return text.encode("utf-8", "replace")[:_MAX_STRING].decode("utf-8", "ignore")
 
 
 def _named_types(mix: Mix, gguf: GgufFile) -> dict[str, str]:
@@ -279,9 +280,9 @@ def _columns(tensor: TensorInfo) -> int:
 
 
 def _described(imatrix: ImportanceMatrix) -> str:
-    chunks = f", {imatrix.n_chunks} chunks" if imatrix.n_chunks else ""
+    chunks = f", {amount(imatrix.n_chunks, 'chunk')}" if imatrix.n_chunks else ""
     datasets = f" of {', '.join(imatrix.datasets)}" if imatrix.datasets else ""
-    return f"{imatrix.file}, {len(imatrix.weights)} tensors{chunks}{datasets}"
+    return f"{imatrix.file}, {amount(len(imatrix.weights), 'tensor')}{chunks}{datasets}"
 
 
 def _notes(
@@ -293,7 +294,10 @@ def _notes(
 ) -> Iterable[str]:
     unnamed = [t for t in tensors if t.name not in wanted]
     if fallen := list(find_fallbacks(unnamed, mix.ftype)):
-        yield f"{len(fallen)} tensors cannot take their ftype's own type: {fallen[0].tensor}: {fallen[0].reason}"
+        yield (
+            f"{amount(len(fallen), 'tensor')} cannot take {agrees(len(fallen), 'its', 'their')} "
+            f"ftype's own type: {fallen[0].tensor}: {fallen[0].reason}"
+        )
     if imatrix is not None:
         ours, its = smoothing_digest(gguf), smoothing_of_imatrix(imatrix)
         if its != ours and its is not None:

@@ -8,6 +8,7 @@ from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.recipe import Recipe, read_recipe
 from prism_gguf.quantization.profiles import load_profile
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidRecipeError
 
 
@@ -42,7 +43,7 @@ def types_from(
         loaded = load_profile(profile)
         found = [e for e in loaded.entries if entry in (None, e.name)]
         if len(found) != 1:
-            wrong = f"has no entry '{entry}'" if entry is not None else f"has {len(found)} entries"
+            wrong = f"has no entry '{entry}'" if entry is not None else f"has {amount(len(found), 'entry', 'entries')}"
             known = ", ".join(e.name for e in loaded.entries)
             raise InvalidRecipeError(f"profile {loaded.name} {wrong}; name one of {known} with --entry")
         return found[0].mix(names), f"{loaded.name}/{found[0].name}"

@@ -57,7 +57,7 @@ def make(
     check_output(out, plan.base, overwrite=overwrite)
     admit(Estimate(disk={out.parent: plan.file_bytes}), force=options.force)
     with written_whole(out) as unfinished:  # here, so that nothing is left where the worker dies
-        worker.run(write, plan, unfinished, options.threads or 0, progress=progress, of=plan.base)
+        worker.run(write, plan, unfinished, options.runtime().n_threads, progress=progress, of=plan.base)
 
 
 def check_output(out: Path, base: Path, *, overwrite: bool = False) -> None:

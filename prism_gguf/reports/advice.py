@@ -13,6 +13,7 @@ from prism_gguf.reports.words import number, printable
 from prism_gguf.results.advice import Advice, MeasuredFile
 from prism_gguf.results.quantized import Made
 from prism_gguf.results.sensitivity import Sensitivity
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import RuntimeFailureError
 
 _MOST_SENSITIVE = 12
@@ -42,7 +43,8 @@ def print_sensitivity(found: Sensitivity, out: Console) -> None:
         table.add_row(f"… {rest} more", *("" for _ in shown))
     out.print(table)
     out.print(
-        f"\n{len(found.tensors)} tensors, {len(types)} types, {found.text['n_windows']} windows of {found.text['n_ctx']}; "
+        f"\n{amount(len(found.tensors), 'tensor')}, {amount(len(types), 'type')}, "
+        f"{amount(found.text['n_windows'], 'window')} of {found.text['n_ctx']}; "
         f"directional / diagonal estimate, all in all: {found.directional_ratio:.2f}",
         soft_wrap=True,
     )

@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from prism_gguf.formats.file_names import cut_apart
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.reports.names import file_names
-from prism_gguf.reports.words import best_for_size, number, printable, short
+from prism_gguf.reports.words import best_for_size, number, printable
 from prism_gguf.results.comparison import CandidateResult, Comparison, Part, Status
 
 # Inches. A figure has the width of a phone's screen, to stay readable there. A desktop shows two side by side.
@@ -74,7 +75,8 @@ class Drawing:
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self.rows = [c for c in comparison.candidates if c.divergence is not None]
-        self.names = {path: short(name, _NAME) for path, name in file_names(comparison.candidates).items()}
+        names = file_names(comparison.candidates)
+        self.names = dict(zip(names, cut_apart(names.values(), _NAME), strict=True))
         lossy = [r for r in self.rows if r.verdict is None or r.verdict.status is not Status.LOSSLESS]
         # The unquantized control is orders of magnitude below the others and would push them into a corner.
         self.lossy = lossy if len(lossy) > 1 else self.rows

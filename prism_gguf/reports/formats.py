@@ -35,7 +35,7 @@ class Format:
 
 JSON = "json"
 FORMATS: dict[str, Format] = {
-    JSON: Format("prism_gguf.reports.json_result", "Write the result to FILE as JSON."),
+    JSON: Format("prism_gguf.reports.json_result", "Write the result to FILE as JSON; - is standard output."),
     "html": Format("prism_gguf.reports.html", "Write a page with figures to FILE: standalone, nothing is fetched."),
     "markdown": Format(
         "prism_gguf.reports.markdown",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from prism_gguf.formats.file_names import cut_apart, distinct_names
 from prism_gguf.reports.terminal import print_header
-from prism_gguf.reports.words import number, short
+from prism_gguf.reports.words import number, printable
 from prism_gguf.results.heads import HeadReport, HeadRow, HeadScore, HeadSweep
 
 _MIB = 2**20
@@ -33,8 +33,9 @@ def print_heads(report: HeadReport, out: Console) -> None:
         out.print(_answer(sweep, report), soft_wrap=True)
 
 
-def _name(sweep: HeadSweep) -> str:
-    return escape(short(Path(sweep.path).stem, 40))
+def _name(sweep: HeadSweep, report: HeadReport) -> str:
+    names = distinct_names(c.path for c in report.candidates)
+    return escape(dict(zip(names, cut_apart(map(printable, names.values()), 40), strict=True))[sweep.path])
 
 
 def _with_error(value: float, error: float | None, *, sign: bool = False) -> str:
@@ -56,7 +57,7 @@ def _print_sweep(sweep: HeadSweep, report: HeadReport, out: Console) -> None:
     place = f"{sweep.head.tensor}, {sweep.head.type}" + (", tied to the input embedding" if tied else "")
     verdict = "" if not report.fail_on else ", passes" if sweep.own.passed else ", fails"
     out.print(
-        f"[bold]{_name(sweep)}[/bold]  {place}, {sweep.head_bytes / _MIB:.2f} of {sweep.file_bytes / _MIB:.1f} MiB"
+        f"[bold]{_name(sweep, report)}[/bold]  {place}, {sweep.head_bytes / _MIB:.2f} of {sweep.file_bytes / _MIB:.1f} MiB"
     )
     out.print(f"as it is: KLD {_kld(sweep.own)} (run), same-top {sweep.own.divergence.same_top:.1%}{verdict}")
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
@@ -114,11 +115,11 @@ def _matrix(sweeps: list[HeadSweep]) -> Table:
     """Print the KLD of every body with every head: one row per type, one column per body."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("KLD, head × body", no_wrap=True)
-    names = [Path(sweep.path).stem for sweep in sweeps]
+    names = distinct_names(sweep.path for sweep in sweeps).values()
     words = [name.split("-") for name in names]  # the common prefix of all names is left out
     common = next((i for i, w in enumerate(zip(*words, strict=False)) if len(set(w)) > 1), 0)
-    for parts in words:
-        table.add_column(escape(short("-".join(parts[common:]), 16)), justify="right", no_wrap=True)
+    for name in cut_apart((printable("-".join(parts[common:])) for parts in words), 16):
+        table.add_column(escape(name), justify="right", no_wrap=True)
     columns = [{row.type: row.output_side for row in sweep.rows} for sweep in sweeps]
     for row in sweeps[0].rows:
         if row.output_side is not None:
@@ -130,9 +131,9 @@ def _matrix(sweeps: list[HeadSweep]) -> Table:
 def _answer(sweep: HeadSweep, report: HeadReport) -> str:
     assert sweep.head is not None and sweep.head_bytes is not None
     if not report.fail_on:
-        return f"{_name(sweep)}: no limit given; name one with --fail-on, such as 'kld_mean>0.05'"
+        return f"{_name(sweep, report)}: no limit given; name one with --fail-on, such as 'kld_mean>0.05'"
     if sweep.cheapest is None:
-        return f"{_name(sweep)}: no head type keeps every limit ({escape(', '.join(report.fail_on))})"
+        return f"{_name(sweep, report)}: no head type keeps every limit ({escape(', '.join(report.fail_on))})"
     row = next(row for row in sweep.rows if row.type == sweep.cheapest)
     assert row.head_bytes is not None
     saved = (sweep.head_bytes - row.head_bytes) / _MIB
@@ -141,5 +142,6 @@ def _answer(sweep: HeadSweep, report: HeadReport) -> str:
     )
     option = "--token-embedding-type" if sweep.head.tied else "--output-tensor-type"
     return (
-        f"{_name(sweep)}: the cheapest head that keeps every limit is {row.type}, {size}: {option} {row.type.lower()}"
+        f"{_name(sweep, report)}: the cheapest head that keeps every limit is {row.type}, {size}: "
+        f"{option} {row.type.lower()}"
     )

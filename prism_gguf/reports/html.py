@@ -12,9 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from prism_gguf.formats.file_kind import without_ending
 from prism_gguf.reports.baselines import CONTEXT, HEADINGS, baseline_rows
 from prism_gguf.reports.figures import Drawing, svg
-from prism_gguf.reports.names import command_line, file_names
+from prism_gguf.reports.names import command_line, file_names, full_names
 from prism_gguf.reports.words import (
     best_for_size,
     kernels_in_words,
@@ -26,6 +27,7 @@ from prism_gguf.reports.words import (
     with_adapters,
 )
 from prism_gguf.results.comparison import CandidateResult, Comparison
+from prism_gguf.system.amounts import agrees, amount
 from prism_gguf.system.atomic_files import write_whole
 
 _HARDWARE = ("cpu", "cpus", "machine", "system")
@@ -146,6 +148,7 @@ def _rendered(template: str, drawing: Drawing, **more: object) -> str:
 
 
 def _environment(comparison: Comparison) -> Environment:
+    names = full_names(comparison.candidates)
     environment = Environment(
         loader=PackageLoader("prism_gguf.reports", "."),
         autoescape=True,
@@ -155,8 +158,10 @@ def _environment(comparison: Comparison) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "name": lambda path: Path(path).name,
+        "name": lambda path: names.get(path, Path(path).name),
         "number": number,
+        "amount": amount,
+        "agrees": agrees,
         "percent": lambda p: f"{p:.1%}" if p >= 0.001 else "<0.1%",
         "shown": _visible,
         "command": command_line,
@@ -174,7 +179,7 @@ def _harmless(value: object) -> object:
 
 
 def _reference_name(comparison: Comparison) -> str:
-    return Path(comparison.reference.path).name.removesuffix(".gguf")
+    return without_ending(Path(comparison.reference.path).name)
 
 
 def _visible(token: str) -> str:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prism_gguf.results.inspection import Inspection
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.sanitize import one_line, short
 
 _LONGEST_VALUE = 200  # characters of a metadata value
@@ -46,7 +47,7 @@ def print_inspection(found: Inspection, out: Console) -> None:
 
 
 def _parts(found: Inspection) -> str:
-    return f" in {found.parts} parts" if found.parts > 1 else ""
+    return f" in {amount(found.parts, 'part')}" if found.parts > 1 else ""
 
 
 def _ftype(found: Inspection) -> str:
@@ -59,7 +60,13 @@ def _imatrix(found: Inspection) -> str:
     if imatrix is None:
         return "none recorded"
     file, dataset = (short(str(name), _LONGEST_VALUE) for name in (imatrix.file, imatrix.dataset))
-    return f"{file} from {dataset}, {imatrix.entries} entries, {imatrix.chunks} chunks"
+    return (
+        f"{file} from {dataset}, {_counted(imatrix.entries, 'entry', 'entries')}, {_counted(imatrix.chunks, 'chunk')}"
+    )
+
+
+def _counted(n: int | None, noun: str, plural: str | None = None) -> str:
+    return f"unknown {plural or f'{noun}s'}" if n is None else amount(n, noun, plural)
 
 
 def _maker(found: Inspection) -> str:
@@ -80,7 +87,10 @@ def _print_fallbacks(found: Inspection, out: Console) -> None:
         out.print("\nfallbacks    none: every tensor took the type its ftype asks for")
         return
     total = len([t for t in found.tensors if len(t.shape) > 1])
-    out.print(f"\nfallbacks    {len(found.fallbacks)} of {total} matrices could not take the type of the ftype:")
+    out.print(
+        f"\nfallbacks    {len(found.fallbacks)} of {amount(total, 'matrix', 'matrices')} could not take "
+        f"the type of the ftype:"
+    )
     groups = defaultdict(list)
     for fallback in found.fallbacks:
         groups[(fallback.type, " or ".join(fallback.wanted), fallback.reason)].append(fallback.tensor)

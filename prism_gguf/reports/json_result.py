@@ -8,11 +8,17 @@ from typing import Any
 
 from prism_gguf.results.comparison import Comparison
 from prism_gguf.system.atomic_files import write_whole
+from prism_gguf.system.sanitize import valid
+
+
+def json_text(data: dict[str, Any]) -> str:
+    """Any result's ``to_dict`` as JSON that every reader takes."""
+    return json.dumps(valid(data), indent=2) + "\n"
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write any result's ``to_dict`` to a file."""
-    write_whole(path, json.dumps(data, indent=2) + "\n")
+    write_whole(path, json_text(data))
 
 
 def write(comparison: Comparison, path: Path) -> None:

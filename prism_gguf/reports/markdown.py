@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import quote
@@ -9,17 +10,21 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prism_gguf.reports.figures import Drawing, png
-from prism_gguf.reports.names import command_line
+from prism_gguf.reports.names import command_line, full_names
 from prism_gguf.reports.words import kernels_in_words, number, printable, purpose, quantized_reference, title
 from prism_gguf.results.comparison import Comparison
-from prism_gguf.system.atomic_files import write_whole, written_whole
+from prism_gguf.system.amounts import agrees, amount
+from prism_gguf.system.atomic_files import is_stream, write_whole, written_whole
 
 
 def write(comparison: Comparison, path: Path) -> None:
-    """Write the section to ``path`` and its figure beside it, as PNG: model hubs show no inline SVG."""
+    """Write the section to ``path`` and its figure beside it, as PNG: model hubs show no inline SVG.
+
+    A stream gets the section alone, without a figure.
+    """
     image = None
     drawing = Drawing(comparison)
-    if drawing.rows:
+    if drawing.rows and not is_stream(path):
         image = path.with_suffix(".png")
         with written_whole(image) as partial:
             partial.write_bytes(png(drawing.size_and_kld()))
@@ -28,6 +33,7 @@ def write(comparison: Comparison, path: Path) -> None:
 
 def card(comparison: Comparison, figure: str | None) -> str:
     """The section as Markdown; ``figure`` is the name of its image file."""
+    names = full_names(comparison.candidates)
     environment = Environment(
         loader=PackageLoader("prism_gguf.reports", "."),
         undefined=StrictUndefined,
@@ -38,14 +44,16 @@ def card(comparison: Comparison, figure: str | None) -> str:
     environment.filters |= {
         "code": _code,
         "command": lambda words: printable(command_line(words), keep="\n").replace("```", "'''"),
-        "file": lambda path: _code(Path(path).name),
+        "file": lambda path: _code(names.get(path, Path(path).name)),
         "number": number,
+        "amount": amount,
+        "agrees": agrees,
         "quantized": quantized_reference,
         "kernels": kernels_in_words,
         "purpose": lambda row: _text(purpose(row, comparison)),
         "size": _size,
         "text": lambda value: _text(str(value)),
-        "url": quote,
+        "url": lambda name: quote(os.fsencode(name)),
     }
     rows = sorted((c for c in comparison.candidates if c.error is None), key=lambda c: -(c.file_bytes or 0))
     made = environment.get_template("card.md.j2").render(

@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from prism_gguf.results.quantized import Plan
+from prism_gguf.system.amounts import amount
 
 
 def print_plan(plan: Plan, out_file: Path, out: Console) -> None:
     """Print the base, the recipe and the resulting file."""
-    named = f", {len(plan.mix.tensor_types)} tensors named" if plan.mix.tensor_types else ""
+    named = f", {amount(len(plan.mix.tensor_types), 'tensor')} named" if plan.mix.tensor_types else ""
     pure = ", pure" if plan.mix.pure else ""
     types = ", ".join(f"{kind} {n}" for kind, n in plan.types.items())
     rows = {

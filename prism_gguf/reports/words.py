@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from prism_gguf.formats.lora import in_words
 from prism_gguf.formats.mix import UNQUANTIZED
+from prism_gguf.reports.names import labels
 from prism_gguf.results.comparison import CandidateResult, Comparison, Divergence, NoiseFloor
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.verdict import differs_on_purpose, is_lossless, too_few
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.sanitize import printable, short
 
 LOSSLESS = "no measurable loss"
@@ -41,11 +42,6 @@ _AXES = {
     "body_kernel": "body's kernels",
 }
 _STANDS_OUT = 1.5  # times the mean: a domain worth naming
-
-
-def label(path: str, limit: int = 24) -> str:
-    """A file's name in tables: without folder and ending, sanitised."""
-    return short(printable(Path(path).name.removesuffix(".gguf") or path), limit)
 
 
 def number(value: float | None) -> str:
@@ -133,7 +129,7 @@ def purpose(candidate: CandidateResult, comparison: Comparison) -> str:
     if comparison.conversion_problem:
         return "do not use: the conversion is broken"
     if (better := dominating(candidate, comparison)) is not None:
-        return f"no reason to take it: {_beaten_by(candidate, better)}"
+        return f"no reason to take it: {_beaten_by(candidate, better, comparison)}"
     if broken := _broken_limits(candidate):
         return f"fails {broken}"
     if candidate.is_variant:
@@ -186,7 +182,7 @@ def _telling(candidate: CandidateResult, comparison: Comparison, loss: str) -> I
     if broken := _broken_limits(candidate):
         yield f"fails {broken}"
     if (better := dominating(candidate, comparison)) is not None:
-        yield _beaten_by(candidate, better)
+        yield _beaten_by(candidate, better, comparison)
     if loss in (LOSSLESS, UNCLEAR):
         return
     shares = candidate.attribution
@@ -212,11 +208,12 @@ def _broken_limits(candidate: CandidateResult) -> str:
     return f"{len(gates)} limits" if len(gates) > 1 else "".join(gates)
 
 
-def _beaten_by(candidate: CandidateResult, better: CandidateResult) -> str:
+def _beaten_by(candidate: CandidateResult, better: CandidateResult, comparison: Comparison) -> str:
     assert candidate.divergence is not None and better.divergence is not None
     smaller = (better.file_bytes or 0) < (candidate.file_bytes or 0)
     closer = better.divergence.kld_mean < candidate.divergence.kld_mean
-    return f"{label(better.path)} is {'smaller' if smaller else 'as small'} and {'closer' if closer else 'as close'}"
+    name = labels(comparison.candidates)[better.path]
+    return f"{name} is {'smaller' if smaller else 'as small'} and {'closer' if closer else 'as close'}"
 
 
 def _best_below(candidate: CandidateResult, comparison: Comparison) -> str:
@@ -240,7 +237,7 @@ def _size(n_bytes: int, above: int) -> str:
         down = n_bytes * 10**digits // unit
         if down * unit > above * 10**digits:
             return f"{down / 10**digits:.{digits}f} {name}"
-    return f"{n_bytes} bytes"
+    return amount(n_bytes, "byte")
 
 
 def _cut(text: str, limit: int) -> str:

@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from prism_gguf.results.comparison import CandidateResult, GateResult
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidGateError
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -141,7 +142,7 @@ class _Evidence:
         if self.n_windows < 2:
             return None, "one window has no standard error; give --windows 2 or more, or a longer text"
         if self.n_tokens is not None and self.n_tokens < LEAST_TOKENS:
-            tokens = f"{self.n_tokens} token{'' if self.n_tokens == 1 else 's'}"
+            tokens = amount(self.n_tokens, "token")
             return None, f"it is of {tokens}, where {LEAST_TOKENS} are the least; give more windows or a longer text"
         if self.error is None or not math.isfinite(self.error):
             return None, self._no_error()
@@ -161,7 +162,7 @@ class _Evidence:
         """All windows agree exactly, which only tells something where nothing differs at all."""
         nothing = 1.0 if self.name in ("same_top", "ppl_ratio") else 0.0
         if value != nothing:
-            return None, f"its standard error is 0, which {self.n_windows} windows cannot show"
+            return None, f"its standard error is 0, which {amount(self.n_windows, 'window')} cannot show"
         if self.name == "same_top" and self.n_tokens is not None:
             # What n tokens of n kept may at least be in truth ("rule of three").
             return (1 - confidence) ** (1 / self.n_tokens), ""

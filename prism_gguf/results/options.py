@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import psutil
-
 from prism_gguf.formats.mix import ggml_type
 from prism_gguf.formats.text.selection import Reading, Source, TokenSource
 from prism_gguf.formats.text.windows import Score, default_texts
 from prism_gguf.system.cache import default_cache
 from prism_gguf.system.errors import InvalidProfileError
+from prism_gguf.system.machine import threads
 from prism_gguf.system.worker import STALL_LIMIT, Worker, open_worker
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class RuntimeOptions:
     """How llama.cpp runs a model.
 
     Attributes:
-        threads: None takes the physical cores.
+        threads: None takes the physical cores that this process may use.
         n_gpu_layers: None leaves llama.cpp's own default (everything, where it was built with a GPU backend).
         cache_type_k, cache_type_v: ggml type names of the KV cache, such as ``f16`` or ``q8_0``.
         kernels: one of ``KERNELS``.
@@ -65,7 +64,7 @@ class RuntimeOptions:
 
     @property
     def n_threads(self) -> int:
-        return self.threads or psutil.cpu_count(logical=False) or 1
+        return self.threads or threads()
 
 
 @dataclass(frozen=True)

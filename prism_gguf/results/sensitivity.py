@@ -104,7 +104,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
         if data.pop("schema") != SCHEMA:
             raise KeyError("schema")
         tensors = [
@@ -116,7 +116,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
         return Sensitivity(tensors=tensors, **data)
     except OSError as error:
         raise InvalidSensitivityError(f"{path}: {error.strerror}; make it with `prism-gguf sensitivity`") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidSensitivityError(
             f"{path}: not a sensitivity file of this version ({SCHEMA}); make it with `prism-gguf sensitivity`"
         ) from error

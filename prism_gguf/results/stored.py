@@ -14,7 +14,9 @@ from prism_gguf.formats.lora import in_words
 from prism_gguf.results.comparison import SCHEMA, CandidateResult, Comparison
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.ranking import rank
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidResultError
+from prism_gguf.system.sanitize import valid
 
 # The same file measured twice: threads and builds of llama.cpp change the last digits, another text or file far more.
 _SAME_KLD = 0.01
@@ -27,7 +29,7 @@ def read_result(path: str | Path) -> Comparison:
         InvalidResultError: the file is not a comparison result; the message names the fault.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
+        data = valid(json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=_refuse))
     except OSError as error:
         raise InvalidResultError(f"{path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -111,7 +113,7 @@ def _check_same(name: str, first: Comparison, other_name: str, other: Comparison
     ours, theirs = first.text, other.text
     if ours.fingerprint != theirs.fingerprint:
         raise InvalidResultError(
-            f"{name} and {other_name} are of different texts: {ours.n_windows} windows of {ours.n_ctx} from "
+            f"{name} and {other_name} are of different texts: {amount(ours.n_windows, 'window')} of {ours.n_ctx} from "
             f"{', '.join(ours.domains)} ({ours.fingerprint[:12]}…), {theirs.n_windows} of {theirs.n_ctx} from "
             f"{', '.join(theirs.domains)} ({theirs.fingerprint[:12]}…)"
         )

@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all, even if the process is killed, the disk is full, or the power fails."""
+"""Files that appear whole or not at all, even if the process is killed, the disk is full, or the power fails.
+
+What is no file is written as what it is: a link leads to the file that is written, and a pipe, a device or a standard
+stream gets the whole content, once it is complete.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,10 @@ import contextlib
 import os
 import platform
 import re
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +22,24 @@ import psutil
 
 _PARTIAL = re.compile(r"\.(?P<host>[^.]+)-(?P<process>\d+)\.partial$")
 _BLOCK = 2**20
+STANDARD_OUTPUT = Path("/dev/stdout")
+"""Stands for standard output on every system."""
+_DESCRIPTOR = re.compile(r"/dev/(stdout|stderr|fd/(\d+))|/proc/(?:self|thread-self)/fd/(\d+)")
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to. It replaces ``path`` when the block ends without error.
 
-    Half-written files of killed processes are removed first.
+    Half-written files of killed processes are removed first. A link is followed; a pipe or device is not replaced, but
+    gets the content (see ``is_stream``).
     """
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (made := Path(folder) / "made")
+            _copy_into(path, made)
+        return
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     _remove_left_behind(path)
     partial = path.with_name(f"{path.name}.{_host()}-{os.getpid()}.partial")
     try:
@@ -34,10 +52,48 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def is_stream(path: Path) -> bool:
+    """Whether a path names a pipe, a device or a standard stream, which content is written into."""
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def is_standard_output(path: Path) -> bool:
+    """Whether a path names the stream that this process prints to."""
+    return _descriptor(path) == 1
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open stream that a path names."""
+    match = _DESCRIPTOR.fullmatch(path.as_posix())
+    if match is None:
+        return None
+    return {"stdout": 1, "stderr": 2}[match[1]] if match[1] in ("stdout", "stderr") else int(match[2] or match[3])
+
+
+def _copy_into(path: Path, made: Path) -> None:
+    number = _descriptor(path)
+    with made.open("rb") as content:
+        if number in (1, 2):  # through Python's own streams, which know what was printed before
+            stream = sys.stdout if number == 1 else sys.stderr
+            stream.flush()
+            shutil.copyfileobj(content, stream.buffer)
+            stream.flush()
+            return
+        with open(path if number is None else os.dup(number), "wb") as out, contextlib.suppress(BrokenPipeError):
+            shutil.copyfileobj(content, out)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write UTF-8 text to ``path`` in one step."""
     with written_whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        # Names of files that are not UTF-8 have characters that UTF-8 lacks. No line end is translated.
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def reserve(path: Path, start: int) -> None:

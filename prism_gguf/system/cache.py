@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,20 +16,61 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from prism_gguf.system.atomic_files import write_whole
+from prism_gguf.system.errors import StorageError
 from prism_gguf.system.progress import Progress, no_progress
+from prism_gguf.system.sanitize import valid
 
 MANIFEST = "manifest.json"
 KEY = "key"
 ENVIRONMENT_VARIABLE = "PRISM_GGUF_CACHE"
+_NAME_ANOTHER = f"name a folder for captures and results with --cache or {ENVIRONMENT_VARIABLE}"
 _READ_BYTES = 4 * 2**20
 _HEARTBEAT = 10.0  # seconds between progress reports while waiting for a lock
 _TICK = 2 * 10**9  # nanoseconds; FAT has the coarsest clock, two seconds
 
 
 def default_cache() -> Path:
-    """The folder in PRISM_GGUF_CACHE, or else the user's cache folder for this package."""
+    """The folder in PRISM_GGUF_CACHE, or else the user's cache folder for this package.
+
+    Raises:
+        StorageError: there is none.
+    """
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("prism-gguf", appauthor=False))
+    if chosen:
+        return Path(chosen)
+    try:
+        found = Path(platformdirs.user_cache_dir("prism-gguf", appauthor=False))
+    except RuntimeError:  # of a user without a home; earlier versions leave "~"
+        found = Path()
+    if not found.is_absolute():
+        raise StorageError(f"this user has no home folder (HOME) for a cache; {_NAME_ANOTHER}")
+    return found
+
+
+def cannot_write(folder: Path) -> OSError | None:
+    """Why no file can be made in a folder, which is created if it is missing; None if one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
+
+
+def check_cache(cache: Path, *, may_hold: bool = True) -> None:
+    """Fail before the work if its results cannot be kept.
+
+    Args:
+        may_hold: a cache that can only be read is good enough if it holds anything: what is needed may be there.
+
+    Raises:
+        StorageError: names the options that choose another folder.
+    """
+    if valid(found := os.path.realpath(cache)) != found:
+        raise StorageError(f"{cache}: safetensors writes to no path that is not UTF-8; {_NAME_ANOTHER}")
+    error = cannot_write(cache)
+    if error is not None and not (may_hold and cache.is_dir() and any(cache.iterdir())):
+        raise StorageError(f"{cache}: cannot be written to ({error.strerror}); {_NAME_ANOTHER}")
 
 
 def is_capture(path: Path) -> bool:
@@ -109,4 +151,4 @@ def locked(folder: Path, cache: Path, progress: Progress = no_progress) -> Itera
 
 def _name_of(path: Path) -> str:
     """A file name derived from a path."""
-    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]

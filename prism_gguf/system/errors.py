@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from prism_gguf.system.sanitize import one_line
 
@@ -134,3 +136,20 @@ def known(error: BaseException) -> PrismGgufError | None:
     else:
         what_to_do = "nothing half-written is left; run the same command again"
     return StorageError(f"{where}{error.strerror}; {what_to_do}")
+
+
+TRACEBACK = "PRISM_GGUF_TRACEBACK"
+"""Environment variable that shows the traceback of an error beside its line."""
+_PACKAGE = Path(__file__).parents[1]
+
+
+def unforeseen(error: BaseException) -> str:
+    """One line for an error that nobody foresaw: what it says, where, and how to see the rest."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if _PACKAGE in Path(frame.filename).parents]
+    where = f" (in {Path(ours[-1].filename).relative_to(_PACKAGE).as_posix()}, line {ours[-1].lineno})" if ours else ""
+    said = one_line(str(error), 300)
+    return (
+        f"unforeseen {type(error).__name__}{f': {said}' if said else ''}{where}; {TRACEBACK}=1 shows the traceback, for a "
+        "report of the fault"
+    )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from prism_gguf.system.amounts import agrees
 from prism_gguf.system.errors import LimitError
 from prism_gguf.system.machine import free_disk, mapping_limit, memory, nearest_folder
 
@@ -131,7 +132,7 @@ def size(n_bytes: float) -> str:
     unit, name = next(
         (u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (1, "bytes")) if n_bytes >= u or u == 1
     )
-    return f"{n_bytes / unit:,.1f} {name}" if unit > 1 else f"{n_bytes:,.0f} {name}"
+    return f"{n_bytes / unit:,.1f} {name}" if unit > 1 else f"{n_bytes:,.0f} {agrees(round(n_bytes), 'byte', name)}"
 
 
 def duration(seconds: float) -> str:

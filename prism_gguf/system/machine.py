@@ -1,8 +1,10 @@
-"""Memory (also inside a container), free disk and speed of this machine."""
+"""Memory and threads (also inside a container), free disk and speed of this machine."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_PROCESSORS = Path("/sys/devices/system/cpu")
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 _MEASURED = 0.05  # seconds
 _UNLIMITED = 2**60  # version 1's value for no limit
@@ -34,26 +37,65 @@ def mapping_limit() -> int | None:
 
 def _container_limits() -> Iterator[tuple[int, int]]:
     """(limit, bytes in use that cannot be dropped) of the control groups that this process is in, of both versions."""
+    for folder, version in _control_groups("memory"):
+        limit, used = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        )
+        with contextlib.suppress(OSError, ValueError):  # "max" is not a number
+            allowed = int((folder / limit).read_text())
+            if allowed < _UNLIMITED:
+                yield allowed, int((folder / used).read_text()) - _droppable(folder / "memory.stat")
+
+
+def _control_groups(controller: str) -> Iterator[tuple[Path, int]]:
+    """(folder, version) of the control groups that this process is in, of both versions, the innermost first."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and controller not in controllers.split(","):
             continue
-        root, limit, used = (
-            (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
-            if controllers
-            else (_CGROUPS, "memory.max", "memory.current")
-        )
+        root, version = (_CGROUPS / controllers, 1) if controllers else (_CGROUPS, 2)
         # Inside a container its own group may be mounted as the root.
         own = root / path.lstrip("/")
         for folder in (own, *(p for p in own.parents if p == root or root in p.parents)):
-            with contextlib.suppress(OSError, ValueError):  # "max" is not a number
-                allowed = int((folder / limit).read_text())
-                if allowed < _UNLIMITED:
-                    yield allowed, int((folder / used).read_text()) - _droppable(folder / "memory.stat")
+            yield folder, version
+
+
+def threads() -> int:
+    """Threads that this process can run at once: the cores it may use, within the container's share of their time."""
+    cores = len(_cores(_allowed_processors()))
+    return max(1, min([cores, *(math.ceil(share) for share in _processor_shares())]))
+
+
+def _allowed_processors() -> set[int]:
+    """Numbers of the logical processors that this process may use (taskset, cpuset, batch queues)."""
+    with contextlib.suppress(AttributeError, OSError, psutil.Error):  # macOS has none of this
+        if allowed := set(psutil.Process().cpu_affinity()):
+            return allowed
+    return set(range(os.cpu_count() or 1))
+
+
+def _cores(processors: set[int]) -> set[object]:
+    """The cores of logical processors: two of hyper-threading share one."""
+    try:
+        return {(_PROCESSORS / f"cpu{n}" / "topology" / "thread_siblings_list").read_text() for n in processors}
+    except OSError:  # not Linux, or hidden
+        return set(sorted(processors)[: psutil.cpu_count(logical=False) or len(processors)])
+
+
+def _processor_shares() -> Iterator[float]:
+    """Limits of the control groups in processors: 1.5 where three half ones are allowed."""
+    for folder, version in _control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is not a number
+            if version == 1:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            else:
+                quota, period = (folder / "cpu.max").read_text().split()
+            if int(quota) > 0 and int(period) > 0:  # version 1 has -1 for no limit
+                yield int(quota) / int(period)
 
 
 def _droppable(stat: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,10 +14,11 @@ from typing import TypeVar
 from pydantic import TypeAdapter
 
 from prism_gguf.system.atomic_files import write_whole
-from prism_gguf.system.cache import key_of, locked
+from prism_gguf.system.cache import cannot_write, key_of, locked
 from prism_gguf.system.code import code_digest
 from prism_gguf.system.environment import environment
 from prism_gguf.system.progress import Progress
+from prism_gguf.system.sanitize import valid
 from prism_gguf.system.scratch import scratch_folder
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def ensure_kept(
     with locked(_file(cache, key), cache, progress):
         if not fresh and (found := find_kept(cache, key, kind)) is not None:
             return found
-        if not _can_write(cache):  # another user's cache: new results are not stored
+        if cannot_write(cache):  # another user's cache: new results are not stored
             with scratch_folder() as folder:
                 return make(folder)
         if fresh:
@@ -71,16 +71,10 @@ def ensure_kept(
         made = make(unfinished)
         with contextlib.suppress(OSError):  # a full disk: the result is returned anyway
             _file(cache, key).parent.mkdir(exist_ok=True)
-            write_whole(_file(cache, key), json.dumps(asdict(made)))  # type: ignore[call-overload]
+            write_whole(_file(cache, key), json.dumps(valid(asdict(made))))  # type: ignore[call-overload]
         shutil.rmtree(unfinished, ignore_errors=True)
     return made
 
 
 def _file(cache: Path, key: str) -> Path:
     return cache / "results" / f"{key}.json"
-
-
-def _can_write(cache: Path) -> bool:
-    with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-    return os.access(cache, os.W_OK)

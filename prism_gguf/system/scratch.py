@@ -14,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from prism_gguf.system.errors import StorageError
+
 _PREFIX, _LOCK = "prism-gguf-scratch-", ".lock"
 
 
@@ -23,7 +25,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
     A lock beside it shows that the folder is in use. The system releases the lock when the process ends.
     """
-    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    parent = _temporary_folder() if parent is None else parent
     _remove_left_behind(parent)
     lock = _new_lock(parent)
     folder = Path(lock.lock_file).with_suffix("")
@@ -32,6 +34,13 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder, lock)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:  # it has tried them all
+        raise StorageError("no folder for temporary files can be written to; name one with TMPDIR") from error
 
 
 def _remove_left_behind(parent: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
 
 from prism_gguf.system.errors import InvalidBackendError, RuntimeFailureError
+from prism_gguf.system.machine import threads
 from prism_gguf.system.native_ends import in_words, likely_cause, telling_line, without_build_paths
 from prism_gguf.system.progress import Progress, no_progress
 from prism_gguf.system.sanitize import one_line
@@ -35,7 +36,8 @@ MEASURING = (
 """Modules to ``preload`` for measuring: torch, llama.cpp, the metrics, and modules that these load on first use."""
 _KEPT_LINES = 20  # of llama.cpp's log, with an error
 # llama.cpp's threads synchronise many times a layer, and OpenMP lets early threads spin. If another process uses a
-# core, all threads wait for that core and slow it further (scripts/bench_waiting.py). The user's settings stay.
+# core, all threads wait for that core and slow it further (scripts/bench_waiting.py). numpy's library counts the
+# machine's processors, not the container's. The user's settings stay.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 _BEGIN = "starting"
 
@@ -96,6 +98,13 @@ _CHILD = (
 )
 
 
+class _InChild(Exception):
+    """The traceback of an error in the child, as the cause of the error in the caller."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
 class NativeWorker:
     """Runs module-level functions in order in a child process. A new child starts after a crash or ``renew``.
 
@@ -133,8 +142,8 @@ class NativeWorker:
 
         Raises:
             PrismGgufError: what the function raised.
-            RuntimeFailureError: the child died or hung; the message has the signal or exit code and its last native log
-                line, ``log`` the lines before it.
+            RuntimeFailureError: an error that nobody foresaw, its traceback as cause; or the child died or hung: then the
+                message has the signal or exit code and its last native log line, ``log`` the lines before it.
         """
         self.start()
         self._last_step, self._of = _BEGIN, "" if of is None else f"{of}: "
@@ -152,12 +161,15 @@ class NativeWorker:
                 progress(*value)
             elif kind == "result":
                 return value
-            elif kind == "known error":
-                raise value
             elif kind == "end":
                 raise self._ended("llama.cpp ended the process", kill=False)
             else:
-                raise RuntimeError(f"in the child process:\n{value}")
+                if kind == "broken":
+                    self._end_process()
+                told, trace = value
+                if isinstance(told, str):
+                    raise RuntimeFailureError(f"{self._of}{told}") from _InChild(trace)
+                raise told
 
     def renew(self) -> None:
         """Run the next function in a new child, without the memory of the last one."""
@@ -165,7 +177,7 @@ class NativeWorker:
             return
         self._send(None)
         kind, _ = self._answers.get()
-        if kind == "end":  # the system cannot fork, or the child ended with an error
+        if kind != "renewed":  # the system cannot fork, or the child ended with an error
             self._end_process()
 
     def _send(self, job: object) -> None:
@@ -186,7 +198,12 @@ class NativeWorker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**_ENVIRONMENT, **os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._scratch))},
+            env={
+                **_ENVIRONMENT,
+                "OPENBLAS_NUM_THREADS": str(threads()),
+                **os.environ,
+                **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._scratch)),
+            },
             start_new_session=True,  # Ctrl-C is the parent's to handle; and all of the child's processes are one group
         )
         self._answers = queue.Queue()

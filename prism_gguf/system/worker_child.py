@@ -12,9 +12,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
-from prism_gguf.system.errors import known
+from prism_gguf.system.errors import PrismGgufError, known, unforeseen
 
 _CALLER_GONE = 3  # our exit code
 # Frameworks of macOS, such as Metal, do not survive a fork. There, and on Windows, the caller starts a new process.
@@ -32,8 +32,11 @@ def serve(preload: Sequence[str]) -> None:
     # Output on stdout must not get into the stream of answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    for name in preload:
-        importlib.import_module(name)
+    try:
+        for name in preload:
+            importlib.import_module(name)
+    except Exception as error:  # a package that is broken, such as torch without one of its libraries
+        _fail(answers, error)
     if not _FORKS:
         _work(answers, forked=False)
         return
@@ -44,6 +47,18 @@ def serve(preload: Sequence[str]) -> None:
         _, status = os.waitpid(child, 0)
         if status:
             _end_as(status)
+
+
+def _fail(answers: IO[bytes], error: Exception) -> NoReturn:
+    """Answer the first job with an error that leaves this process without use, and end it."""
+    answers.write(pickle.dumps(("broken", _told(error))))
+    answers.flush()
+    os._exit(1)
+
+
+def _told(error: Exception) -> tuple[PrismGgufError | str, str]:
+    """An error as one of this package, or in a line; and its traceback."""
+    return known(error) or unforeseen(error), "".join(traceback.format_exception(error))
 
 
 def _end_as(status: int) -> None:
@@ -66,16 +81,15 @@ def _work(answers: IO[bytes], *, forked: bool) -> None:
         answers.flush()
 
     while (job := jobs.get()) is not None:
+        if isinstance(job, Exception):
+            _fail(answers, job)
         function, args = job
         try:
             send("result", function(*args, progress=lambda *step: send("progress", step)))
         except BrokenPipeError:
             os._exit(_CALLER_GONE)
         except Exception as error:
-            if (told := known(error)) is None:
-                send("unknown error", traceback.format_exc())
-            else:
-                send("known error", told)
+            send("error", _told(error))
     if forked:
         send("renewed")
     os._exit(0)
@@ -91,6 +105,5 @@ def _receive(jobs: queue.Queue[Any]) -> None:
                 return
     except EOFError:
         os._exit(_CALLER_GONE)
-    except Exception:  # a function that cannot be imported here
-        traceback.print_exc()
-        os._exit(1)
+    except Exception as error:  # a function that cannot be imported here; the rest of the stream is lost
+        jobs.put(error)

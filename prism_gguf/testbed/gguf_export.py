@@ -44,7 +44,7 @@ def llama_tensors(folder: Path, config: dict) -> Iterator[tuple[str, np.ndarray]
 
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     """A byte-level BPE vocabulary with GPT-2's pre-tokenizer."""
-    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].__getitem__)
     special = {t["content"]: t["id"] for t in spec["added_tokens"]}
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -53,7 +53,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([control if t in special else normal for t in tokens])
     writer.add_token_merges([" ".join(pair) for pair in spec["model"]["merges"]])
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     writer.add_bos_token_id(special[settings["bos_token"]])
     writer.add_eos_token_id(special[settings["eos_token"]])
     writer.add_add_bos_token(True)
@@ -74,7 +74,7 @@ def _add_architecture(writer: gguf.GGUFWriter, config: dict) -> None:
 
 def write_f16(folder: Path, out: Path, *, name: str) -> None:
     """Write the Llama checkpoint in ``folder`` (safetensors, byte-level BPE) to ``out`` as F16."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(out, "llama")
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)

@@ -10,7 +10,7 @@ from prism_gguf.measure.capture.ensure import ensure_capture
 from prism_gguf.measure.capture.source import estimate_capture, estimate_export
 from prism_gguf.models.kernels import choose_kernels
 from prism_gguf.results.options import CaptureOptions
-from prism_gguf.system.cache import is_capture
+from prism_gguf.system.cache import check_cache, is_capture
 from prism_gguf.system.estimate import Estimated, not_told
 from prism_gguf.system.progress import Steps, no_steps
 from prism_gguf.system.watch import Watch
@@ -42,6 +42,7 @@ def capture(
     options, watch = options or CaptureOptions(), Watch(steps, estimated)
     reading, progress = options.reading(texts), watch.progress("reference")
     progress(0, 0, "starting")
+    check_cache(options.cache_folder if options.out is None else Path(options.out))
     options, _ = choose_kernels(options, progress)
     with options.worker() as worker:
         needed = worker.run(estimate_capture, str(reference), reading, options, progress=progress)

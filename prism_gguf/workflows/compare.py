@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prism_gguf.formats.fingerprint import is_checkpoint, is_gguf
+from prism_gguf.formats.file_kind import is_gguf
+from prism_gguf.formats.file_names import distinct_names
+from prism_gguf.formats.fingerprint import is_checkpoint
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.lora import adapters
 from prism_gguf.formats.mix import UNQUANTIZED
@@ -17,7 +19,7 @@ from prism_gguf.formats.text.selection import Source
 from prism_gguf.measure.cached_row import Rows
 from prism_gguf.measure.capture.source import ReferenceSource, estimate_reference
 from prism_gguf.measure.drift import ensure_layers
-from prism_gguf.measure.headers import Headers, failed_row, read_candidate, short_name
+from prism_gguf.measure.headers import Headers, failed_row, read_candidate
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.header import model_header
 from prism_gguf.models.kernels import choose_kernels
@@ -122,11 +124,11 @@ def compare_candidates(
             shown = stage(watch.progress("reference"), "layers")
             layers = worker.run(ensure_layers, source.model, opened.folder, options, progress=shown)
         measuring = Rows(opened.folder, layers, options, worker)
-        rows = dict(headers.failed)
+        rows, names = dict(headers.failed), distinct_names(once)
         for number, path in enumerate(sorted(once, key=lambda path: path != control)):
             watch.count(number, len(once), "files")
             worker.renew()
-            rows[path] = _measured(measuring, once[path], watch.progress(short_name(path)))
+            rows[path] = _measured(measuring, once[path], watch.progress(names[path]))
         watch.count(len(once), len(once), "files")
     floor, results = _judged(rows, control, gates, opened.text, options)
     measured = [results[c.path] for c in candidates]
@@ -147,9 +149,10 @@ def compare_candidates(
 def _headers(paths: Sequence[str], source: ReferenceSource, options: CompareOptions, watch: Watch) -> Headers:
     """Headers of the existing candidates, read in a separate process: a damaged file may crash it."""
     with options.worker() as reader:
+        names = distinct_names(paths)
 
         def read_one(path: str) -> str | None:
-            progress = watch.progress(short_name(path))
+            progress = watch.progress(names[path])
             return reader.run(read_candidate, path, source.n_ctx, options, progress=progress, of=path)
 
         return Headers.read(paths, read_one)
@@ -167,12 +170,14 @@ def _estimate(
     folder = source.place(options, worker, progress)
     rows = None if folder is None else Rows(folder, None, options, worker)
 
+    names = distinct_names(candidates)
+
     def is_known(path: str) -> bool:
         candidate = candidates[path]
         if rows is None or (candidate.content is None and candidate.made is not None):
             return False
         try:
-            return rows.is_known(candidate.content or rows.content(path, watch.progress(short_name(path))))
+            return rows.is_known(candidate.content or rows.content(path, watch.progress(names[path])))
         except PrismGgufError:  # its row will say so
             return False
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from prism_gguf.formats.file_names import distinct_names
 from prism_gguf.formats.text.selection import Source
 from prism_gguf.measure.capture.source import ReferenceSource, estimate_reference
 from prism_gguf.measure.headers import Headers, read_header
@@ -52,13 +53,14 @@ def head(
     """
     options, watch = options or HeadOptions(), Watch(steps, estimated)
     settings.gates(options), settings.column_weights(options)  # raises for bad options before anything runs
-    paths = list(dict.fromkeys(map(str, candidates)))
+    names = distinct_names(map(str, candidates))
+    paths = list(names)
     options, kernels = choose_kernels(options, watch.progress("reference"))
     with options.worker(preload=MEASURING) as worker, scratch_folder() as temporary:
         source = ReferenceSource.of(reference, texts, options)
 
         def read_one(path: str) -> str | None:
-            progress = watch.progress(Path(path).stem)
+            progress = watch.progress(names[path])
             return worker.run(read_header, path, source.n_ctx, progress=progress, of=path)
 
         headers = Headers.read(paths, read_one)
@@ -73,7 +75,7 @@ def head(
                 continue
             worker.renew()
             job = (path, opened.folder, temporary / str(number), options)
-            progress = watch.progress(Path(path).stem)
+            progress = watch.progress(names[path])
             body = headers.attempt(path, partial(worker.run, decode_body, *job, progress=progress, of=path))
             if body is not None:
                 bodies[path] = body

@@ -14,7 +14,7 @@ from prism_gguf.quantization.plan import plan
 from prism_gguf.quantization.writing import check_output, estimate_making, made_of, make, recorded_made_of
 from prism_gguf.results.options import CompareOptions, QuantizeOptions
 from prism_gguf.results.quantized import MADE_OF, Made
-from prism_gguf.system.cache import is_capture
+from prism_gguf.system.cache import check_cache, is_capture
 from prism_gguf.system.estimate import NOTHING
 from prism_gguf.system.progress import Progress, stage
 from prism_gguf.workflows.compare import compare, estimate_comparison
@@ -94,4 +94,5 @@ def _check_reference(reference: str | Path, options: CompareOptions, progress: P
     for limit in options.fail_on:
         Gate.parse(limit)
     if not is_capture(Path(reference)):
+        check_cache(options.cache_folder)
         model_fingerprint(str(reference), options.cache_folder, stage(progress, "hashing"))

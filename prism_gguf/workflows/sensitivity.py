@@ -10,6 +10,7 @@ from prism_gguf.formats.text.windows import Score, calibration_texts
 from prism_gguf.measure.calibrate.sensitivities import ensure_sensitivity, estimate_sensitivity
 from prism_gguf.results.options import SensitivityOptions
 from prism_gguf.results.sensitivity import Sensitivity
+from prism_gguf.system.cache import check_cache
 from prism_gguf.system.estimate import Estimated, not_told
 from prism_gguf.system.progress import Steps, no_steps
 from prism_gguf.system.watch import Watch
@@ -41,6 +42,7 @@ def sensitivity(
     reading = Reading(calibration_texts() if texts is None else texts, options.n_ctx, options.windows, Score.ALL)
     progress = watch.progress("sensitivity")
     progress(0, 0, "starting")
+    check_cache(options.cache_folder)
     with options.worker() as worker:
         needed = worker.run(estimate_sensitivity, str(reference), reading, options, progress=progress)
         watch.admit(needed, force=options.force)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_gguf.formats.budget import Budget
-from prism_gguf.formats.fingerprint import is_gguf
+from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.gguf_file import PROVENANCE, GgufFile
 from prism_gguf.formats.imatrix import read_imatrix
 from prism_gguf.formats.mix import UNQUANTIZED, Mix
@@ -34,7 +34,7 @@ from prism_gguf.quantization.writing import check_output, recorded_made_of
 from prism_gguf.results.options import NO_CONTROL, AdviseOptions, CompareOptions, SmoothOptions, SweepOptions
 from prism_gguf.results.quantized import MADE_OF
 from prism_gguf.results.smoothing import Smoothed
-from prism_gguf.system.cache import is_capture
+from prism_gguf.system.cache import check_cache, is_capture
 from prism_gguf.system.errors import (
     InvalidImatrixError,
     InvalidModelError,
@@ -99,6 +99,7 @@ def smooth(
     gguf, matrix, beside = check_base(base), None if given.imatrix is None else Path(given.imatrix), imatrix_beside(out)
     _check_inputs(str(reference), mix, matrix)
     check_output(out, base, overwrite=given.overwrite or _is_smoothed(out))
+    check_cache(given.cache_folder)
     reading = Reading(calibration_texts() if texts is None else texts, given.n_ctx, given.windows, Score.ALL)
     with given.worker() as worker:
         progress = watch.progress("smoothing")

@@ -102,7 +102,7 @@ def test_real_files_with_another_tokenizer(
 @pytest.mark.parametrize(
     ("theirs", "said"),
     [
-        (lambda t: chr(t - 1), "its ids are shifted by 1: it has 1 more tokens before them"),
+        (lambda t: chr(t - 1), "its ids are shifted by 1: it has 1 more token before them"),
         (lambda t: "?" if t == ord("e") else chr(t), "1 of 20 tokens in use differ, so it has the same vocabulary"),
         (lambda t: chr(0x4E00 + t), "20 of 20 tokens in use differ; probably made of another model"),
     ],

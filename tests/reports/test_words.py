@@ -10,10 +10,12 @@ import pytest
 from rich.console import Console
 
 import prism_gguf.reports.terminal as terminal
+from prism_gguf.reports.html import page
+from prism_gguf.reports.markdown import card
+from prism_gguf.reports.names import labels
 from prism_gguf.reports.words import (
     LEVELS,
     LOSSLESS,
-    label,
     loss_in_words,
     printable,
     purpose,
@@ -126,7 +128,8 @@ def test_what_a_file_is_for(real: Comparison) -> None:
 
 def test_names_are_inert() -> None:
     assert printable("a\x1b]0;x\x07\u202e\udc80é日") == "a�]0;x���é日"
-    assert "\x1b" not in label(HOSTILE) and "\n" not in label(HOSTILE)
+    (shown,) = labels([CandidateResult(HOSTILE)]).values()
+    assert "\x1b" not in shown and "\n" not in shown
 
 
 @pytest.mark.parametrize("kld", [1e-12, 4.5e-5, 0.0123456, 1234.5, 1.2345e12])
@@ -180,3 +183,32 @@ def test_marks_and_colour(real: Comparison, monkeypatch: pytest.MonkeyPatch) -> 
         terminal.print_comparison(comparison, out)
         assert ("\x1b[1;32m* testbed-Q8_0" in stream.getvalue()) == coloured
         assert "\x1b[2m  worse" in stream.getvalue()
+
+
+def test_two_files_of_one_name_are_told_apart_everywhere(compared: Comparison) -> None:
+    f16, q8, q4, *_ = compared.candidates
+    same = among(
+        compared, [changed(f16, path="/m/new/a.gguf"), changed(q8, path="/m/old/a.gguf"), changed(q4, path="/m/b.gguf")]
+    )
+    same = replace(same, noise_floor=replace(compared.noise_floor, path="/m/new/a.gguf"))
+    table = io.StringIO()
+    terminal.print_comparison(same, Console(file=table, width=100), details=True)
+    for name in ("new/a", "old/a"):
+        assert table.getvalue().count(f"{name} ") >= 6
+    assert " a " not in table.getvalue() and "m/b" not in table.getvalue()
+    assert "control new/a.gguf" in table.getvalue()
+    section = card(same, None)
+    assert (
+        "`new/a.gguf`" in section and "`old/a.gguf`" in section and "`b.gguf`" in section and "`a.gguf`" not in section
+    )
+    shown = page(same)
+    assert ">new/a<" in shown and ">old/a<" in shown and ">a<" not in shown
+
+
+def test_one_window_is_no_windows(compared: Comparison) -> None:
+    one = replace(compared, text=replace(compared.text, n_windows=1))
+    table = io.StringIO()
+    terminal.print_comparison(one, Console(file=table, width=100))
+    assert "1 window of 512 tokens" in table.getvalue()
+    assert "(1 window of 512" in card(one, None) and "1 window of 512 tokens" in page(one)
+    assert "1 windows" not in table.getvalue() + card(one, None) + page(one)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_results_errors_and_progress_come_back() -> None:
         assert worker.run(_add, 2, 3, progress=lambda *step: seen.append(step)) == 5
         with pytest.raises(InvalidTextError, match="told to"):
             worker.run(_refuse, "told to")
-        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        with pytest.raises(RuntimeFailureError, match="unforeseen ZeroDivisionError"):
             worker.run(_divide_by_zero)
         assert worker.run(_add, 1, 1) == 2
     assert seen == [(1, 2), (2, 2)]
@@ -239,3 +240,34 @@ def _worker_that_sleeps():
     with NativeWorker() as worker:
         worker.run(_leave_a_file)
         worker.run(_sleep, 600, progress=tell)
+
+
+@pytest.mark.parametrize("preloaded", [True, False])
+def test_a_package_that_is_broken_is_one_line(preloaded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_here.py").write_text("raise ImportError('libhere.so: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    job = _add if preloaded else _Unknown("broken_here")
+    with NativeWorker(preload=["broken_here"] if preloaded else []) as worker:
+        for _ in range(2):  # the second time in a new process
+            with pytest.raises(RuntimeFailureError, match=r"unforeseen ImportError: libhere\.so: cannot open"):
+                worker.run(job, 1, 1)
+            worker.renew()
+
+
+class _Unknown:
+    """A function of a module that only the child tries to import."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return importlib.import_module, (self._module,)
+
+    def __call__(self, *_: object, progress: object = None) -> None: ...
+
+
+def test_the_traceback_of_an_unforeseen_error_is_its_cause() -> None:
+    with NativeWorker() as worker, pytest.raises(RuntimeFailureError) as caught:
+        worker.run(_divide_by_zero, of="a.gguf")
+    assert str(caught.value).startswith("a.gguf: unforeseen ZeroDivisionError: division by zero (in ")
+    assert "in _divide_by_zero" in str(caught.value.__cause__)

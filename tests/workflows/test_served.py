@@ -126,6 +126,16 @@ def test_each_difference_is_a_note(
         assert all("\n" not in n and len(n) <= 400 for n in notes)
 
 
+def test_unused_tokens_are_none_that_a_checkpoint_calls_special(
+    ladder: dict[str, Path], references: dict[str, Serving | None], tmp_path: Path
+) -> None:
+    """Gemma's converter keeps SentencePiece's type of <unused0> …, which its tokenizer.json calls special."""
+    edit = {TOKENIZER + "token_type": [5, *[1] * 4095]}
+    found = serving_of(str(edited(ladder["F16"], tmp_path / "m.gguf", metadata=edit)))
+    assert not [note for note in serving_notes(references["checkpoint"], found) if "token types" in note]
+    assert [note for note in serving_notes(references["gguf"], found) if "token types" in note]
+
+
 def test_sampling_is_compared_where_both_say_it(ladder: dict[str, Path], tmp_path: Path) -> None:
     cold, warm = (
         serving_of(str(edited(ladder["F16"], tmp_path / f"{t}.gguf", metadata={"general.sampling.temp": t})))

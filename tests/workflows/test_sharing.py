@@ -100,7 +100,8 @@ def test_a_read_only_cache_is_read(ladder: dict[str, Path], tmp_path: Path) -> N
     assert read.candidates[1].error is None
     assert other_text.exit_code == 2 and len(other_text.stderr.splitlines()) == 1
     assert (
-        "name a folder that can be written to (--cache, --out)" in other_text.stderr and str(cache) in other_text.stderr
+        f"{cache}: cannot be written to" in other_text.stderr
+        and "with --cache or PRISM_GGUF_CACHE" in other_text.stderr
     )
 
 

@@ -167,7 +167,7 @@ def test_kinship_knows_a_smoothed_file(
 
     other = edited(subject.smoothed.out, tmp_path / "other-F16.gguf", tensor=change)
     row = compare(subject.checkpoint, [other], UNSEEN, COMPARE).candidates[0]
-    assert row.error is not None and "made of other weights: 1 of 1 norms" in row.error.message
+    assert row.error is not None and "made of other weights: 1 of 1 norm" in row.error.message
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from prism_gguf.system.amounts import amount
+
 OTHER_TOKENIZER = (
     "probably made of another model, of a fine-tune with another tokenizer, or converted with another pre-tokenizer"
 )
@@ -38,8 +40,8 @@ def cause_of_pieces(pieces: Mapping[int, str], piece: Piece) -> str:
         ):
             word = "more" if shift > 0 else "fewer"
             return (
-                f"its ids are shifted by {abs(shift)}: it has {abs(shift)} {word} tokens before them, and was converted "
-                "with another list of tokens"
+                f"its ids are shifted by {abs(shift)}: it has {amount(abs(shift), f'{word} token')} before them, and was "
+                "converted with another list of tokens"
             )
     if len(differ) <= max(1, _FEW * len(pieces)):
         return (

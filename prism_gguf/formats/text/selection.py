@@ -14,6 +14,7 @@ import numpy as np
 from prism_gguf.formats.text.chat import ChatSource
 from prism_gguf.formats.text.template import DATE, ChatTemplate
 from prism_gguf.formats.text.windows import EvaluationText, Score, TokenWindows, Vocabulary, covered, make_windows
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.code import code_digest
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidTextError
 
@@ -126,6 +127,6 @@ def _check_size(source: TokenSource, vocabulary: Vocabulary) -> None:
     if not counts[0] <= source.n_vocab <= counts[1]:
         has = " to ".join(map(str, dict.fromkeys(counts)))
         raise IncompatibleModelsError(
-            f"{source.name}: made with a vocabulary of {source.n_vocab} tokens, and the reference has {has}; it was made "
-            "with another model"
+            f"{source.name}: made with a vocabulary of {amount(source.n_vocab, 'token')}, and the reference has {has}; "
+            "it was made with another model"
         )

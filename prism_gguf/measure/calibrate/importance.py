@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from prism_gguf.formats.fingerprint import is_gguf
+from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
-from prism_gguf.formats.imatrix_holes import few
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import notes_of
 from prism_gguf.measure.calibrate.gradients import linear_arguments, products_by_weight
@@ -20,6 +19,7 @@ from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.tensor_names import QuantizableTensor, quantizable_tensors
 from prism_gguf.results.imatrix import CollectedImatrix
 from prism_gguf.results.options import RunOptions
+from prism_gguf.system.amounts import few
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.progress import Progress, no_progress
 

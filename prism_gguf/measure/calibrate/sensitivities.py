@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 
-from prism_gguf.formats.fingerprint import is_gguf, model_fingerprint
+from prism_gguf.formats.file_kind import is_gguf
+from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix
 from prism_gguf.formats.mix import ggml_type
 from prism_gguf.formats.text.selection import Reading
@@ -25,6 +26,7 @@ from prism_gguf.models.factors import factors_of, smoothing_digest
 from prism_gguf.models.header import ModelHeader, model_header
 from prism_gguf.results.options import RunOptions, SensitivityOptions
 from prism_gguf.results.sensitivity import SCHEMA, Cost, Sensitivity, TensorSensitivity, read_sensitivity
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.atomic_files import write_whole, written_whole
 from prism_gguf.system.cache import key_of, locked
 from prism_gguf.system.environment import environment, now
@@ -32,6 +34,7 @@ from prism_gguf.system.errors import InvalidModelError, InvalidTextError
 from prism_gguf.system.estimate import Estimate, admit
 from prism_gguf.system.machine import allocated
 from prism_gguf.system.progress import Progress, no_progress, part, stage
+from prism_gguf.system.sanitize import valid
 from prism_gguf.system.version import __version__
 
 if TYPE_CHECKING:
@@ -84,7 +87,7 @@ def ensure_sensitivity(
         found = _measure(reference, fingerprint, reading, options, imatrix, folder, progress)
         smoothed = None if options.smoothed is None else smoothing_digest(Path(options.smoothed))
         found = replace(found, imatrix=recorded, smoothed=smoothed)
-        write_whole(result, json.dumps(found.to_dict()))
+        write_whole(result, json.dumps(valid(found.to_dict())))
         shutil.rmtree(folder)
     return found
 
@@ -106,7 +109,9 @@ def _measure(
     with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:
         windows, texts = reading.windows(model)
         if windows.n_windows < 2:
-            raise InvalidTextError(f"{windows.n_windows} window of text: a standard error needs two; give more text")
+            raise InvalidTextError(
+                f"{amount(windows.n_windows, 'window')} of text: a standard error needs two; give more text"
+            )
         tensors, left_out = quantizable_tensors(model.network)
         if not tensors:
             raise InvalidModelError(

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prism_gguf.formats.fingerprint import is_gguf
+from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.state_file import StateFile
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import EvaluationText, Score, TokenWindows

@@ -10,7 +10,7 @@ from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.models.opening import open_model, runtime_of
 from prism_gguf.results.options import CaptureOptions
-from prism_gguf.system.cache import is_capture, key_of, locked, recorded_key
+from prism_gguf.system.cache import check_cache, is_capture, key_of, locked, recorded_key
 from prism_gguf.system.errors import InvalidCaptureError
 from prism_gguf.system.progress import Progress, no_progress, stage
 
@@ -58,6 +58,7 @@ def ensure_capture(
         if is_capture(folder):
             adopt_head(folder, Path(reference))
         else:
+            check_cache(cache if out is None else out, may_hold=False)
             options.limit_threads()
             write_capture(
                 folder,

@@ -10,6 +10,7 @@ import numpy as np
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.kld_base import MAGIC
 from prism_gguf.formats.text.windows import Score
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.atomic_files import written_whole
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidCaptureError
 from prism_gguf.system.progress import Progress, no_progress
@@ -68,8 +69,8 @@ def _vocabulary_of(candidate: str, capture: Capture) -> int:
     shared = min(n_vocab, capture.head.n_rows)
     if max(gguf.n_vocab_tokens or n_vocab, min(capture.n_tokens, capture.head.n_rows)) > shared:
         raise IncompatibleModelsError(
-            f"{candidate}: vocabulary of {n_vocab} tokens, the reference has {capture.n_tokens} in {capture.head.n_rows} "
-            "rows; probably made of another model"
+            f"{candidate}: vocabulary of {amount(n_vocab, 'token')}, the reference has {capture.n_tokens} in "
+            f"{amount(capture.head.n_rows, 'row')}; probably made of another model"
         )
     return n_vocab
 

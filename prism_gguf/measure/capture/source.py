@@ -16,7 +16,7 @@ from prism_gguf.models.header import ModelHeader, model_header
 from prism_gguf.results.comparison import TextInfo
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.options import CaptureOptions, ReadOptions, RunOptions
-from prism_gguf.system.cache import MANIFEST, is_capture, is_hashed
+from prism_gguf.system.cache import MANIFEST, check_cache, is_capture, is_hashed
 from prism_gguf.system.errors import InvalidCaptureError, InvalidTextError
 from prism_gguf.system.estimate import Estimate, admit
 from prism_gguf.system.machine import allocated
@@ -49,10 +49,13 @@ class ReferenceSource:
 
         Raises:
             InvalidTextError: a capture, and texts beside its own.
+            StorageError: the reference's capture could not be kept.
         """
         capture = Path(reference) if is_capture(Path(reference)) else None
         if capture is not None and texts is not None:
             raise InvalidTextError(f"{reference}: a capture has its own text; leave out --text and --chat")
+        if capture is None:
+            check_cache(options.cache_folder)
         return cls(str(reference), capture, options.reading(texts), texts is None)
 
     @property

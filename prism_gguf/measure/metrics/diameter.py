@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import torch
 
+from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import UndefinedMetricError
 from prism_gguf.system.progress import Progress, no_progress
 
@@ -62,7 +63,7 @@ def diameter(chunks: RowChunks, progress: Progress = no_progress) -> Diameter:
     progress(0, 0)
     mean, n_rows = _mean(chunks)
     if n_rows < 2:
-        raise UndefinedMetricError(f"a head of {n_rows} rows has no diameter")
+        raise UndefinedMetricError(f"a head of {amount(n_rows, 'row')} has no diameter")
     points = _keep(chunks, torch.arange(n_rows), n_rows, mean)
     search = _Search(chunks)
     radii = points.radii()

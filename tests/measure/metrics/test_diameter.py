@@ -154,7 +154,7 @@ def test_two_rows() -> None:
 
 
 def test_one_row_has_no_diameter() -> None:
-    with pytest.raises(UndefinedMetricError, match="1 rows"):
+    with pytest.raises(UndefinedMetricError, match="1 row has"):
         diameter(chunked(np.ones((1, 4))))
 
 
