@@ -35,9 +35,9 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     "environment",
     [
         {"PYTHONIOENCODING": "cp1252"},
-        {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"},
-        {"PYTHONIOENCODING": "utf-16-le"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        pytest.param({"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}, marks=pytest.mark.slow),
+        pytest.param({"PYTHONIOENCODING": "utf-16-le"}, marks=pytest.mark.slow),
+        pytest.param({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_table_is_readable_in_every_encoding(environment: dict[str, str], result: Path) -> None:

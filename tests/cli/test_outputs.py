@@ -52,6 +52,7 @@ def test_a_redirected_standard_output_is_not_replaced(result: Path, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_reports_on_standard_output(result: Path, tmp_path: Path) -> None:
     card = run("report", result, "--markdown", "-")
     assert card.stdout.startswith("## ") and "![" not in card.stdout and "verdict" in card.stderr

@@ -54,7 +54,12 @@ def test_what_counts_as_an_id(reference: str, expected: bool, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "command", [["capture", "here/name"], ["compare", "MODEL", "here/name"], ["imatrix", "here/name"]]
+    "command",
+    [
+        ["capture", "here/name"],
+        pytest.param(["compare", "MODEL", "here/name"], marks=pytest.mark.slow),
+        pytest.param(["imatrix", "here/name"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_mistyped_path_asks_no_hub(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

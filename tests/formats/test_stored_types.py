@@ -121,6 +121,7 @@ def _typed(tensor, kind: str):
     return replace(tensor, type=kind, n_bytes=tensor.n_elements // block * size)
 
 
+@pytest.mark.slow
 def test_no_mix_of_llama_cpp_contradicts_its_label(planned: list[tuple[str, str, StoredTypes]]) -> None:
     assert len(planned) == 3 * 2 * len(FTYPES)
     assert [(model, ftype, found) for model, ftype, types in planned if (found := types.against(ftype))] == []

@@ -110,6 +110,7 @@ class _Tags(HTMLParser):
         self.handlers |= {name for name, _ in attributes if name.startswith("on")}
 
 
+@pytest.mark.slow
 def test_reports_show_hostile_words_and_obey_none(hostile: Path, tiny: Path, tmp_path: Path) -> None:
     made = parse(hostile.read_bytes())
     reference = written(tmp_path / "reference.gguf", made)
@@ -310,6 +311,7 @@ def test_configurations_that_make_no_sense_are_one_line(entries: dict[str, objec
     refusal_of(folder)
 
 
+@pytest.mark.slow
 def test_a_capture_with_a_pickle_in_it(tiny: Path, tmp_path: Path, text: Path) -> None:
     out, marker = tmp_path / "capture", tmp_path / "owned"
     done = cli("capture", tiny, "--text", text, "--windows", 2, "--n-ctx", 32, "--out", out, "--quiet")

@@ -209,6 +209,7 @@ def test_a_candidate_without_them_keeps_its_other_numbers(ladder: dict[str, Path
     assert row.notes[1].startswith("no drift by block: ") and "4 blocks, the reference has 3" in row.notes[1]
 
 
+@pytest.mark.slow
 def test_the_command_shows_it(ladder: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     few = ["--windows", 5, "--n-ctx", 128, "--no-attribution", "--threads", 1]

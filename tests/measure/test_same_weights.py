@@ -76,6 +76,7 @@ def judged(sample: WeightSample, file: Path) -> str | None:
     return None if found is None else found.kind
 
 
+@pytest.mark.slow
 def test_what_quantization_makes_is_known_again(
     sample: WeightSample, ladder: dict[str, Path], imatrix: ImportanceMatrix, tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_what_quantization_makes_is_known_again(
     assert "was quantized before" in str(compare_weights(sample, GgufFile(files[-1]))[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ftype", "size"), [("F16", 0.003), ("Q8_0", 0.005), ("Q4_K_M", 0.04), ("Q2_K", 0.15)])
 def test_a_merged_adapter_is_seen_through_the_rounding(
     ftype: str, size: float, sample: WeightSample, ladder: dict[str, Path], tmp_path: Path
@@ -174,6 +176,7 @@ def test_variants_are_measured_when_asked_for(
     assert compare(MODEL, [ladder["F16"]], TEXTS, replace(FEW, lora=(adapter,))).candidates[0].error is None
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_left_the_norms_alone(sample: WeightSample, tmp_path: Path) -> None:
     write_f16(fine_tuned(tmp_path / "tuned"), tmp_path / "tuned-F16.gguf", name="tuned")
     assert judged(sample, tmp_path / "tuned-F16.gguf") == "fine-tune"

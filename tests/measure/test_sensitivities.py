@@ -219,6 +219,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     options = SensitivityOptions(types=("Q4_0",), cache=tmp_path / "a")
     chosen = reading(windows=3, n_ctx=1024)  # one batch is two windows

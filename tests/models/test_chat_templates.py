@@ -99,7 +99,7 @@ def test_a_comparison_over_conversations_says_which_day_it_was(ladder: dict[str,
     assert "note: the text talk: the chat template writes the date" in console.export_text()
 
 
-@pytest.mark.parametrize("command", ["capture", "imatrix"])
+@pytest.mark.parametrize("command", ["capture", pytest.param("imatrix", marks=pytest.mark.slow)])
 def test_other_commands_say_it_too(command: str, ladder: dict[str, Path], tmp_path: Path) -> None:
     checkpoint, _ = with_templates(ladder, tmp_path)
     file = tmp_path / "talk.jsonl"

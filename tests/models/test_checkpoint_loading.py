@@ -84,7 +84,13 @@ def check_exact(folder: Path) -> HuggingFaceModel:
     return model
 
 
-@pytest.mark.parametrize("said", [None, "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "bfloat16",
+        *(pytest.param(said, marks=pytest.mark.slow) for said in (None, "float16", "float32")),
+    ],
+)
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type_under_every_configuration(kind: str, said: str | None, tmp_path: Path) -> None:
     folder = stored(tmp_path / "model", T.LlamaConfig(**TIED), lambda _: TYPES[kind])

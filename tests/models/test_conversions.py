@@ -294,6 +294,7 @@ def short(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_whole_comparison_of_a_nemotron_with_tokens_that_no_row_serves(short: Path, tmp_path: Path) -> None:
     """Neither its norms nor those tokens make its F16 file one of another model; the tokens are a note."""
     shutil.copytree(short, tmp_path / "candidate")

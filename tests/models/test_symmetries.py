@@ -71,6 +71,7 @@ def test_every_architecture_is_tested() -> None:
     assert {model.architecture for model in MODELS.values()} == set(ARCHITECTURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_smoothed_model_is_the_same_model(name: str, tmp_path: Path) -> None:
     model, out = MODELS[name], tmp_path / "smoothed.gguf"

@@ -40,6 +40,7 @@ def test_as_candidate_it_is_a_failed_row_and_the_others_finish(ladder: dict[str,
     assert bad.error.message.startswith(f"{unrunnable}: transformers loads it as LlamaForCausalLM and cannot run it: ")
 
 
+@pytest.mark.slow
 def test_as_reference_it_is_one_line(ladder: dict[str, Path], unrunnable: Path, tmp_path: Path) -> None:
     for work in (
         lambda: compare(unrunnable, [ladder["Q8_0"]]),

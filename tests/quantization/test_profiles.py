@@ -32,6 +32,7 @@ def test_every_shipped_profile_loads_and_says_for_whom_it_is() -> None:
         assert f"[{name}]({name}.yaml)" in readme
 
 
+@pytest.mark.slow
 def test_the_full_ladder_requires_an_imatrix_where_llama_cpp_does(ladder: dict[str, Path], tmp_path: Path) -> None:
     refused = set()
     with NativeWorker() as worker:

@@ -59,6 +59,7 @@ def test_the_last_native_log_lines_come_with_the_error() -> None:
     assert caught.value.log == ["loading", "x.c:1: GGML_ASSERT(a) failed", "backtrace"]
 
 
+@pytest.mark.slow
 def test_a_hang_is_an_error_and_the_next_job_runs() -> None:
     with NativeWorker(stall_limit=5) as worker:  # which starting Python counts to, on a busy machine more than a second
         assert worker.run(_sleep_in_steps, 6) == "slept"  # progress is what counts, not time

@@ -100,6 +100,7 @@ def test_budgets_are_kept(
         assert 0.99 * bits < advice.recipe.bits_per_weight <= bits
 
 
+@pytest.mark.slow
 def test_more_room_never_costs_more(ladder: dict[str, Path], found: Sensitivity, matrix: Path) -> None:
     klds = []
     for budget in ("3.2bpw", "4bpw", "6bpw", "16bpw"):

@@ -266,6 +266,7 @@ def test_as_served_changes_nothing_where_nothing_differs(ladder: dict[str, Path]
     assert served.divergence == row.divergence
 
 
+@pytest.mark.slow
 def test_without_bos_both_ways_and_through_every_pass(ladder: dict[str, Path], without_bos: Path) -> None:
     """A reference without BOS and a candidate with one, too; with every pass that runs the candidate again."""
     served = replace(FEW, as_served=True, layers=True, attribution=True, split_kernels=True)

@@ -171,6 +171,7 @@ def test_profiles_are_listed_and_shown_as_shipped() -> None:
     assert (missing.exit_code, missing.stderr[:25]) == (2, "error: no profile 'nope':")
 
 
+@pytest.mark.slow
 def test_sweep_on_the_command_line(ladder: dict[str, Path], tmp_path: Path) -> None:
     text = tmp_path / "fox.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 200)

@@ -93,6 +93,7 @@ def test_pairs_closer_in_length_than_low_precision_resolves(
     assert found.pairs_measured > 10  # the rounding did hide which pair it is
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("strength", [0.0, 1.0, 3.0])
 def test_no_level_loses_a_pair_at_the_limit(strength: float) -> None:
