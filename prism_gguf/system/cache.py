@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from prism_gguf.system.atomic_files import write_whole
 from prism_gguf.system.errors import StorageError
+from prism_gguf.system.machine import nearest_folder
 from prism_gguf.system.progress import Progress, no_progress
 from prism_gguf.system.sanitize import valid
 
@@ -57,18 +58,19 @@ def cannot_write(folder: Path) -> OSError | None:
         return error
 
 
-def check_cache(cache: Path, *, may_hold: bool = True) -> None:
+def check_cache(cache: Path, *, may_hold: bool = True, make: bool = True) -> None:
     """Fail before the work if its results cannot be kept.
 
     Args:
         may_hold: a cache that can only be read is good enough if it holds anything: what is needed may be there.
+        make: make the folder now; otherwise find out whether it can be made.
 
     Raises:
         StorageError: names the options that choose another folder.
     """
     if valid(found := os.path.realpath(cache)) != found:
         raise StorageError(f"{cache}: safetensors writes to no path that is not UTF-8; {_NAME_ANOTHER}")
-    error = cannot_write(cache)
+    error = cannot_write(cache if make else nearest_folder(cache))
     if error is not None and not (may_hold and cache.is_dir() and any(cache.iterdir())):
         raise StorageError(f"{cache}: cannot be written to ({error.strerror}); {_NAME_ANOTHER}")
 

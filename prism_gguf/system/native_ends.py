@@ -73,7 +73,10 @@ _BY_STEP = (
     (r"token|text|window", _STACK),
     (r"load|plan|head", "the file's metadata and tensors do not fit together: convert or download it again"),
     (r"quantiz", "a tensor has a shape that llama.cpp's quantizer does not expect: quantize without it"),
-    (r"run|decod|measur|captur|\d+/\d+", "llama.cpp's graph or kernels failed on this model: update llama-cpp-python"),
+    (
+        r"run|decod|measur|captur|\d+/\d+",
+        "llama.cpp's graph or kernels failed on this model: try --kernels plain, or update llama-cpp-python",
+    ),
 )
 
 

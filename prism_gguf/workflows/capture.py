@@ -42,7 +42,7 @@ def capture(
     options, watch = options or CaptureOptions(), Watch(steps, estimated)
     reading, progress = options.reading(texts), watch.progress("reference")
     progress(0, 0, "starting")
-    check_cache(options.cache_folder if options.out is None else Path(options.out))
+    check_cache(Path(options.out or options.cache_folder), make=options.out is None)
     options, _ = choose_kernels(options, progress)
     with options.worker() as worker:
         needed = worker.run(estimate_capture, str(reference), reading, options, progress=progress)

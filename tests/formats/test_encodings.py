@@ -99,6 +99,7 @@ def test_names_of_texts_in_an_importance_matrix(tmp_path: Path) -> None:
         assert read_imatrix(tmp_path / name).datasets == ("t\\xe9xt",)
 
 
+@pytest.mark.slow
 @NOT_UTF_8
 def test_names_that_are_not_utf_8(ladder: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))

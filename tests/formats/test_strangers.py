@@ -139,6 +139,7 @@ def test_reports_show_hostile_words_and_obey_none(hostile: Path, tiny: Path, tmp
     check_inert(card)
 
 
+@pytest.mark.slow
 def test_errors_with_hostile_words_are_one_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for key, text in (
         (b"general.type", GIANT),
@@ -257,6 +258,7 @@ def test_code_of_a_checkpoint_runs_only_with_the_flag(tmp_path: Path, text: Path
     assert done.returncode == 0 and marker.exists(), done
 
 
+@pytest.mark.slow
 def test_code_of_a_tokenizer_runs_only_with_the_flag(tmp_path: Path, text: Path) -> None:
     folder, marker = checkpoint(tmp_path / "model"), tmp_path / "owned"
     (folder / "tokenization_mine.py").write_text(

@@ -107,6 +107,7 @@ def test_llama_cpp_s_stream_is_the_checkpoint_s(
         assert relative(streams(model, tokens, 50), found) < 3e-3  # batches round apart; a wrong position is far off
 
 
+@pytest.mark.slow
 def test_drift_grows_with_depth_and_with_fewer_bits(result: Comparison) -> None:
     f16, q8, q4, q2 = drift(result)
     # Measured: 3.5e-4 to 5.3e-4. llama.cpp multiplies F16 weights by F16 activations.

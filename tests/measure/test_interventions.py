@@ -139,6 +139,7 @@ def test_scaled_states_move_the_scale_axis_alone(model: Model) -> None:
     assert slope(SMALL, klds[-len(SMALL) :]) == pytest.approx(2.0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_turned_states_move_the_shape_axis_alone(model: Model) -> None:
     shapes, klds, gammas = [], [], []
     for angle in (0.5, *SMALL):

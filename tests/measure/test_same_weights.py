@@ -141,6 +141,7 @@ def instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return edited(folder / "plain.gguf", folder / "tuned-F16.gguf", metadata=facts)
 
 
+@pytest.mark.slow
 def test_instruct_against_base_is_an_error_that_says_so(
     sample: WeightSample, instruct: Path, ladder: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_what_smoothing_leaves_alone_has_to_be_the_reference_s(
     assert judged(sample, scaled("output_norm.weight")) == "fine-tune"
 
 
+@pytest.mark.slow
 def test_another_architecture_is_said_first(folder: Path, ladder: dict[str, Path], tmp_path: Path) -> None:
     def kept(width: int = 768, blocks: int = 4) -> Iterator[tuple[str, np.ndarray]]:
         for t in gguf.GGUFReader(ladder["F16"]).tensors:

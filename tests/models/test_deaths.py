@@ -67,7 +67,7 @@ DEATHS = [
     (deaths.assertion, (), r"it last said: ggml.c:", "metadata and tensors do not fit together"),
     (deaths.fault, ("quantizing",), "SIGSEGV, quantizing", "a tensor has a shape that llama.cpp's quantizer does not"),
     (deaths.fault, ("loading",), "SIGSEGV, loading", "the file's metadata and tensors do not fit together"),
-    (deaths.fault, ("running 3/7",), "SIGSEGV, running 3/7", "update llama-cpp-python"),
+    (deaths.fault, ("running 3/7",), "SIGSEGV, running 3/7", "try --kernels plain, or update llama-cpp-python"),
     (deaths.illegal, (), "SIGILL", "reinstall llama-cpp-python so that it is built on this one"),
     (deaths.cut_short, (), "SIGBUS", "a file was cut short or replaced while it was read"),
 ]

@@ -74,6 +74,7 @@ def boxes(shown: Page, selector: str) -> list[dict[str, float]]:
     return list(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 375])
 def test_every_figure_is_there_and_nothing_is_fetched(
     whole: Comparison, written: Path, browser: Browser, width: int

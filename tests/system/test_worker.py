@@ -128,6 +128,7 @@ def test_the_childs_temporary_files_go_with_it(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_killed_caller_leaves_no_process_and_the_next_removes_its_files(tmp_path: Path) -> None:
     env = {**os.environ, "TMPDIR": str(tmp_path)}

@@ -179,7 +179,7 @@ def test_another_vocabulary_and_another_width(ladder: dict[str, Path], tmp_path:
 
         metadata = {
             "tokenizer.ggml.tokens": tokens + extra,
-            "tokenizer.ggml.token_type": [1] * len(tokens + extra),
+            "tokenizer.ggml.token_type": [3, *[1] * (len(tokens + extra) - 1)],
             "llama.vocab_size": len(tokens + extra),
         }
         return edited(ladder["F16"], tmp_path / f"{extra[0]}.gguf", metadata=metadata, tensor=grow)

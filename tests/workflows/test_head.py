@@ -22,6 +22,7 @@ from prism_gguf.formats.imatrix import ImportanceMatrix, write_imatrix
 from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.measure.capture.ensure import ensure_capture
+from prism_gguf.models.kernels import choose_kernels
 from prism_gguf.models.llama_quantizer import quantize_gguf
 from prism_gguf.quantization.heads import settings
 from prism_gguf.quantization.heads.cross_score import decode_body, score_heads
@@ -122,7 +123,7 @@ def test_an_imatrix_weighs_the_columns(
     measured: dict[str, float], ladder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "column_weights", lambda options: WEIGHTS)
-    options = HeadOptions(windows=WINDOWS, types=("Q2_K",))
+    options, _ = choose_kernels(HeadOptions(windows=WINDOWS, types=("Q2_K",)))
     folder = ensure_capture(str(MODEL), Reading(TEXTS, 512, WINDOWS), CaptureOptions())
     body = decode_body(str(ladder["Q4_K_M"]), folder, tmp_path / "body", options)
     (row,) = score_heads(folder, [body], options)[body.path].rows

@@ -85,6 +85,7 @@ def read_only(folder: Path) -> Iterator[None]:
                 path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_read_only_cache_is_read(ladder: dict[str, Path], tmp_path: Path) -> None:
     """Such as one that a team shares: what is in it serves, what is not is not kept."""
     cache = tmp_path / "cache"

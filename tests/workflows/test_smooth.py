@@ -45,6 +45,8 @@ from prism_gguf.workflows.compare import compare
 from prism_gguf.workflows.quantize import quantize
 from prism_gguf.workflows.smooth import MAX_CONTROL_KLD, _make, check_base, smooth
 
+pytestmark = pytest.mark.slow  # each needs the smoothed model, which takes a quarter of a minute
+
 SEEN, UNSEEN = ([half(text) for text in held_out_texts()] for half in (second_half, first_half))
 OPTIONS = SmoothOptions(windows=6, refinements=2)
 READING = Reading(SEEN, OPTIONS.n_ctx, OPTIONS.windows, Score.ALL)
@@ -137,7 +139,6 @@ def test_the_imatrix_beside_it_is_the_smoothed_models(subject: Subject, same: Pa
     assert moved == {name for name in expected if name.startswith("blk.")}
 
 
-@pytest.mark.slow
 def test_sensitivities_are_those_of_the_smoothed_model(subject: Subject, same: Path) -> None:
     reading = Reading(SEEN, 128, 2, Score.ALL)
     options = SensitivityOptions(types=TYPES, imatrix=subject.smoothed.imatrix)
@@ -170,7 +171,6 @@ def test_kinship_knows_a_smoothed_file(
     assert row.error is not None and "made of other weights: 1 of 1 norm" in row.error.message
 
 
-@pytest.mark.slow
 def test_a_smoothed_fine_tune_is_told_by_its_embedding(factors: Factors, tmp_path: Path) -> None:
     """Of one whose norms are the reference's: all else was rescaled."""
     for name, make in (("same", lambda _: MODEL), ("tuned", fine_tuned)):
@@ -188,7 +188,6 @@ def test_a_smoothed_fine_tune_is_told_by_its_embedding(factors: Factors, tmp_pat
     assert {name for name, kind in kinds.items() if kind} == {"tuned-F16.gguf", "tuned.gguf"}
 
 
-@pytest.mark.slow
 def test_the_same_command_finds_it_and_makes_it_again(subject: Subject, tmp_path: Path) -> None:
     stages: list[str] = []
 
@@ -270,7 +269,6 @@ def test_wrong_pairs_are_refused(subject: Subject, ladder: dict[str, Path], tmp_
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_what_is_in_the_way_stays(subject: Subject, tmp_path: Path) -> None:
     out, imatrix = tmp_path / "out-F16.gguf", tmp_path / "out-F16.imatrix.gguf"
     mine = ["--base", subject.f16, "--out", out]
@@ -291,7 +289,6 @@ def test_what_is_in_the_way_stays(subject: Subject, tmp_path: Path) -> None:
     assert subject.smooth(out, overwrite=True).out.read_bytes() == subject.smoothed.out.read_bytes()
 
 
-@pytest.mark.slow
 def test_sensitivities_of_another_gauge_are_refused(subject: Subject, tmp_path: Path) -> None:
     costs = tmp_path / "s.json"
     reading = Reading(SEEN, 128, 2, Score.ALL)
@@ -316,7 +313,6 @@ def test_sensitivities_of_another_gauge_are_refused(subject: Subject, tmp_path: 
 FEW = ["--windows", 2, "--n-ctx", 256, *_texts()]
 
 
-@pytest.mark.slow
 def test_one_command_from_checkpoint_to_file(subject: Subject, compared: Comparison, tmp_path: Path) -> None:
     made, result = tmp_path / "made.gguf", tmp_path / "a.json"
     shown = run(
@@ -336,7 +332,6 @@ def test_one_command_from_checkpoint_to_file(subject: Subject, compared: Compari
     assert made.stat().st_size <= found["budget_bytes"]
 
 
-@pytest.mark.slow
 def test_sweep_of_the_smoothed_file(subject: Subject, compared: Comparison, tmp_path: Path) -> None:
     profile, result, out = tmp_path / "two.yaml", tmp_path / "r.json", tmp_path / "out"
     profile.write_text("description: x.\nentries:\n- {name: Q4_K_M, ftype: Q4_K_M}\n- {name: Q3_K_M, ftype: Q3_K_M}\n")
@@ -354,7 +349,6 @@ def test_sweep_of_the_smoothed_file(subject: Subject, compared: Comparison, tmp_
     assert all("smoothed for Q3_K_M" in " ".join(row["notes"]) for row in rows.values())
 
 
-@pytest.mark.slow
 def test_killed_in_the_middle_it_finds_the_same(subject: Subject, tmp_path: Path) -> None:
     out, cache, temporary = tmp_path / "out-F16.gguf", tmp_path / "cache", tmp_path / "tmp"
     args = ["smooth", str(subject.checkpoint), "--base", str(subject.f16), "--out", str(out), "--quiet"]

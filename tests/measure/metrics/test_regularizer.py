@@ -121,6 +121,7 @@ def test_undefined_raises(
     assert isinstance(caught.value, PrismGgufError) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_experiment_trains_adapters_and_nothing_else() -> None:
     reference, model = HuggingFaceModel(MODEL), quantized_body("Q3_K", 4)
     windows = make_windows(held_out_texts(), reference.vocabulary, n_ctx=33, max_windows=8, score=Score.ALL)
