@@ -160,6 +160,7 @@ def test_kernels_of_the_body_apart_from_its_weights(ladder: dict[str, Path]) -> 
     assert a.head_kernel == pytest.approx(plain.attribution.head_kernel, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_tokens_is_stated(ladder: dict[str, Path], compared: Comparison) -> None:
     row = compare(MODEL, [ladder["Q2_K"]], TEXTS, replace(FEW, attribution_tokens=200)).candidates[0]
     assert row.attribution is not None and compared.candidates[-1].attribution is not None

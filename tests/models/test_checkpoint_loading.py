@@ -243,6 +243,7 @@ def test_memory_of_weights_that_come_as_copies(tmp_path: Path) -> None:
     assert narrow is not None and narrow.fused_bytes == 2 * narrow.stored_bytes
 
 
+@pytest.mark.slow
 def test_the_noise_floor_is_that_of_f16_whatever_is_said(tmp_path: Path) -> None:
     """The testbed's weights are stored in F16: its F16 file holds the same numbers. The other checkpoint is a candidate."""
     for name in ("model", "other"):
