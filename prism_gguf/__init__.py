@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; _MODULES below is what 
     from prism_gguf.reports.progress import progress_bars
     from prism_gguf.results.advice import Advice
     from prism_gguf.results.comparison import CandidateResult, Comparison
+    from prism_gguf.results.differences import Difference
     from prism_gguf.results.heads import HeadReport
     from prism_gguf.results.imatrix import CollectedImatrix
     from prism_gguf.results.inspection import Inspection
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; _MODULES below is what 
         SweepOptions,
     )
     from prism_gguf.results.quantized import Made
+    from prism_gguf.results.ranking import paired_difference
     from prism_gguf.results.sensitivity import Sensitivity, read_sensitivity
     from prism_gguf.results.smoothing import Smoothed
     from prism_gguf.system.errors import LimitError, PrismGgufError
@@ -65,6 +67,7 @@ _MODULES = {
     "reports.progress": ("progress_bars",),
     "results.advice": ("Advice",),
     "results.comparison": ("CandidateResult", "Comparison"),
+    "results.differences": ("Difference",),
     "results.heads": ("HeadReport",),
     "results.imatrix": ("CollectedImatrix",),
     "results.inspection": ("Inspection",),
@@ -80,6 +83,7 @@ _MODULES = {
         "SweepOptions",
     ),
     "results.quantized": ("Made",),
+    "results.ranking": ("paired_difference",),
     "results.sensitivity": ("Sensitivity", "read_sensitivity"),
     "results.smoothing": ("Smoothed",),
     "system.errors": ("LimitError", "PrismGgufError"),
@@ -109,6 +113,7 @@ __all__ = [
     "CollectedImatrix",
     "CompareOptions",
     "Comparison",
+    "Difference",
     "Estimate",
     "HeadOptions",
     "HeadReport",
@@ -139,6 +144,7 @@ __all__ = [
     "imatrix",
     "inspect",
     "load_profile",
+    "paired_difference",
     "profile_names",
     "progress_bars",
     "quantize",

@@ -26,6 +26,7 @@ from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import EvaluationText, Score, calibration_texts, default_texts, second_half
 from prism_gguf.measure.calibrate.weight_errors import WeightErrors
+from prism_gguf.measure.rounds import Candidate
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_quantizer import quantize_gguf
 from prism_gguf.models.tensor_names import quantizable_tensors
@@ -33,7 +34,7 @@ from prism_gguf.results.options import CompareOptions, RunOptions, SensitivityOp
 from prism_gguf.system.progress import no_steps
 from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed import MODEL, held_out_texts
-from prism_gguf.workflows.compare import Candidate, compare_candidates
+from prism_gguf.workflows.compare import compare_candidates
 from prism_gguf.workflows.imatrix import imatrix
 from prism_gguf.workflows.sensitivity import sensitivity
 

@@ -16,6 +16,7 @@ from prism_gguf.cli.options import (
     sources,
     text_options,
     trust_option,
+    until_se_option,
 )
 from prism_gguf.cli.output import Output, output_options, watching
 
@@ -43,6 +44,7 @@ from prism_gguf.cli.output import Output, output_options, watching
     help="Measure each candidate with its own BOS, or without one, as llama-server would start it, rather than with the "
     "reference's.",
 )
+@until_se_option
 @judging_options
 @runtime_options
 @trust_option

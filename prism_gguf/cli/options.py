@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -19,6 +20,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound="CompareOptions")
 _KERNELS = click.Choice(["plain", "default"])
 _CACHE_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+
+
+def percent(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """The share that a percentage above 0 and below 100 stands for, such as ``5%``."""
+    if value is None:
+        return None
+    number = value.strip()
+    try:
+        share = float(number.removesuffix("%")) / 100
+    except ValueError:
+        share = math.nan
+    if not (number.endswith("%") and 0 < share < 1):
+        raise click.BadParameter(
+            f"{number!r}: write a percentage above 0% and below 100%, such as 5%", ctx=ctx, param=param
+        )
+    return share
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -206,6 +223,14 @@ judging_options = options(
     limit_options,
 )
 
+until_se_option = click.option(
+    "--until-se",
+    callback=percent,
+    metavar="PERCENT",
+    help="Begin with --windows, and go on with twice as many until the standard error of every mean KLD is at most this "
+    "share of it, such as 5%, or the text ends. Default: read --windows once.",
+)
+
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow transformers to run the checkpoint's own code."
 )
@@ -265,6 +290,8 @@ def check_capture_options(reference: str) -> None:
     from prism_gguf.system.cache import is_capture
 
     given = [name for name in ("n_ctx", "windows", "score") if name in given_options()]
+    if "until_se" in given_options():  # it begins with so many of the capture's
+        given = [name for name in given if name != "windows"]
     if given and is_capture(Path(reference)):
         raise click.UsageError(
             f"{reference} is a capture, which has its own windows; leave out --{given[0].replace('_', '-')}"

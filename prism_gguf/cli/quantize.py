@@ -17,6 +17,7 @@ from prism_gguf.cli.options import (
     sources,
     text_options,
     trust_option,
+    until_se_option,
 )
 from prism_gguf.cli.output import (
     Output,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     "--verify", metavar="REFERENCE", help="Compare OUT.gguf with this reference; the options of `compare` apply."
 )
 @text_options
+@until_se_option
 @judging_options
 @running_options
 @trust_option

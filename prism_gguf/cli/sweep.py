@@ -20,6 +20,7 @@ from prism_gguf.cli.options import (
     smooth_option,
     sources,
     trust_option,
+    until_se_option,
 )
 from prism_gguf.cli.output import Output, output_options, say_holes, watching
 
@@ -56,6 +57,7 @@ from prism_gguf.cli.output import Output, output_options, say_holes, watching
     help="Accept a BASE.gguf that is already quantized; its loss adds to each file's.",
 )
 @evaluation_options("the profile's, else the packaged text")
+@until_se_option
 @judging_options
 @runtime_options
 @trust_option

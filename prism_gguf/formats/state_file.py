@@ -95,6 +95,11 @@ class WindowFile:
         self._checksums[window] = self._checksum(window)
         self._checksums.flush()
 
+    def take(self, window: int, other: WindowFile, number: int) -> None:
+        """Copy window ``number`` of another file of the same arrays, where it is there and intact."""
+        if other.has(number):
+            self.write(window, **{name: array[number] for name, array in other.arrays.items()})
+
     def has(self, window: int) -> bool:
         """Whether a window was written and is intact."""
         stored = self._checksums[window]

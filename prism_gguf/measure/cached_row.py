@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.lora import LoraAdapter, adapters
@@ -15,7 +17,7 @@ from prism_gguf.results.details import Layers
 from prism_gguf.results.options import CompareOptions, RunOptions
 from prism_gguf.system.cache import recorded_key
 from prism_gguf.system.errors import PrismGgufError
-from prism_gguf.system.memo import ensure_kept, find_kept, kept_key
+from prism_gguf.system.memo import ensure_kept, find_kept, kept_key, work_folder
 from prism_gguf.system.progress import Progress, no_progress, stage
 from prism_gguf.system.worker import Worker
 
@@ -28,12 +30,16 @@ class Rows:
         folder: the reference's capture.
         layers: its residual streams, where drift by block is wanted.
         worker: runs the candidates.
+        shorter: the rows of a shorter reading, whose windows are not run again.
+        leave: leave the states of each candidate for a longer reading.
     """
 
     folder: Path
     layers: ReferenceLayers | None
     options: CompareOptions
     worker: Worker
+    shorter: Rows | None = None
+    leave: bool = False
 
     def content(self, path: str, progress: Progress) -> str:
         """A candidate's identity: its content, and its name, which states its intended type."""
@@ -55,7 +61,10 @@ class Rows:
             PrismGgufError: it cannot be measured.
         """
         row_key, drift_key = self._keys(content)
-        row = self.worker.run(ensure_row, row_key, path, self.folder, self.options, progress=progress, of=path)
+        states = States(self._left(content), self.leave)
+        row = self.worker.run(ensure_row, row_key, path, self.folder, self.options, states, progress=progress, of=path)
+        if self.shorter is not None and self._states(content).is_dir():  # these contain the others
+            self.shorter.discard(content)
         row = replace(row, path=path, lora=list(self._lora))  # they may have been measured under other names
         if self.layers is None:
             return row
@@ -65,6 +74,22 @@ class Rows:
         except PrismGgufError as error:
             return replace(row, notes=[*row.notes, f"no drift by block: {error}"])
         return replace(row, layers=drift, seconds=round((row.seconds or 0.0) + drift.seconds, 3))
+
+    def discard(self, content: str) -> None:
+        """Remove what this reading and shorter ones have left of a candidate."""
+        shutil.rmtree(self._states(content), ignore_errors=True)
+        if self.shorter is not None:
+            self.shorter.discard(content)
+
+    def _states(self, content: str) -> Path:
+        return work_folder(self.options.cache_folder, self._keys(content)[0])
+
+    def _left(self, content: str) -> tuple[Path, Path] | None:
+        """The capture and the states of the longest of the shorter readings that has left a candidate's."""
+        if (shorter := self.shorter) is None:
+            return None
+        states = shorter._states(content)
+        return (shorter.folder, states) if states.is_dir() else shorter._left(content)
 
     @cached_property
     def _lora(self) -> tuple[LoraAdapter, ...]:
@@ -85,14 +110,33 @@ class Rows:
         )
 
 
-def ensure_row(key: str, path: str, folder: Path, options: CompareOptions, *, progress: Progress) -> CandidateResult:
+@dataclass(frozen=True)
+class States:
+    """A candidate's states beside its row.
+
+    Attributes:
+        earlier: a capture, and the candidate's states on its windows, which are not run again; None if there are none.
+        leave: leave the states of this run.
+    """
+
+    earlier: tuple[Path, Path] | None = None
+    leave: bool = False
+
+
+def ensure_row(
+    key: str, path: str, folder: Path, options: CompareOptions, states: States, *, progress: Progress
+) -> CandidateResult:
     """A candidate's row, kept or measured. Runs in the worker."""
     from prism_gguf.measure.candidate import measure_candidate
+    from prism_gguf.measure.decode import take_over
 
     def measured(place: Path) -> CandidateResult:
+        if states.earlier is not None:
+            take_over(place, folder, *states.earlier)
         return measure_candidate(path, folder, options, place, progress=progress)
 
-    return ensure_kept(options.cache_folder, key, CandidateResult, measured, fresh=options.fresh, progress=progress)
+    how: dict[str, Any] = {"fresh": options.fresh, "leave": states.leave, "progress": progress}
+    return ensure_kept(options.cache_folder, key, CandidateResult, measured, **how)
 
 
 def ensure_drift(

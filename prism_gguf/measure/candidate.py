@@ -28,6 +28,7 @@ from prism_gguf.models.output_head import HeadPair, OutputHead
 from prism_gguf.models.protocol import Model
 from prism_gguf.results.comparison import CandidateResult, Divergence, Risk
 from prism_gguf.results.details import Baselines, FallbackInfo, HeadInfo
+from prism_gguf.results.differences import WindowMeans
 from prism_gguf.results.options import CompareOptions
 from prism_gguf.system.amounts import amount
 from prism_gguf.system.environment import now
@@ -106,6 +107,11 @@ def measure(
         risk=Risk(float(tokens.nll_reference.mean()), float(tokens.nll_candidate.mean()), gap, gap_se),
         divergence=Divergence(**divergence_statistics(tokens, clusters)),  # type: ignore[arg-type]
         parts=break_down(tokens, capture.windows),
+        by_window=WindowMeans(
+            tokens.kld.reshape(capture.windows.n_windows, -1).mean(axis=1).tolist(),
+            capture.windows.fingerprint,
+            pair.heads.n_rows,
+        ),
         attribution=shares,
         risk_attribution=risk_shares,
         logits=decoded.logits,

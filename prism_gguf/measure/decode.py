@@ -11,6 +11,7 @@ import torch
 
 from prism_gguf.formats.state_file import WindowFile
 from prism_gguf.measure.capture.capture_file import Capture
+from prism_gguf.measure.capture.read_before import TOKENS, same_windows
 from prism_gguf.measure.metrics.divergence import TokenDivergence, token_divergence
 from prism_gguf.measure.pair import Pair
 from prism_gguf.models.llama_cpp import LlamaCppModel
@@ -25,6 +26,7 @@ _PROOF_POSITIONS = 64  # of each window that the emulation is checked on
 # Tokens whose logits exist at a time, over one chunk of the vocabulary.
 BLOCK = 512
 _STATES, _RUNTIME, _WEIGHTS = "states", "runtime", "weights"  # folders of a candidate's windows
+_KINDS = {f.name: np.bool_ if f.name == "same_top" else np.float64 for f in fields(TokenDivergence)}
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,49 @@ def stored_states(folder: Path) -> np.ndarray:
     return _flat(np.load(place / "hidden.npy", mmap_mode="r"))
 
 
-def _kept(capture: Capture, folder: Path, **more: tuple[tuple[int, ...], type[np.generic]]) -> WindowFile:
-    """Arrays kept for each window: its states, and ``more``."""
-    states = ((capture.windows.scored_per_window, capture.identity.hidden_size), np.float32)
-    return WindowFile(folder, capture.windows.n_windows, {"hidden": states, **more}, writable=True)
+def take_over(place: Path, folder: Path, earlier: Path, states: Path) -> None:
+    """Copy what a candidate has run in another reading of the text, where both have the same windows.
+
+    The windows that the emulation is checked on are left out: the check is of one run.
+
+    Args:
+        place: the folder that the candidate's windows are going to be kept in.
+        folder: the capture that it is going to be measured on.
+        earlier: the capture of the other reading.
+        states: the folder that the candidate's windows were kept in then.
+    """
+    tokens, known = np.load(folder / TOKENS), np.load(earlier / TOKENS)
+    for name in (_STATES, _RUNTIME, _WEIGHTS):
+        try:
+            shape = np.load(states / name / "hidden.npy", mmap_mode="r").shape[1:]
+            other = _window_file(states / name, len(known), shape)
+        except (OSError, ValueError):  # it has not run in this way, or its file is cut off
+            continue
+        kept = _window_file(place / name, len(tokens), shape, writable=True)
+        wanted = [number for number in kept.missing() if number not in _proofs(len(tokens))]
+        for number, found in same_windows(tokens, known, wanted):
+            kept.take(number, other, found)
+
+
+def _proofs(n_windows: int) -> set[int]:
+    """The windows that the emulation is checked on."""
+    return {0, n_windows // 2}
+
+
+def _kept(capture: Capture, folder: Path) -> WindowFile:
+    """Arrays kept for each window in one of a candidate's folders."""
+    shape = (capture.windows.scored_per_window, capture.identity.hidden_size)
+    return _window_file(folder, capture.windows.n_windows, shape, writable=True)
+
+
+def _window_file(folder: Path, n_windows: int, shape: tuple[int, ...], *, writable: bool = False) -> WindowFile:
+    """Each window's states, of ``shape`` (scored positions, d); and what its folder has beside them."""
+    entries: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"hidden": (shape, np.float32)}
+    if folder.name == _STATES:
+        entries["disagreement"] = (), np.float64
+    if folder.name == _RUNTIME:
+        entries |= {name: (shape[:1], kind) for name, kind in _KINDS.items()}
+    return WindowFile(folder, n_windows, entries, writable=writable)
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
@@ -124,11 +165,15 @@ def _states(
 ) -> tuple[np.ndarray, float | None]:
     """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
     windows = pair.capture.windows
-    kept = _kept(pair.capture, folder / _STATES, disagreement=((), np.float64))
-    proofs = set() if emulated is None else {0, windows.n_windows // 2}
+    kept = _kept(pair.capture, folder / _STATES)
+    proofs = set() if emulated is None else _proofs(windows.n_windows)
     missing = sorted(kept.missing(), key=lambda number: number not in proofs)
+
+    def largest() -> float:
+        return float(kept.arrays["disagreement"][sorted(proofs)].max(initial=0.0))
+
     for number in _counted(missing, windows.n_windows, stage(progress, "running")):
-        if kept.arrays["disagreement"].max() > _MAX_EMULATION_KLD:
+        if largest() > _MAX_EMULATION_KLD:
             break
         tokens, parts, worst = windows.tokens[number], [], 0.0
         for states in pair.windows.states(model, number, logits=number in proofs):
@@ -136,8 +181,7 @@ def _states(
             if emulated is not None and states.logits is not None:
                 worst = max(worst, _disagreement(states, emulated, tokens))
         kept.write(number, hidden=np.concatenate(parts), disagreement=np.float64(worst))
-    worst = float(kept.arrays["disagreement"].max())
-    return _flat(kept.arrays["hidden"]), None if emulated is None else worst
+    return _flat(kept.arrays["hidden"]), None if emulated is None else largest()
 
 
 def _disagreement(states: WindowStates, served: OutputHead, tokens: np.ndarray) -> float:
@@ -169,8 +213,7 @@ def _states_and_logits(
     """Hidden states, and the divergence of the runtime's own logits as they come."""
     capture, head = pair.capture, pair.heads.reference
     windows = capture.windows
-    kinds = {f.name: np.bool_ if f.name == "same_top" else np.float64 for f in fields(TokenDivergence)}
-    kept = _kept(capture, folder / _RUNTIME, **{name: ((windows.scored_per_window,), kinds[name]) for name in kinds})
+    kept = _kept(capture, folder / _RUNTIME)
     for number in _counted(kept.missing(), windows.n_windows, stage(progress, "running, with logits")):
         tokens, states_parts, parts = windows.tokens[number], [], []
         for states in pair.windows.states(model, number, logits=True):
@@ -184,5 +227,5 @@ def _states_and_logits(
             states_parts.append(states.hidden)
             parts.append(token_divergence(pairs, tokens[states.start + 1 : states.stop + 1]))
         kept.write(number, hidden=np.concatenate(states_parts), **vars(TokenDivergence.concatenate(parts)))
-    divergence = TokenDivergence(**{name: _flat(np.array(kept.arrays[name])) for name in kinds})
+    divergence = TokenDivergence(**{name: _flat(np.array(kept.arrays[name])) for name in _KINDS})
     return _flat(kept.arrays["hidden"]), divergence

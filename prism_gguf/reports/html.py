@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from prism_gguf.formats.file_kind import without_ending
 from prism_gguf.reports.baselines import CONTEXT, HEADINGS, baseline_rows
+from prism_gguf.reports.certainty import neighbours_in_words, sample_size_in_words
 from prism_gguf.reports.figures import Drawing, svg
 from prism_gguf.reports.names import command_line, file_names, full_names
 from prism_gguf.reports.words import (
@@ -142,6 +143,8 @@ def _rendered(template: str, drawing: Drawing, **more: object) -> str:
             failed=[c for c in comparison.candidates if c.error is not None],
             names=file_names(comparison.candidates),
             best=set(best_for_size(comparison)),
+            neighbours=neighbours_in_words(comparison),
+            sample_size=sample_size_in_words(comparison),
             **more,
         )
     )

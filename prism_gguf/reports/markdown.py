@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from prism_gguf.reports.certainty import neighbours_in_words, sample_size_in_words
 from prism_gguf.reports.figures import Drawing, png
 from prism_gguf.reports.names import command_line, full_names
 from prism_gguf.reports.words import kernels_in_words, number, printable, purpose, quantized_reference, title
@@ -60,6 +61,8 @@ def card(comparison: Comparison, figure: str | None) -> str:
         comparison=comparison,
         rows=rows,
         figure=figure,
+        neighbours=neighbours_in_words(comparison),
+        sample_size=sample_size_in_words(comparison),
         environment=comparison.runs[0].environment,
         title=title(comparison).capitalize(),
     )

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from prism_gguf.formats.file_names import cut_apart
 from prism_gguf.reports.baselines import CONTEXT, HEADINGS, baseline_rows
+from prism_gguf.reports.certainty import neighbours_in_words, sample_size_in_words
 from prism_gguf.reports.columns import COLUMNS, further_columns
 from prism_gguf.reports.names import full_names, labels
 from prism_gguf.reports.words import (
@@ -162,6 +163,8 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
     if done:
         _print_adapters(done, names, out)
         _print_control(comparison, out)
+        if (read := sample_size_in_words(comparison)) is not None:
+            _pairs([("read", escape(read))], out)
         _print_tables(comparison_tables(comparison), out)
         if best_for_size(comparison):
             out.print("* best for its size: no file here is both smaller and closer to the reference", style="dim")
@@ -175,6 +178,9 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
         _print_baselines(comparison, out)
         out.print()
         _print_words(comparison, done, out)
+        if lines := neighbours_in_words(comparison):
+            out.print()
+            _pairs((("in pairs" if at == 0 else "", escape(line)) for at, line in enumerate(lines)), out)
     for candidate in done:
         _print_limits(candidate, names[candidate.path], out)
     for candidate in comparison.skipped:

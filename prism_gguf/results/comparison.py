@@ -18,7 +18,9 @@ from prism_gguf.results.details import (
     Layers,
     OtherWeights,
 )
+from prism_gguf.results.differences import Difference, WindowMeans
 from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.sample_size import SampleSize
 from prism_gguf.system.errors import OverBudgetError
 from prism_gguf.system.tables import NO_ERROR, flat, table
 
@@ -312,12 +314,15 @@ class Ranking:
         bound: by PRISM's bound with W = Procrustes, the form that the paper ranks with.
         spearman: rank correlation of the bound with the divergence; None for less than three candidates.
         best_for_size: the Pareto front of the GGUFs, smallest file first: none of at most that size has a lower divergence.
+        differences: how far candidates are apart, in the order of ``kld_mean``: every two of them, or neighbours alone of
+            more than 32. Left out are those that were not measured on the same windows and rows of the vocabulary.
     """
 
     kld_mean: list[str]
     bound: list[str]
     spearman: float | None
     best_for_size: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -347,6 +352,7 @@ class CandidateResult:
         other_weights: where they are not the reference's, and that was allowed.
         as_served: measured with its own BOS, or without one, rather than with the reference's.
         metrics: numbers of further metrics (see ``measure.probes``) by the metric's name; in the JSON where there are any.
+        by_window: the divergence window by window; None in results of earlier versions.
     """
 
     path: str
@@ -377,6 +383,7 @@ class CandidateResult:
     other_weights: OtherWeights | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     as_served: bool = False
+    by_window: WindowMeans | None = None
 
     @property
     def is_variant(self) -> bool:
@@ -410,6 +417,7 @@ class Comparison:
     Attributes:
         layer_cost: None unless drift by layer was asked for.
         merged_from: the runs that results were put together from; empty for a result as measured.
+        sample_size: how much text was read, where a standard error was asked for.
     """
 
     tool_version: str
@@ -424,6 +432,7 @@ class Comparison:
     choice: Choice | None = None
     layer_cost: LayerCost | None = None
     merged_from: list[Run] = field(default_factory=list)
+    sample_size: SampleSize | None = None
 
     @property
     def runs(self) -> list[Run]:

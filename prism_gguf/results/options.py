@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prism_gguf.formats.mix import ggml_type
 from prism_gguf.formats.text.selection import Reading, Source, TokenSource
-from prism_gguf.formats.text.windows import Score, default_texts
+from prism_gguf.formats.text.windows import Score, default_texts, first_half
 from prism_gguf.system.cache import default_cache
-from prism_gguf.system.errors import InvalidProfileError
+from prism_gguf.system.errors import InvalidProfileError, InvalidTextError
 from prism_gguf.system.machine import threads
 from prism_gguf.system.worker import STALL_LIMIT, Worker, open_worker
 
@@ -193,6 +193,12 @@ class CompareOptions(ReadOptions):
         fail_on: limits such as ``kld_mean>0.05``.
         confidence: compare confidence bounds with the limits, at this one-sided level.
         fresh: measure again, even if the cache has a result of the same code, packages and processor.
+        until_se: read more and more of the text, beginning with ``windows``, until the standard error of each candidate's
+            mean KLD is at most this share of it, for example 0.05; None reads ``windows`` once. Of the packaged text only
+            the first halves are read: the second ones are for calibration.
+
+    Raises:
+        InvalidTextError: ``until_se`` is not between 0 and 1.
     """
 
     attribution: bool = True
@@ -207,6 +213,18 @@ class CompareOptions(ReadOptions):
     fail_on: tuple[str, ...] = field(default=(), metadata=_ASIDE)
     confidence: float | None = field(default=None, metadata=_ASIDE)
     fresh: bool = field(default=False, metadata=_ASIDE)
+    until_se: float | None = field(default=None, kw_only=True, metadata=_ASIDE)
+
+    def __post_init__(self) -> None:
+        if self.until_se is not None and not 0 < self.until_se < 1:
+            raise InvalidTextError(
+                f"--until-se {self.until_se}: a standard error is a share of the KLD above 0 and below 1, such as 5% (0.05)"
+            )
+
+    def reading(self, texts: Sequence[Source] | TokenSource | None) -> Reading:
+        if texts is None and self.until_se is not None:
+            texts = [first_half(text) for text in default_texts()]
+        return super().reading(texts)
 
 
 @dataclass(frozen=True)

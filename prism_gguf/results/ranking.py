@@ -1,10 +1,16 @@
-"""Candidates in order: by measured KLD, by PRISM's bound, and the best for their size."""
+"""Candidates in order: by measured KLD, by PRISM's bound, and the best for their size; and how far they are apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations, pairwise
+from statistics import fmean
 
 from prism_gguf.results.comparison import CandidateResult, Ranking
+from prism_gguf.results.differences import Difference, WindowMeans
+from prism_gguf.system.errors import UndefinedMetricError
+
+_MOST = 32  # candidates of which every two are compared
 
 
 def rank(candidates: Sequence[CandidateResult]) -> Ranking:
@@ -16,9 +22,48 @@ def rank(candidates: Sequence[CandidateResult]) -> Ranking:
         from scipy.stats import spearmanr
 
         spearman = float(spearmanr(list(klds.values()), [bounds[path] for path in klds]).statistic)
+    in_order = sorted(klds, key=klds.__getitem__)
     return Ranking(
-        sorted(klds, key=klds.__getitem__), sorted(bounds, key=bounds.__getitem__), spearman, _best_for_size(candidates)
+        in_order,
+        sorted(bounds, key=bounds.__getitem__),
+        spearman,
+        _best_for_size(candidates),
+        _differences(candidates, in_order),
     )
+
+
+def paired_difference(one: CandidateResult, other: CandidateResult) -> Difference:
+    """How much closer to the reference one of two candidates is, with its standard error.
+
+    Both were measured on the same token windows, in one comparison or in several. The difference is taken window by
+    window, so that what both lose on a hard window cancels. Source: `docs/method.md`, Statistics.
+
+    Args:
+        one, other: rows of a comparison (``Comparison.candidates``), in any order.
+
+    Raises:
+        UndefinedMetricError: one has no numbers, or they are of other windows or another vocabulary.
+    """
+    better, worse = sorted((_means(one), _means(other)), key=lambda pair: fmean(pair[1].kld))
+    if not better[1].pairs_with(worse[1]):
+        raise UndefinedMetricError(
+            f"{one.path} and {other.path} were measured on other windows, or over another part of the vocabulary: their "
+            "numbers cannot be paired; measure both in one comparison"
+        )
+    return Difference.of(better, worse)
+
+
+def _means(row: CandidateResult) -> tuple[str, WindowMeans]:
+    if row.by_window is None:
+        raise UndefinedMetricError(f"{row.path}: has no KLD by window to pair; measure it again")
+    return row.path, row.by_window
+
+
+def _differences(candidates: Sequence[CandidateResult], in_order: Sequence[str]) -> list[Difference]:
+    means = {c.path: c.by_window for c in candidates if c.by_window is not None}
+    pairs = combinations(in_order, 2) if len(in_order) <= _MOST else pairwise(in_order)
+    both = ((a, means[a], b, means[b]) for a, b in pairs if a in means and b in means)
+    return [Difference.of((a, one), (b, other)) for a, one, b, other in both if one.pairs_with(other)]
 
 
 def _best_for_size(candidates: Sequence[CandidateResult]) -> list[str]:

@@ -98,6 +98,7 @@ def merge_results(results: Mapping[str, Comparison]) -> Comparison:
         choice=None,
         layer_cost=next((r.layer_cost for r in results.values() if r.layer_cost is not None), None),
         merged_from=[run for result in results.values() for run in result.runs],
+        sample_size=None,
     )
 
 

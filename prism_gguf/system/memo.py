@@ -49,7 +49,14 @@ def find_kept(cache: Path, key: str, kind: type[T]) -> T | None:
 
 
 def ensure_kept(
-    cache: Path, key: str, kind: type[T], make: Callable[[Path], T], *, fresh: bool = False, progress: Progress
+    cache: Path,
+    key: str,
+    kind: type[T],
+    make: Callable[[Path], T],
+    *,
+    fresh: bool = False,
+    leave: bool = False,
+    progress: Progress,
 ) -> T:
     """The cached result of a key, or else the result of ``make``, which is then cached.
 
@@ -57,8 +64,9 @@ def ensure_kept(
         kind: a dataclass, which is stored as JSON.
         make: called with a folder for finished parts of its work. After a kill, the next run has the same folder.
         fresh: compute it again, from the start.
+        leave: leave that folder as it is (see ``work_folder``).
     """
-    unfinished = cache / "unfinished" / key
+    unfinished = work_folder(cache, key)
     with locked(_file(cache, key), cache, progress):
         if not fresh and (found := find_kept(cache, key, kind)) is not None:
             return found
@@ -72,8 +80,14 @@ def ensure_kept(
         with contextlib.suppress(OSError):  # a full disk: the result is returned anyway
             _file(cache, key).parent.mkdir(exist_ok=True)
             write_whole(_file(cache, key), json.dumps(valid(asdict(made))))  # type: ignore[call-overload]
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not leave:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return made
+
+
+def work_folder(cache: Path, key: str) -> Path:
+    """The folder of the finished parts of a result; it exists while the result is made, or where it was left."""
+    return cache / "unfinished" / key
 
 
 def _file(cache: Path, key: str) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from prism_gguf.formats.budget import Budget
 from prism_gguf.formats.recipe import write_recipe
 from prism_gguf.formats.text.selection import Source
+from prism_gguf.measure.rounds import Candidate
 from prism_gguf.models.factors import smoothing_digest
 from prism_gguf.quantization.allocation.problem import Problem, Solution
 from prism_gguf.quantization.writing import check_output, estimate_making, make
@@ -24,7 +25,7 @@ from prism_gguf.system.errors import RuntimeFailureError
 from prism_gguf.system.scratch import scratch_folder
 from prism_gguf.system.watch import Watch
 from prism_gguf.system.worker import Worker
-from prism_gguf.workflows.compare import Candidate, compare_candidates
+from prism_gguf.workflows.compare import compare_candidates
 from prism_gguf.workflows.keywords import taken
 from prism_gguf.workflows.quantize import quantize
 from prism_gguf.workflows.sensitivity import sensitivity as measure_sensitivity
@@ -174,7 +175,9 @@ class _Adviser:
                 Candidate(str(paths[name]), partial(made, planned, paths[name])) for name, planned in files.items()
             ]
             making = estimate_making(files.values(), cache, options, keep=False)
-            comparing = replace(CompareOptions.taking(options, {}), attribution=False, fail_on=())
+            # All on the same windows, so that files of one call can be held against those of another.
+            own = {"attribution": False, "fail_on": (), "until_se": None}
+            comparing = replace(CompareOptions.taking(options, {}), **own)  # type: ignore[arg-type]
             comparison = compare_candidates(
                 self.reference, candidates, self.texts, comparing, self.watch, making=making
             )

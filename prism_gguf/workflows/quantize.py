@@ -10,6 +10,7 @@ from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.recipe import Recipe
 from prism_gguf.measure.capture.source import ReferenceSource
+from prism_gguf.measure.rounds import estimate_comparison
 from prism_gguf.quantization.plan import plan
 from prism_gguf.quantization.writing import check_output, estimate_making, made_of, make, recorded_made_of
 from prism_gguf.results.options import CompareOptions, QuantizeOptions
@@ -17,7 +18,7 @@ from prism_gguf.results.quantized import MADE_OF, Made
 from prism_gguf.system.cache import check_cache, is_capture
 from prism_gguf.system.estimate import NOTHING
 from prism_gguf.system.progress import Progress, stage
-from prism_gguf.workflows.compare import compare, estimate_comparison
+from prism_gguf.workflows.compare import compare
 from prism_gguf.workflows.keywords import taken
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.text.selection import Source
+from prism_gguf.measure.rounds import Candidate
 from prism_gguf.quantization.profiles import Profile, ProfileEntry, load_profile
 from prism_gguf.quantization.workshop import Workshop
 from prism_gguf.quantization.writing import estimate_making
@@ -20,7 +21,7 @@ from prism_gguf.results.quantized import MADE_OF, Plan
 from prism_gguf.system.cache import is_capture
 from prism_gguf.system.errors import InvalidModelError, InvalidProfileError, OverBudgetError, PrismGgufError
 from prism_gguf.system.worker import Worker
-from prism_gguf.workflows.compare import Candidate, compare_candidates, with_control
+from prism_gguf.workflows.compare import compare_candidates, with_control
 from prism_gguf.workflows.keywords import taken
 from prism_gguf.workflows.smooth import smooth_for_profile
 

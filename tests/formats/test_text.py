@@ -56,6 +56,20 @@ def test_windows_are_shared_between_the_texts() -> None:
     assert windows.domain_names == ["long", "short"]
 
 
+def test_a_longer_reading_contains_the_shorter_one() -> None:
+    """Its windows are those that a reading of fewer has, in the same order."""
+    texts = [LONG, SHORT, EvaluationText("third", "klmnopqrst" * 4)]
+    whole = make_windows(texts, letters(bos=1), n_ctx=8, max_windows=None)
+    for n in range(3, whole.n_windows + 2):
+        fewer = make_windows(texts, letters(bos=1), n_ctx=8, max_windows=n)
+        part = whole.some(whole.shorter(n))
+        assert part.fingerprint == fewer.fingerprint
+        for m in range(3, n):
+            assert fewer.some(fewer.shorter(m)).fingerprint == whole.some(whole.shorter(m)).fingerprint
+    with pytest.raises(InvalidTextError, match="--windows 2: 3 texts"):
+        whole.shorter(2)
+
+
 def test_fingerprint_depends_on_tokens_shape_and_domain() -> None:
     made = [
         make_windows([LONG], letters(), n_ctx=16, max_windows=None),

@@ -107,6 +107,46 @@ def test_other_content_or_options_are_another_capture(tmp_path: Path) -> None:
     assert read_capture(made[1]).windows.n_scored == 2 * 511
 
 
+def test_windows_that_another_capture_has_read_are_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A longer reading, a shorter one and one of another text, to the same bytes; of another model or length nothing."""
+    few, options = Reading(held_out_texts(), 64, 6), CaptureOptions(cache=tmp_path / "cache")
+    model = Counting(MODEL)
+    monkeypatch.setattr(prism_gguf.measure.capture.ensure, "open_model", lambda *_: nullcontext(model))
+
+    def runs(reading: Reading, given: CaptureOptions = options) -> tuple[int, Path]:
+        before = model.runs
+        folder = ensure_capture(str(MODEL), reading, given)
+        return model.runs - before, folder
+
+    first = runs(few)[1]
+    assert runs(replace(few, max_windows=10))[0] == 4 and runs(replace(few, max_windows=4))[0] == 0
+    n, longer = runs(replace(few, max_windows=11, sources=held_out_texts()[:1]))
+    assert n == 6  # the first text has given five to the reading of ten
+    fresh = runs(replace(few, max_windows=11, sources=held_out_texts()[:1]), CaptureOptions(cache=tmp_path / "other"))
+    assert fresh[0] == 11
+    for name in ("mantissas.npy", "exponents.npy", "checksums.npy", "tokens.npy"):
+        assert (longer / name).read_bytes() == (fresh[1] / name).read_bytes()
+    assert read_capture(longer).k_feat == read_capture(fresh[1]).k_feat
+    assert runs(replace(few, n_ctx=72))[0] == 6 and runs(replace(few, score=Score.ALL))[0] == 6
+    # One whose window is damaged gives the others.
+    for other in (tmp_path / "cache" / "captures").iterdir():
+        if other != first:
+            shutil.rmtree(other)
+    _damage(first / "mantissas.npy")
+    assert runs(replace(few, max_windows=8))[0] == 3
+
+
+def _damage(path: Path) -> None:
+    """Change the last byte: of the last window."""
+    with path.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last[0] ^ 1]))
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_loses_one_window_at_most(tmp_path: Path) -> None:
     out, windows = tmp_path / "c", 40

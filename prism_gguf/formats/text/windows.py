@@ -134,6 +134,22 @@ class TokenWindows:
     def domain_names(self) -> list[str]:
         return list(dict.fromkeys(self.domains))
 
+    def shorter(self, max_windows: int) -> list[int]:
+        """Numbers of the windows that a reading of at most ``max_windows`` of the same texts would have.
+
+        Raises:
+            InvalidTextError: there are more texts.
+        """
+        names = self.domain_names
+        check_enough(max_windows, len(names))
+        numbers = {name: [i for i, domain in enumerate(self.domains) if domain == name] for name in names}
+        shares = shares_of([len(of_one) for of_one in numbers.values()], max_windows)
+        return [i for of_one, share in zip(numbers.values(), shares, strict=True) for i in of_one[:share]]
+
+    def some(self, numbers: Sequence[int]) -> TokenWindows:
+        """These windows alone."""
+        return replace(self, tokens=self.tokens[numbers], domains=tuple(self.domains[i] for i in numbers))
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the token ids, their shape, their domains, and which are scored."""
@@ -237,10 +253,9 @@ def make_windows(
     """
     if n_ctx < SHORTEST_WINDOW:
         raise InvalidTextError(f"--n-ctx {n_ctx}: a window needs at least {SHORTEST_WINDOW} tokens")
-    if max_windows is not None and max_windows < len(texts):
-        raise InvalidTextError(f"--windows {max_windows}: {len(texts)} texts need at least one window each")
+    check_enough(max_windows, len(texts))
     cut = [_cut(vocabulary, text, n_ctx, max_windows) for text in texts]
-    shares = _shares([len(windows) for windows in cut], max_windows)
+    shares = shares_of([len(windows) for windows in cut], max_windows)
     return TokenWindows(
         tokens=np.concatenate([windows[:share] for windows, share in zip(cut, shares, strict=True)]),
         domains=tuple(text.domain for text, share in zip(texts, shares, strict=True) for _ in range(share)),
@@ -259,8 +274,18 @@ def covered(texts: Sequence[EvaluationText], windows: TokenWindows, vocabulary: 
     return kept
 
 
-def _shares(available: list[int], total: int | None) -> list[int]:
-    """Number of windows of each domain, as even as their lengths allow."""
+def check_enough(max_windows: int | None, n_texts: int) -> None:
+    """Check that every text gets a window.
+
+    Raises:
+        InvalidTextError: there are more texts.
+    """
+    if max_windows is not None and max_windows < n_texts:
+        raise InvalidTextError(f"--windows {max_windows}: {n_texts} texts need at least one window each")
+
+
+def shares_of(available: list[int], total: int | None) -> list[int]:
+    """Number of windows of each domain, as even as their lengths allow. A larger ``total`` takes from none of them."""
     if total is None or total >= sum(available):
         return available
     shares = [0] * len(available)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.state_file import StateFile
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import EvaluationText, Score, TokenWindows
+from prism_gguf.measure.capture.read_before import TOKENS, ReadBefore
 from prism_gguf.measure.metrics.diameter import diameter
 from prism_gguf.measure.same_weights import WeightSample, read_sample, sample_of
 from prism_gguf.models.output_head import LogitTransform, OutputHead
@@ -33,9 +34,9 @@ from prism_gguf.system.progress import Progress, no_progress, stage
 from prism_gguf.system.version import __version__
 
 SCHEMA = "prism-gguf/capture/1"
-_TOKENS = "tokens.npy"
-_HEAD = "head.safetensors"
-_WEIGHTS = "weights.safetensors"
+OWN_HEAD = {"file": "head.safetensors", "tensor": "rows", "bias": "bias"}
+"""Where a capture that keeps its head's rows has them."""
+WEIGHTS = "weights.safetensors"
 _SERVING = "serving"
 
 
@@ -80,6 +81,7 @@ def write_capture(
     *,
     fingerprint: str | None = None,
     self_contained: bool = False,
+    before: ReadBefore | None = None,
     progress: Progress = no_progress,
 ) -> None:
     """Run a model over its text, and keep the result in ``folder``; resumes an interrupted run.
@@ -88,12 +90,17 @@ def write_capture(
         key: of everything that the capture depends on; windows that an earlier run left under the same key are kept.
         fingerprint: the model's content (``formats.fingerprint.model_fingerprint``).
         self_contained: keep the head's rows too, rather than where to find them in the model's own file.
+        before: captures of the same model, which give their windows.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = _run(folder, key, open_model, reading, fingerprint, self_contained, progress)
+    before = before or ReadBefore("")
+    manifest = _run(folder, key, open_model, reading, before, self_contained, progress)
+    manifest["identity"]["fingerprint"] = fingerprint
     # The model is gone by now: its weights and K_feat's rows are not in memory together.
     head = _read_head(folder, ModelIdentity(**manifest["identity"]), manifest["head"])
-    manifest["k_feat"] = feature_constant(head, stage(progress, "diameter of the head"))
+    known = before.feature_constant(manifest["head"]["digest"])
+    shown = stage(progress, "diameter of the head")
+    manifest["k_feat"] = feature_constant(head, shown) if known is None else known
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -102,11 +109,11 @@ def _run(
     key: str,
     open_model: Callable[[], AbstractContextManager[Model]],
     reading: Reading,
-    fingerprint: str | None,
+    before: ReadBefore,
     self_contained: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write the states, token windows and, where it has to be, the head; the manifest, all but K_feat."""
+    """Write the states, token windows and, where it has to be, the head; the manifest, all but fingerprint and K_feat."""
     progress(0, 0, "loading")
     with open_model() as model:
         windows, texts = reading.windows(model)
@@ -116,26 +123,27 @@ def _run(
                 leftover.unlink()
             write_whole(folder / KEY, key)
         states = StateFile(folder, shape, writable=True)
+        before.give(states, windows, model.identity.hidden_size)
         missing = states.missing()
         for left, number in zip(range(len(missing), 0, -1), missing, strict=True):
             progress(windows.n_windows - left, windows.n_windows, "running")
             parts = [s.hidden for s in model.window_states(windows.tokens[number], windows.first_scored)]
             states.write_states(number, np.concatenate(parts))
         progress(0, 0, "saving")
-        with written_whole(folder / _TOKENS) as partial, partial.open("wb") as stream:
+        with written_whole(folder / TOKENS) as partial, partial.open("wb") as stream:
             np.save(stream, windows.tokens)
         head, source = model.output_head(), None if self_contained else model.head_source()
         if source is None:
-            _save_head(folder / _HEAD, head)
-        sample_of(model).save(folder / _WEIGHTS)
+            _save_head(folder / OWN_HEAD["file"], head)
+        sample_of(model).save(folder / WEIGHTS)
         vocabulary = model.vocabulary
         return {
             "schema": SCHEMA,
             "tool_version": __version__,
             "created": now(),
             "environment": environment(),
-            "identity": asdict(replace(model.identity, fingerprint=fingerprint)),
-            "windows": {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint},
+            "identity": asdict(model.identity),
+            "windows": record_of(windows),
             "texts": [asdict(text) for text in texts],
             "n_tokens": vocabulary.n_tokens,
             "bos": vocabulary.bos,
@@ -148,6 +156,11 @@ def _run(
                 "digest": _digest(head),
             },
         }
+
+
+def record_of(windows: TokenWindows) -> dict[str, Any]:
+    """What a manifest says of its windows."""
+    return {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint}
 
 
 def feature_constant(head: OutputHead, progress: Progress = no_progress) -> float:
@@ -210,7 +223,7 @@ def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
             )
         identity = ModelIdentity(**manifest["identity"])
         recorded = manifest["windows"]
-        windows = TokenWindows(np.load(folder / _TOKENS), tuple(recorded["domains"]), Score(recorded["score"]))
+        windows = TokenWindows(np.load(folder / TOKENS), tuple(recorded["domains"]), Score(recorded["score"]))
         states = StateFile(folder, (windows.n_windows, windows.scored_per_window, identity.hidden_size))
         head = _read_head(folder, identity, manifest["head"])
         capture = Capture(
@@ -224,7 +237,7 @@ def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
             n_tokens=manifest["n_tokens"],
             bos=manifest["bos"],
             pieces={int(token): piece for token, piece in manifest["pieces"].items()},
-            weights=read_sample(folder / _WEIGHTS),
+            weights=read_sample(folder / WEIGHTS),
             serving=Serving.of(manifest.get(_SERVING)),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -270,7 +283,7 @@ def _read_head(folder: Path, identity: ModelIdentity, recorded: dict[str, Any]) 
 
         head = gguf_output_head(GgufFile(source["file"]))
     else:
-        place = source or {"file": folder / _HEAD, "tensor": "rows", "bias": "bias"}
+        place = source or {**OWN_HEAD, "file": folder / OWN_HEAD["file"]}
         file = safe_open(place["file"], "pt")
         rows, names = file.get_slice(place["tensor"]), set(file.keys())
         head = OutputHead(
@@ -284,6 +297,6 @@ def _read_head(folder: Path, identity: ModelIdentity, recorded: dict[str, Any]) 
         )
     if _digest(head) != recorded["digest"]:
         raise InvalidCaptureError(
-            f"{folder}: the head in {source['file'] if source else _HEAD} has changed; capture again"
+            f"{folder}: the head in {source['file'] if source else OWN_HEAD['file']} has changed; capture again"
         )
     return head

@@ -16,9 +16,10 @@ from prism_gguf.system.progress import Progress, no_progress, stage
 
 
 class CapturePlace(NamedTuple):
-    """A model's fingerprint, the key of its capture, and the capture's folder."""
+    """A model's fingerprint, the key of how it runs, the key of its capture, and the capture's folder."""
 
     fingerprint: str
+    running: str
     key: str
     folder: Path
 
@@ -28,17 +29,16 @@ def capture_place(reference: str, reading: Reading, options: CaptureOptions, pro
     from prism_gguf.measure.capture.capture_file import SCHEMA
 
     fingerprint = model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
-    key = key_of(
-        [
-            SCHEMA,
-            fingerprint,
-            reading.digest,
-            *runtime_of(reference, options),
-            *(["self-contained"] if options.self_contained else []),
-        ]
-    )
-    folder = options.cache_folder / "captures" / key if options.out is None else Path(options.out)
-    return CapturePlace(fingerprint, key, folder)
+    runtime = runtime_of(reference, options)
+    contained = ["self-contained"] if options.self_contained else []
+    key = key_of([SCHEMA, fingerprint, reading.digest, *runtime, *contained])
+    folder = captures_in(options.cache_folder) / key if options.out is None else Path(options.out)
+    return CapturePlace(fingerprint, key_of([SCHEMA, fingerprint, *runtime]), key, folder)
+
+
+def captures_in(cache: Path) -> Path:
+    """The folder of a cache's captures."""
+    return cache / "captures"
 
 
 def ensure_capture(
@@ -46,10 +46,11 @@ def ensure_capture(
 ) -> Path:
     """The folder of a complete capture of ``reading``, made if it is missing. Runs in the worker."""
     from prism_gguf.measure.capture.capture_file import adopt_head, adopt_serving, write_capture
+    from prism_gguf.measure.capture.read_before import ReadBefore
     from prism_gguf.models.serving import serving_of
 
     cache, out = options.cache_folder, None if options.out is None else Path(options.out)
-    fingerprint, key, folder = capture_place(reference, reading, options, progress)
+    fingerprint, running, key, folder = capture_place(reference, reading, options, progress)
     with locked(folder, cache, progress):
         if recorded_key(folder) not in (None, key) or (out and _is_foreign(out)):
             raise InvalidCaptureError(
@@ -60,6 +61,7 @@ def ensure_capture(
         else:
             check_cache(cache if out is None else out, may_hold=False)
             options.limit_threads()
+            before = ReadBefore.among(captures_in(cache), running)
             write_capture(
                 folder,
                 key,
@@ -67,8 +69,10 @@ def ensure_capture(
                 reading,
                 fingerprint=fingerprint,
                 self_contained=options.self_contained,
+                before=before,
                 progress=progress,
             )
+            before.record(folder)
         adopt_serving(folder, partial(serving_of, reference, trust_remote_code=options.trust_remote_code))
     return folder
 

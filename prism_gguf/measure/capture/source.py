@@ -11,7 +11,8 @@ from typing import Any
 from prism_gguf.formats.text.selection import Reading, Source, TokenSource
 from prism_gguf.formats.text.windows import EvaluationText, Score, notes_of
 from prism_gguf.measure.capture.ensure import capture_place, ensure_capture
-from prism_gguf.models.costs import Work, costs_of
+from prism_gguf.measure.capture.part import ensure_part, part_place
+from prism_gguf.models.costs import Work, costs_of, state_bytes
 from prism_gguf.models.header import ModelHeader, model_header
 from prism_gguf.results.comparison import TextInfo
 from prism_gguf.results.model import ModelIdentity
@@ -36,12 +37,14 @@ class ReferenceSource:
         capture: the folder, where it is a capture, which has its own text.
         reading: the reading of the texts otherwise.
         is_default: whether that is the packaged text.
+        part: how many of a capture's windows are read at most; None takes all.
     """
 
     path: str
     capture: Path | None
     reading: Reading
     is_default: bool
+    part: int | None = None
 
     @classmethod
     def of(cls, reference: str | Path, texts: Sequence[Source] | None, options: ReadOptions) -> ReferenceSource:
@@ -58,6 +61,10 @@ class ReferenceSource:
             check_cache(options.cache_folder)
         return cls(str(reference), capture, options.reading(texts), texts is None)
 
+    def of_windows(self, n_windows: int) -> ReferenceSource:
+        """The same reference on so many windows at most, spread over its texts."""
+        return replace(self, reading=replace(self.reading, max_windows=n_windows), part=n_windows)
+
     @property
     def model(self) -> str | None:
         """The model itself; None where there is only its capture."""
@@ -71,6 +78,8 @@ class ReferenceSource:
     def place(self, options: ReadOptions, worker: Worker, progress: Progress) -> Path | None:
         """The folder of a complete capture; None if it does not exist yet. Does not hash a model that is new here."""
         folder, header = self.capture, None if self.capture is not None else model_header(self.path)
+        if folder is not None and self.part is not None and self.part < captured_work(folder)[1].n_windows:
+            folder = part_place(folder, self.part, options.cache_folder)
         if header is not None and not is_new(header, options):
             running = CaptureOptions.of(options)
             folder = worker.run(capture_place, self.path, self.reading, running, progress=progress).folder
@@ -81,7 +90,10 @@ class ReferenceSource:
         progress = watch.progress("reference")
         progress(0, 0, "starting")
         if self.capture is not None:
-            return OpenReference(self.capture, *worker.run(_describe, self.capture, False, progress=progress))
+            folder = self.capture
+            if self.part is not None:
+                folder = worker.run(ensure_part, folder, self.part, options.cache_folder, progress=progress)
+            return OpenReference(folder, *worker.run(_describe, folder, False, progress=progress))
         running = CaptureOptions.of(options)
         folder = worker.run(ensure_capture, self.path, self.reading, running, progress=progress, of=self.path)
         identity, text = worker.run(_describe, folder, self.is_default, progress=progress)
@@ -167,7 +179,12 @@ def estimate_reference(
 ) -> tuple[Estimate, ModelHeader | None, Work]:
     """The remaining cost of the reference's capture, its header, and the amount of text."""
     if source.capture is not None:
-        return Estimate(), None, captured_work(source.capture)[1]
+        manifest, work = captured_work(source.capture)
+        if source.part is None or source.part >= work.n_windows:
+            return Estimate(), None, work
+        work, folder = work.at_most(source.part), part_place(source.capture, source.part, options.cache_folder)
+        n_bytes = 0 if is_capture(folder) else state_bytes(manifest["identity"]["hidden_size"], work.n_scored)
+        return Estimate(disk={folder: n_bytes}), None, work
     model = model_header(source.path)
     needed = _capturing(model, source.path, source.reading, CaptureOptions.of(options), progress)
     return needed, model, work_of(source.reading)
