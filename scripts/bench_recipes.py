@@ -1,6 +1,6 @@
 """Do smoothing and a recipe pay? KLD of llama.cpp's mixes, and of files of no more bytes made with more and more care.
 
-    python scripts/bench_recipes.py --work DIR [--model testbed smollm2 smollm2-original] [--ftype Q3_K_M Q4_K_M]
+    python scripts/bench_recipes.py --work DIR [--model testbed smollm2 smollm2-original qwen] [--ftype Q3_K_M Q4_K_M]
 
 Five files of each ftype: llama.cpp's mix (default), the same with an importance matrix (imatrix), an advised recipe
 (recipe), the mix of the smoothed base (smoothed), and an advised recipe for it (smoothed+recipe); all but the first with
@@ -77,7 +77,12 @@ def files(of: Subject, smoothed: Smoothed, ftype: str, work: Path, matrix: Path,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--model", nargs="+", default=["testbed", "smollm2", "smollm2-original"])
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["testbed", "smollm2", "smollm2-original"],
+        help="qwen takes hours, and is not in it",
+    )
     parser.add_argument("--ftype", nargs="+", default=["Q3_K_M", "Q4_K_M"])
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--checks", type=int, default=6, help="0: recipes straight from the sensitivities")

@@ -1,6 +1,7 @@
 """Do predicted sensitivities rank tensors as measuring them does, and what do they cost beside measuring?
 
-    python scripts/bench_sensitivity.py --work DIR [--model testbed|smollm2] [--type Q4_0 …] [--tensors N] [--windows N]
+    python scripts/bench_sensitivity.py --work DIR [--model testbed|smollm2|qwen] [--type Q4_0 …] [--tensors N]
+        [--windows N] [--n-ctx N]
 
 Brute force quantizes one tensor of the F16 GGUF, runs it in llama.cpp over text that the sensitivities never read, and
 measures the KLD to the Hugging Face reference. Beside the prediction stand relative weight MSE (‖D‖² / ‖W‖²),
@@ -54,7 +55,11 @@ class Subject:
 
 
 def subject(name: str, work: Path) -> Subject:
-    """The testbed, or SmolLM2 re-gauged or as it was packaged, made in ``work`` where it is not there yet."""
+    """A model, made in ``work`` where it is not there yet.
+
+    Args:
+        name: testbed; smollm2, re-gauged; smollm2-original, as it was packaged; or qwen, dithered.
+    """
     work.mkdir(parents=True, exist_ok=True)
     if name == "testbed":
         from prism_gguf.testbed.gguf_export import write_f16
@@ -64,6 +69,12 @@ def subject(name: str, work: Path) -> Subject:
             write_f16(MODEL, f16, name="prism-gguf testbed")
         texts = held_out_texts()
         return Subject(MODEL, f16, [second_half(t) for t in texts], texts)
+    if name == "qwen":
+        import make_qwen
+
+        made = (work / "hf", work / "Qwen2.5-Coder-0.5B-F16.gguf")
+        checkpoint, f16 = made if all(path.exists() for path in made) else make_qwen.make(work)
+        return Subject(checkpoint, f16, calibration_texts(), default_texts())
     from make_smollm2 import SPREAD, make
 
     made = (work / "hf", work / "SmolLM2-135M-F16.gguf")
@@ -128,7 +139,7 @@ def report(name: str, values: dict[str, float], truth: dict[str, float]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--model", choices=["testbed", "smollm2"], default="testbed")
+    parser.add_argument("--model", choices=["testbed", "smollm2", "qwen"], default="testbed")
     parser.add_argument("--type", nargs="+", default=["Q4_0"])
     parser.add_argument("--tensors", type=int, help="measure about so many, evenly spread; default all")
     parser.add_argument("--windows", type=int, default=16, help="windows that brute force measures on; five at least")

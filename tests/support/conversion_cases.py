@@ -172,7 +172,7 @@ def convert(folder: Path, out: Path, case: Case) -> Path:
     for key, value in metadata.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{case.architecture}.{key}", value)
-    _add_tokenizer(writer, folder)
+    _add_tokenizer(writer, folder, 4096)
     for parameter, value in network.named_parameters():
         if parameter == "lm_head.weight" and config.tie_word_embeddings:
             continue
