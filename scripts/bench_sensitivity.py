@@ -2,11 +2,13 @@
 
     python scripts/bench_sensitivity.py --work DIR [--model testbed|smollm2|qwen] [--type Q4_0 …] [--tensors N]
         [--windows N] [--n-ctx N]
+    python scripts/bench_sensitivity.py --work DIR [--model …] --no-truth      # time alone
 
 Brute force quantizes one tensor of the F16 GGUF, runs it in llama.cpp over text that the sensitivities never read, and
 measures the KLD to the Hugging Face reference. Beside the prediction stand relative weight MSE (‖D‖² / ‖W‖²),
 activation-weighted MSE (Σ E[x²] D², what an imatrix minimises) and a random order. Printed: Spearman's rank correlation,
-median ratio, the sum of the predictions against the whole model in that type, and the time of both ways.
+median ratio, the sum of the predictions against the whole model in that type, and the time of both ways, also as multiples
+of one forward pass over the text that sensitivities read.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 from prism_gguf.formats.imatrix import read_imatrix
@@ -28,11 +31,13 @@ from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import EvaluationText, Score, calibration_texts, default_texts, second_half
 from prism_gguf.measure.calibrate.weight_errors import WeightErrors
 from prism_gguf.measure.rounds import Candidate
+from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_quantizer import quantize_gguf
+from prism_gguf.models.passes import LONGEST_PASS
 from prism_gguf.models.tensor_names import quantizable_tensors
 from prism_gguf.results.options import CompareOptions, RunOptions, SensitivityOptions
-from prism_gguf.system.progress import no_steps
+from prism_gguf.system.watch import Watch
 from prism_gguf.system.worker import NativeWorker
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.workflows.compare import compare_candidates
@@ -99,7 +104,7 @@ def measured(
 
     paths = {name: work / f"brute-{name}.gguf" for name in mixes}
     candidates = [Candidate(str(path), partial(made, name, path)) for name, path in paths.items()]
-    result = compare_candidates(of.checkpoint, candidates, of.held_out, options, steps=no_steps)
+    result = compare_candidates(of.checkpoint, candidates, of.held_out, options, Watch())
     klds = {}
     for name, row in zip(mixes, result.candidates, strict=True):
         assert row.divergence is not None, row.error
@@ -115,16 +120,32 @@ def weight_errors(of: Subject, kind: str, work: Path) -> dict[str, dict[str, flo
     found: dict[str, dict[str, float]] = {"relative weight MSE": {}, "activation-weighted MSE": {}}
     with HuggingFaceModel(of.checkpoint) as model:
         tensors, _ = quantizable_tensors(model.network)
-        errors = WeightErrors(work / "packed", [kind], None, threads=2)
-        errors.prepare(tensors, lambda *_: None)
+        errors = WeightErrors([kind])
         for tensor in tensors:
             if kind not in errors.types_of(tensor):
                 continue
-            d = errors.errors(tensor, 0, slice(None))[0].square().double().numpy()
+            rows = tensor.read(0, slice(None)).numpy()
+            d = errors.squared(tensor, 0, rows, kind).astype(np.float64)
             weights = importance.weights.get(tensor.name, np.ones(d.shape[1]))
-            found["relative weight MSE"][tensor.name] = d.sum() / float(tensor.rows.double().square().sum())
+            found["relative weight MSE"][tensor.name] = d.sum() / float(np.square(rows, dtype=np.float64).sum())
             found["activation-weighted MSE"][tensor.name] = float((d * weights).sum())
     return found
+
+
+def forward_seconds(of: Subject) -> float:
+    """One forward pass over the sensitivities' text, logits included, without a graph."""
+    options = SensitivityOptions()
+    options.limit_threads()
+    with HuggingFaceModel(of.checkpoint) as model, torch.no_grad():
+        reading = Reading(of.calibration, options.n_ctx, options.windows, Score.ALL)
+        tokens = torch.from_numpy(reading.windows(model)[0].tokens.astype(np.int64))
+        head = model.output_head()
+        started = time.monotonic()
+        for batch in tokens.split(max(1, LONGEST_PASS // options.n_ctx)):
+            for hidden in model.traced_states(batch, Float32Compute()):
+                for start, stop, rows in head.chunks():
+                    head.logits(hidden, start, stop, rows)
+        return time.monotonic() - started
 
 
 def report(name: str, values: dict[str, float], truth: dict[str, float]) -> None:
@@ -142,19 +163,35 @@ def main() -> None:
     parser.add_argument("--model", choices=["testbed", "smollm2", "qwen"], default="testbed")
     parser.add_argument("--type", nargs="+", default=["Q4_0"])
     parser.add_argument("--tensors", type=int, help="measure about so many, evenly spread; default all")
+    parser.add_argument("--no-truth", action="store_true", help="time the predictions only")
     parser.add_argument("--windows", type=int, default=16, help="windows that brute force measures on; five at least")
     parser.add_argument("--n-ctx", type=int, default=512, help="tokens of such a window")
     arguments = parser.parse_args()
     of, work = subject(arguments.model, arguments.work), arguments.work
-    started = time.monotonic()
     options = SensitivityOptions(cache=work / f"cache-{time.time_ns()}")  # nothing may be there from before
-    found = sensitivity(of.checkpoint, of.calibration, options)
+    taken: dict[str, float] = {}
+    last = [("starting", time.monotonic())]
+
+    def steps(name: str, done: int, total: int, stage: str = "", /) -> None:
+        now = time.monotonic()
+        taken[last[0][0]] = taken.get(last[0][0], 0.0) + now - last[0][1]
+        last[0] = (stage or "starting", now)
+
+    started = time.monotonic()
+    found = sensitivity(of.checkpoint, of.calibration, options, steps=steps)
     predicted_seconds = time.monotonic() - started
     n_costs = sum(len(t.costs) for t in found.tensors)
     print(
         f"{arguments.model}: {len(found.tensors)} tensors, {n_costs} pairs of tensor and type in {predicted_seconds:.0f} s"
     )
-    print(f"directional / diagonal: {found.directional_ratio:.3f}")
+    sampled = np.median([c.kld_se_sample / c.kld for t in found.tensors for c in t.costs.values()])
+    whole = np.median([c.kld_se / c.kld for t in found.tensors for c in t.costs.values()])
+    print(f"median relative standard error {whole:.3f}, of the sample alone {sampled:.3f}")
+    forward = forward_seconds(of)
+    parts = ", ".join(f"{name} {t / forward:.1f}" for name, t in taken.items())
+    print(f"{predicted_seconds / forward:.1f} times one forward pass of {forward:.0f} s over the same tokens: {parts}")
+    if arguments.no_truth:
+        return
     everything = {t.name: "F16" for t in found.tensors}
     compare_options = CompareOptions(
         windows=arguments.windows, n_ctx=arguments.n_ctx, attribution=False, cache=work / "cache", fresh=True
@@ -180,8 +217,7 @@ def main() -> None:
             f"{brute / predicted_seconds:.0f} × the prediction's {predicted_seconds:.0f} s"
         )
         alone = {t.name: truth[t.name] - floor for t in chosen}
-        report("predicted (diagonal)", {t.name: t.costs[kind].kld for t in chosen}, alone)
-        report("predicted (directional)", {t.name: t.costs[kind].kld_directional for t in chosen}, alone)
+        report("predicted", {t.name: t.costs[kind].kld for t in chosen}, alone)
         for name, values in weight_errors(of, kind, work).items():
             report(name, values, alone)
         order = np.random.default_rng(0).permutation(len(chosen))

@@ -123,16 +123,19 @@ def sample_of(model: Model) -> WeightSample:
 
 
 def _checkpoint_sample(network: Any, has_template: bool) -> WeightSample:
-    tensors = {t.name: t.rows for t in quantizable_tensors(network)[0]}
+    tensors = {t.name: t for t in quantizable_tensors(network)[0]}
     vectors = copied_vectors(network)
-    shapes = {name: tuple(rows.shape if len(rows) > 1 else rows.shape[1:]) for name, rows in tensors.items()}
+    shapes = {name: t.shape if t.shape[0] > 1 else t.shape[1:] for name, t in tensors.items()}
     known = gguf_architecture(network.config)
     architecture = "" if known is None else MODEL_ARCH_NAMES[known]
     # What a quantized checkpoint holds, or what was made of it while loading, is not what a GGUF was made of.
     quantized = getattr(network.config, "quantization_config", None) is not None
     chosen = () if quantized else _chosen(shapes)
     sampled = {name: vector[:_COLUMNS].clone() for name, vector in vectors.items()}
-    sampled |= {name: tensors[name][0][_spread(tensors[name].shape[1]), :_COLUMNS] for name in chosen}
+    for name in chosen:
+        tensor = tensors[name]
+        rows = tensor.read(0, _spread(tensor.shape[1]).numpy())[:, :_COLUMNS]
+        sampled[name] = rows.to(tensor.products[0].dtype)
     written = {name: converted(architecture, network.config, name, values) for name, values in sampled.items()}
     kept = {name: values for name, values in written.items() if values is not None}
     return WeightSample(

@@ -22,7 +22,9 @@ from prism_gguf.models.passes import (
     MAX_BATCH,
     MAX_LAYER_WINDOWS,
     MAX_LOGIT_BYTES,
+    SAMPLED_TOKENS,
     TRIED_ROWS,
+    sampled_rows_of,
 )
 from prism_gguf.results.options import RunOptions
 from prism_gguf.system.estimate import Estimate
@@ -45,6 +47,10 @@ _SINGULAR_VALUES = 1000
 _DISTANCES = 0.03
 # Weights are read from a disk this fast, bytes per second, where memory cannot keep them.
 _DISK_SPEED = 1e9
+# Exponentials that take as long as a random sign and all else of a logit's gradient; as sums over a product's values; and
+# as adding a squared gradient.
+_PER_SIGN, _PER_INPUT, _PER_SQUARE = 10, 6, 2
+_TYPED_ROWS = 160  # that a type is tried on, about: between ``passes.FIRST_ROWS`` and all
 _TRIED_SCALES = 10  # of smoothing's search: exponents and checks
 # Exponentials that take as long as quantizing a weight on one core.
 _QUANTIZING = {
@@ -192,31 +198,52 @@ class Costs:
         # A tensor in float32; torch is not loaded.
         return Estimate(self._elements(units) + self._alone(_START / 2), _LLAMA_PROCESS // 2 + 4 * largest)
 
-    def sensitivity(self, model: ModelHeader, work: Work, folder: Path, types: Sequence[str], packed: int) -> Estimate:
-        """Gradients of all tensors, and their errors in all types; ``packed`` bytes of those."""
-        weights, n_types = model.body + model.head, len(types)
-        quantizing = self.quantizing([(kind, weights) for kind in types]).seconds
+    def statistics(self, model: ModelHeader, work: Work, folder: Path) -> Estimate:
+        """One gradient pass; what it keeps in ``folder``."""
+        weights = model.body + model.head
         # Each product keeps its input and output in float32, and what lies between products about as much again.
         per_token = 2 * 4 * sum(rows + width for rows, width in model.matrices if rows != model.vocab)
         together = min(work.n_windows, windows_at_once(per_token, work.n_ctx, self.available))
-        passes = -(-work.n_windows // together)
-        # Forward, back to the inputs, to the weights; then each gradient with each type's errors, twice.
-        products = work.n_tokens * 6 * weights / _IN_TORCH + work.n_windows * 4 * weights * n_types
-        unpacking = passes * weights * n_types * 8
-        seconds = quantizing + self._products(products) + self._elements(unpacking) + self._alone(_LOADING)
+        kept = [(sampled_rows_of(1, rows, width), rows, width) for rows, width in model.matrices]
+        # Forward, back to the inputs, and the gradients of the sampled rows.
+        sampled = sum(chosen * width for chosen, _, width in kept)
+        products = work.n_tokens * (4 * weights + 2 * sampled) / _IN_TORCH
+        elements = work.n_tokens * (_PER_SIGN * model.vocab + _PER_INPUT * sum(r + w for _, r, w in kept))
+        elements += work.n_windows * _PER_SQUARE * sampled
+        seconds = self._products(products) + self._elements(elements) + self._alone(_LOADING)
         # The head's gradient is made for one window after the other.
         memory = self._torch_memory(model, work) + round(
-            work.n_ctx * (_KEPT * per_token * together + 4 * 4 * model.vocab)
+            4 * sampled + work.n_ctx * (_KEPT * per_token * together + 4 * 4 * model.vocab)
+        )
+        disk = sum(
+            chosen * (2 * width + 4 * work.n_windows) + 8 * (rows + 2 * width) + SAMPLED_TOKENS * 6 * width
+            for chosen, rows, width in kept
         )
         return Estimate(
-            seconds, memory, model.stored_bytes - model.fused_bytes, model.largest_file, temporary={folder: packed}
+            seconds, memory, model.stored_bytes - model.fused_bytes, model.largest_file, disk={folder: disk}
         )
 
-    def smoothing(self, model: ModelHeader, work: Work, folder: Path, refinements: int) -> Estimate:
-        """Gradients once, and every site's scales tried on some rows; K-quants stand for all types."""
+    def typed(self, model: ModelHeader, types: Sequence[str]) -> Estimate:
+        """Costs of all tensors in all types from their statistics."""
+        kept = [(sampled_rows_of(1, rows, width), width) for rows, width in model.matrices]
+
+        def tried(kind: str, most: int) -> tuple[str, int]:
+            block = GGML_QUANT_SIZES[ggml_type(kind)][0]
+            return kind, sum(min(rows, most) * width for rows, width in kept if width % block == 0)
+
+        quantizing = self.quantizing([*(tried(kind, _TYPED_ROWS) for kind in types), tried("Q4_0", model.vocab)])
+        largest = max(rows * width for rows, width in kept)
+        return quantizing + Estimate(self._alone(_LOADING), _PROCESS + 16 * largest)
+
+    def sensitivity(self, model: ModelHeader, work: Work, folder: Path, types: Sequence[str]) -> Estimate:
+        """Statistics, and every tensor's cost in every type."""
+        return self.statistics(model, work, folder) + self.typed(model, types)
+
+    def smoothing(self, model: ModelHeader, refinements: int) -> Estimate:
+        """Every site's scales tried on some rows; K-quants stand for all types."""
         rows = sum(min(rows, TRIED_ROWS) * width for rows, width in model.matrices if rows != model.vocab)
         tried = self.quantizing([("Q4_K", rows * (_TRIED_SCALES + 2 * refinements))])
-        return self.sensitivity(model, work, folder, (), 0) + Estimate(tried.seconds, tried.memory_bytes)
+        return Estimate(tried.seconds, _PROCESS + tried.memory_bytes)
 
     def heads(self, model: ModelHeader, work: Work, n_types: int, n_bodies: int) -> Estimate:
         """Every type of a head against the states of each body."""

@@ -10,3 +10,17 @@ ATTRIBUTED_LOGITS = 2**29
 """Tokens × vocabulary of an attribution: about a minute of products for d = 1000 on two cores."""
 TRIED_ROWS = 384
 """Rows of each matrix that smoothing tries scales on; those that count most are the likeliest to be among them."""
+SAMPLED_ROWS, LEAST_ROWS, VOCAB_ROWS = 256, 32, 1024
+"""Rows of each matrix whose gradients are kept; of each expert at least; of the head, and of an embedding."""
+FIRST_ROWS = 128
+"""Rows of a tensor, of all experts together, that are quantized in every type; most need no more."""
+SAMPLED_TOKENS = 64
+"""Tokens at each matrix whose inputs are kept, to price the rounding of activations."""
+_TALL = 5  # rows to a column: only vocabularies
+
+
+def sampled_rows_of(matrices: int, rows: int, width: int) -> int:
+    """Rows of each matrix of a tensor whose gradients are kept; a head has many more rows than columns."""
+    if matrices == 1 and rows > _TALL * width:
+        return min(rows, VOCAB_ROWS)
+    return min(rows, max(LEAST_ROWS, SAMPLED_ROWS // matrices))

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -78,6 +79,16 @@ class QuantizableTensor:
     rows: torch.Tensor
     products: tuple[torch.Tensor, ...]
     first_row: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(matrices, rows, columns)."""
+        matrices, rows, columns = self.rows.shape
+        return matrices, rows, columns
+
+    def read(self, matrix: int, rows: slice | np.ndarray) -> torch.Tensor:
+        """Some rows of a matrix: (rows, columns) float32; perhaps a view, not to be written to."""
+        return self.rows[matrix, rows].float()
 
 
 def gguf_architecture(config: Any) -> MODEL_ARCH | None:

@@ -44,8 +44,7 @@ def print_sensitivity(found: Sensitivity, out: Console) -> None:
     out.print(table)
     out.print(
         f"\n{amount(len(found.tensors), 'tensor')}, {amount(len(types), 'type')}, "
-        f"{amount(found.text['n_windows'], 'window')} of {found.text['n_ctx']}; "
-        f"directional / diagonal estimate, all in all: {found.directional_ratio:.2f}",
+        f"{amount(found.text['n_windows'], 'window')} of {found.text['n_ctx']}",
         soft_wrap=True,
     )
     for parameter, reason in found.left_out.items():

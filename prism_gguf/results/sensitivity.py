@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-SCHEMA = "prism-gguf/sensitivity/1"
+SCHEMA = "prism-gguf/sensitivity/2"
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,19 @@ class Cost:
 
     Attributes:
         kld: predicted mean KLD with this tensor alone in this type, nats per token: of weights and kernel together.
-        kld_se: its standard error, over windows.
-        kld_weights: the weights' part (see ``measure.calibrate.fisher``, the diagonal estimate).
+        kld_se: its standard error, of windows and of the sample of rows and tokens together.
+        kld_se_sample: the sample's part of it.
+        kld_weights: the weights' part (see ``measure.calibrate.fisher``).
         kld_kernel: what llama.cpp's rounding of the activations costs that this type is multiplied by.
-        kld_directional: the other, noisier estimate of the weights' part, which assumes nothing of the errors.
+        rows: how many rows were quantized to find it, of all matrices together.
     """
 
     kld: float
     kld_se: float
+    kld_se_sample: float
     kld_weights: float
     kld_kernel: float
-    kld_directional: float
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,6 @@ class Sensitivity:
             for t in self.tensors
             for kind, cost in t.costs.items()
         )
-
-    @property
-    def directional_ratio(self) -> float:
-        """Sum of all directional over all diagonal estimates of the weights' part: far from 1 where errors go together."""
-        costs = [cost for tensor in self.tensors for cost in tensor.costs.values()]
-        return sum(c.kld_directional for c in costs) / sum(c.kld_weights for c in costs)
 
 
 def read_sensitivity(path: str | Path) -> Sensitivity:

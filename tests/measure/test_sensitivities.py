@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from scipy.stats import spearmanr
 from transformers import (
     AutoModelForCausalLM,
@@ -25,20 +26,22 @@ from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
 from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import Score
-from prism_gguf.measure.calibrate.fisher import FisherProducts
+from prism_gguf.measure.calibrate.gathering import Gatherer
 from prism_gguf.measure.calibrate.gradients import backward, fisher_gradient
 from prism_gguf.measure.calibrate.importance import _notes, _Observed
 from prism_gguf.measure.calibrate.sensitivities import ensure_sensitivity
-from prism_gguf.measure.calibrate.weight_errors import WeightErrors
+from prism_gguf.measure.calibrate.statistics import Statistics
+from prism_gguf.models import ggml
 from prism_gguf.models.conversions import KnownHead
 from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_quantizer import planned_types
 from prism_gguf.models.output_head import LogitTransform, OutputHead
-from prism_gguf.models.tensor_names import quantizable_tensors
+from prism_gguf.models.tensor_names import QuantizableTensor, quantizable_tensors
 from prism_gguf.results.options import SensitivityOptions
 from prism_gguf.results.sensitivity import read_sensitivity
 from prism_gguf.system.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
+from prism_gguf.system.progress import Progress
 from prism_gguf.testbed import MODEL, held_out_texts
 
 SMALL: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -81,42 +84,93 @@ PLAIN, MIXED = (torch.float32,), (torch.float16, torch.bfloat16, torch.float32)
     [(LLAMA, PLAIN), (LLAMA, MIXED), (GEMMA2, PLAIN), (PHI3, PLAIN), (MOE, PLAIN), (MOE, MIXED)],
     ids=["llama", "llama, mixed types", "gemma2", "phi3", "moe", "moe, mixed types"],
 )
-def test_products_are_those_of_the_whole_gradient(
+def test_statistics_are_those_of_the_whole_gradient(
     config: PreTrainedConfig, types: Sequence[torch.dtype], tmp_path: Path
 ) -> None:
     model = Small(config, types)
     tensors, _ = quantizable_tensors(model.network)
-    errors = WeightErrors(tmp_path, ["Q4_0", "Q8_0"], None)
-    errors.prepare(tensors, lambda *_: None)
-    tokens = torch.randint(0, config.vocab_size, (1 if config is MOE else 3, 24))
-    sums = FisherProducts(tensors, errors, len(tokens))
-    backward(model, tokens, tensors, sums.add_product, lambda ids, d: sums.add_embedding(0, ids, d), seed=5)
+    tokens = torch.randint(0, config.vocab_size, (3, 24))
+    found, observed = gathered(model, tokens, tmp_path, 1 if config is MOE else 2), _Observed(tensors)
+    expected = {t.name: (torch.zeros(t.shape), torch.zeros(t.shape)) for t in tensors}
 
-    # The same random loss by plain autograd, with all weights asking for gradients.
+    # The same random losses by plain autograd, with all weights asking for gradients; a tied head is another parameter.
     head, network = model.output_head(), deepcopy(model.network).float()
+    network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.clone())
     for number, ids in enumerate(tokens):
         states = model.traced_states(ids[None], Float32Compute())[0]
-        delta = fisher_gradient(states, head, torch.Generator().manual_seed(5 + number))
+        delta = fisher_gradient(states, head, torch.Generator().manual_seed(number))
         network.requires_grad_(True)
         hidden = network.model(input_ids=ids[None]).last_hidden_state[0]
         network.zero_grad()
         ((hidden @ network.lm_head.weight.T) * delta).sum().backward()
         network.requires_grad_(False)
         gradients = {name: p.grad for name, p in network.named_parameters()}
-        for row, tensor in enumerate(tensors):
-            gradient = gradients[tensor.parameter]
-            assert gradient is not None
-            gradient = gradient if gradient.ndim == 3 else gradient[None]
-            gradient = gradient[:, tensor.first_row : tensor.first_row + tensor.rows.shape[1]]
-            kinds = errors.types_of(tensor)
-            for matrix in range(len(gradient)):
-                d = errors.errors(tensor, matrix, slice(None))
-                expected = [float((gradient[matrix].double() * d[k].double()).sum()) for k in range(len(kinds))]
-                if matrix == 0:
-                    whole = np.zeros(len(kinds))
-                whole += expected
-            columns = [errors.types.index(kind) for kind in kinds]
-            np.testing.assert_allclose(sums.directional[number, row, columns], whole, rtol=2e-3, atol=1e-5)
+        for tensor in tensors:
+            looked_up = tensor.parameter == "model.embed_tokens.weight"
+            products = "lm_head.weight" if looked_up and config.tie_word_embeddings else tensor.parameter
+            for place, name in enumerate((products, tensor.parameter)):
+                if looked_up and place == 0 and not config.tie_word_embeddings:
+                    continue
+                if not looked_up and place == 1:
+                    continue
+                gradient = gradients[name]
+                assert gradient is not None
+                gradient = gradient if gradient.ndim == 3 else gradient[None]
+                expected[tensor.name][place].add_(
+                    gradient[:, tensor.first_row : tensor.first_row + tensor.shape[1]].square()
+                )
+        with torch.no_grad():
+            observed.add(head_of(model, tensors), 0, model.traced_states(ids[None], observed))
+    for tensor in tensors:
+        ours, (products, lookups) = found.tensor(tensor.name), expected[tensor.name]
+        for matrix in range(tensor.shape[0]):
+            assert (matrix in ours.products) == bool(products[matrix].any())
+        for matrix, rows in ours.products.items():
+            assert len(rows.sample.rows) == tensor.shape[1] and (rows.sample.weights == 1).all()
+            scale = float(products[matrix].mean())
+            torch.testing.assert_close(rows.squares, products[matrix], rtol=1e-2, atol=1e-3 * scale)
+            torch.testing.assert_close(rows.windows.sum(0), products[matrix].sum(1), rtol=1e-2, atol=1e-3 * scale)
+        if ours.lookups is not None:
+            used = ours.lookups.sample.rows
+            assert set(used) == set(tokens.unique().tolist())
+            torch.testing.assert_close(ours.lookups.squares, lookups[0, used], rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(ours.looked_up, lookups[0].sum(1).double(), rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(ours.sums["squares"], observed.sums[tensor.name], rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(ours.sums["counts"], observed.counts[tensor.name])
+
+
+def head_of(model: Small, tensors: Sequence[QuantizableTensor]) -> QuantizableTensor:
+    return next(t for t in tensors if t.products[0] is model.head_weight)
+
+
+def gathered(model: Small, tokens: torch.Tensor, folder: Path, size: int) -> Statistics:
+    """Statistics over ``tokens`` (windows, n), in passes of ``size`` windows."""
+    folder.mkdir(exist_ok=True)
+    statistics, (tensors, _) = Statistics(folder), quantizable_tensors(model.network)
+    for start in range(0, len(tokens), size):
+        batch = tokens[start : start + size]
+        observer = Gatherer(tensors, statistics, tokens.numpy(), start, start + len(batch))
+        backward(model, batch, tensors, observer, seed=start)
+    return statistics
+
+
+def test_windows_that_are_there_already_are_left_alone(tmp_path: Path) -> None:
+    model, tokens = Small(LLAMA), torch.randint(0, 96, (3, 24))
+    whole = gathered(model, tokens, tmp_path / "whole", 2)
+    (tmp_path / "again").mkdir()
+    statistics, (tensors, _) = Statistics(tmp_path / "again"), quantizable_tensors(model.network)
+    for start, stop in ((0, 1), (0, 2), (1, 3), (1, 3)):  # parts of what is asked again are there
+        observer = Gatherer(tensors, statistics, tokens.numpy(), start, stop)
+        backward(model, tokens[start:stop], tensors, observer, seed=start)
+    for tensor in tensors:
+        ours, theirs = statistics.tensor(tensor.name), whole.tensor(tensor.name)
+        assert ours.products.keys() == theirs.products.keys()
+        torch.testing.assert_close(ours.sums, theirs.sums, rtol=1e-4, atol=1e-5)
+        for matrix, rows in theirs.products.items():
+            torch.testing.assert_close(ours.products[matrix].windows, rows.windows, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours.products[matrix].squares, rows.squares, rtol=1e-2, atol=1e-6)
+        np.testing.assert_allclose(ours.tokens.windows, theirs.tokens.windows, rtol=1e-4)
+        assert sorted(ours.tokens.sizes.tolist()) == pytest.approx(sorted(theirs.tokens.sizes.tolist()), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["imatrix.gguf", "imatrix.dat"])
@@ -145,7 +199,7 @@ def test_names_of_fused_and_merged_weights() -> None:
     fused = {t.name for t in quantizable_tensors(make_model(PHI3))[0]}
     assert {"blk.1.attn_qkv.weight", "blk.1.ffn_up.weight", "output.weight"} <= fused
     merged, left_out = quantizable_tensors(make_model(MOE))
-    shapes = {t.name: tuple(t.rows.shape) for t in merged}
+    shapes = {t.name: t.shape for t in merged}
     assert shapes["blk.0.ffn_gate_exps.weight"] == shapes["blk.0.ffn_up_exps.weight"] == (4, 32, 64)
     assert shapes["blk.0.ffn_down_exps.weight"] == (4, 64, 32)
     assert "never quantizes" in left_out["model.layers.0.mlp.gate.weight"]
@@ -185,13 +239,10 @@ def reading(windows: int = 10, n_ctx: int = 128) -> Reading:
 def test_predictions_are_what_quantizing_costs(tmp_path: Path) -> None:
     found = ensure_sensitivity(str(MODEL), reading(), SensitivityOptions(types=("Q4_0", "Q3_K"), cache=tmp_path))
     assert len(found.tensors) == 30 and not found.left_out
-    assert found.directional_ratio == pytest.approx(1, abs=0.4)
     with HuggingFaceModel(MODEL) as model:
         tensors, _ = quantizable_tensors(model.network)
         windows = Reading([held_out_texts()[1]], 128, 12, Score.ALL).windows(model)[0]
         ids = torch.from_numpy(windows.tokens.astype(np.int64))[4:]  # other windows than those above
-        errors = WeightErrors(tmp_path, ["Q3_K"], None, threads=2)
-        errors.prepare(tensors, lambda *_: None)
         parameters = dict(model.network.named_parameters())
 
         @torch.no_grad()
@@ -203,7 +254,8 @@ def test_predictions_are_what_quantizing_costs(tmp_path: Path) -> None:
         for tensor in tensors:
             parameter = parameters[tensor.parameter]
             kept = parameter.data
-            parameter.data = kept.float() + errors.errors(tensor, 0, slice(None))[0]
+            packed = ggml.quantize_rows(kept.float().numpy(), GGMLQuantizationType.Q3_K)
+            parameter.data = torch.from_numpy(ggml.dequantize(packed, GGMLQuantizationType.Q3_K))
             changed = log_probabilities()
             parameter.data = kept
             measured.append(float((reference.exp() * (reference - changed)).sum(-1).mean()))
@@ -212,7 +264,8 @@ def test_predictions_are_what_quantizing_costs(tmp_path: Path) -> None:
     assert sum(predicted) == pytest.approx(sum(measured), rel=0.3)
     costs = [t.costs["Q3_K"] for t in found.tensors]
     assert all(c.kld == pytest.approx(c.kld_weights + c.kld_kernel) and 0 <= c.kld_kernel < c.kld for c in costs)
-    assert all(0 < t.costs["Q3_K"].kld_se < t.costs["Q3_K"].kld for t in found.tensors)
+    assert all(0 < c.kld_se_sample < c.kld_se < c.kld for c in costs)
+    assert all(c.rows <= t.shape[1] for t in found.tensors for c in t.costs.values())
 
 
 class Killed(Exception):
@@ -224,22 +277,33 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     options = SensitivityOptions(types=("Q4_0",), cache=tmp_path / "a")
     chosen = reading(windows=3, n_ctx=1024)  # one batch is two windows
 
-    def kill(done: int, total: int, stage: str = "") -> None:
-        if stage == "gradients" and done > 0.7 * total:
-            raise Killed
+    def kill_in(chosen_stage: str) -> Progress:
+        def kill(done: int, total: int, stage: str = "", /) -> None:
+            if stage == chosen_stage and done > 0.7 * total:
+                raise Killed
+
+        return kill
 
     with pytest.raises(Killed):
-        ensure_sensitivity(str(MODEL), chosen, options, progress=kill)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "sensitivities").rglob("*.np[yz]")}
-    assert len(kept) == 31
-    steps: list[int] = []
-    found = ensure_sensitivity(str(MODEL), chosen, options, progress=lambda done, *_: steps.append(done))
+        ensure_sensitivity(str(MODEL), chosen, options, progress=kill_in("gradients"))
+    (folder,) = (tmp_path / "a" / "statistics").iterdir()
+    assert Statistics(folder).share == pytest.approx(2 / 3)
+    with pytest.raises(Killed):
+        ensure_sensitivity(str(MODEL), chosen, options, progress=kill_in("quantizing"))
+    assert Statistics(folder).share == 1
+    steps: list[str] = []
+    found = ensure_sensitivity(str(MODEL), chosen, options, progress=lambda _, __, stage="": steps.append(stage))
+    assert "gradients" not in steps
     fresh = ensure_sensitivity(str(MODEL), chosen, SensitivityOptions(types=("Q4_0",), cache=tmp_path / "b"))
     assert [t.costs for t in found.tensors] == [t.costs for t in fresh.tensors]
     again: list[int] = []
     ensure_sensitivity(str(MODEL), chosen, options, progress=lambda done, *_: again.append(done))
-    assert steps and max(again, default=0) == 0
-    assert not list((tmp_path / "a" / "sensitivities").rglob("*.np[yz]"))  # nothing large is left
+    assert max(again, default=0) == 0
+    # Another type needs no gradients.
+    steps.clear()
+    other = SensitivityOptions(types=("Q8_0",), cache=tmp_path / "a")
+    ensure_sensitivity(str(MODEL), chosen, other, progress=lambda _, __, stage="": steps.append(stage))
+    assert "quantizing" in steps and "gradients" not in steps
 
 
 def test_files_are_read_back_and_foreign_ones_refused(tmp_path: Path) -> None:
@@ -247,7 +311,7 @@ def test_files_are_read_back_and_foreign_ones_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text(json.dumps(found.to_dict()))
     assert read_sensitivity(path).tensors == found.tensors
-    for content in ("{", "[]", "{}", '{"schema": "prism-gguf/sensitivity/1", "tensors": []}'):
+    for content in ("{", "[]", "{}", '{"schema": "prism-gguf/sensitivity/2", "tensors": []}'):
         path.write_text(content)
         with pytest.raises(InvalidSensitivityError, match="not a sensitivity file"):
             read_sensitivity(path)

@@ -92,16 +92,16 @@ def test_an_interrupted_step_needs_only_what_is_left(tmp_path: Path) -> None:
         pass
 
     def steps(name: str, done: int, total: int, stage: str = "", /) -> None:
-        if stage == "gradients":
+        if stage == "quantizing":
             raise Interrupted
 
     options = SensitivityOptions(cache=tmp_path, windows=4, n_ctx=64, types=("Q8_0", "Q4_K", "Q4_0"))
     with pytest.raises(Interrupted):
         sensitivity(MODEL, held_out_texts(), options, steps=steps, estimated=told.append)
-    (folder,) = told[0].temporary
-    assert told[0].temporary[folder] == pytest.approx(allocated(folder), rel=0.05)  # all is quantized by then
+    (folder,) = told[0].disk
+    assert told[0].disk[folder] == pytest.approx(allocated(folder), rel=0.2)
     sensitivity(MODEL, held_out_texts(), options, estimated=told.append)
-    assert told[1].temporary[folder] < 0.05 * told[0].temporary[folder]
+    assert sum(told[1].disk.values()) < 0.2 * told[0].disk[folder]
     assert told[1].seconds < told[0].seconds
 
 

@@ -111,7 +111,7 @@ def test_a_comparison_as_a_table_has_the_names_and_numbers_of_the_json(found: Co
 
 
 def test_other_tables() -> None:
-    costs = {"Q8_0": Cost(0.1, 0.01, 0.07, 0.03, 0.08), "Q4_K": Cost(0.2, 0.02, 0.15, 0.05, 0.1)}
+    costs = {"Q8_0": Cost(0.1, 0.01, 0.005, 0.07, 0.03, 8), "Q4_K": Cost(0.2, 0.02, 0.01, 0.15, 0.05, 8)}
     tensor = TensorSensitivity("output.weight", "lm_head.weight", (1, 10, 32), costs)
     table = Sensitivity("", [], "", {}, {}, {}, None, [tensor, tensor]).to_dataframe()
     assert (list(table["type"]), list(table["kld_kernel"])) == (["Q8_0", "Q4_K"] * 2, [0.03, 0.05] * 2)

@@ -5,15 +5,14 @@ softmax's Fisher information, diag(p) − p pᵀ, for each position: u = √p �
 E⟨g, D⟩² / 2 is the KLD, to second order, that adding D to the weights costs (method: Fisher information; labels drawn from
 the model have the same covariance, but rare labels with huge gradients, which is where heavy tails come from).
 
-For a product y = x Wᵀ the gradient is δᵀ x with δ at y and x at its input: it is formed when the backward pass arrives, one
-tensor at a time, handed to a sink, and forgotten. δ W, the gradient at x, says what
-rounding x costs.
+For a product y = x Wᵀ the gradient is δᵀ x with δ at y and x at its input: an observer sees both when the backward pass
+arrives, one product at a time. δ W, the gradient at x, says what rounding x costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -24,21 +23,37 @@ from prism_gguf.models.output_head import OutputHead
 from prism_gguf.models.tensor_names import QuantizableTensor
 from prism_gguf.system.machine import memory
 
-Sink = Callable[[QuantizableTensor, int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""(tensor, matrix, first sequence, x (k, n, columns), δ (k, n, rows), δ W (k, n, columns)) of one product, float32."""
-EmbeddingSink = Callable[[torch.Tensor, torch.Tensor], None]
-"""(token ids (k, n), δ (k, n, d) float32 of the embedding's rows)."""
+
+class Observer(Protocol):
+    """What a backward pass reports to. Windows are numbered within the pass; all is float32."""
+
+    def product(
+        self,
+        tensor: QuantizableTensor,
+        matrix: int,
+        window: int,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        at_input: torch.Tensor,
+    ) -> None:
+        """A product's x (k, n, columns), δ (k, n, rows) and δ W (k, n, columns), of windows ``window`` …"""
+
+    def embedding(self, window: int, ids: torch.Tensor, delta: torch.Tensor) -> None:
+        """Token ids (k, n) and δ (k, n, d) of the embedding's rows, of windows ``window`` …"""
+
+    def finished(self, tensors: Collection[QuantizableTensor]) -> None:
+        """No more of these tensors in this pass."""
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ (+ b) with W as stored; in the backward pass the sink sees x and δ, and no weight gradient exists."""
+    """x Wᵀ (+ b) with W as stored; in the backward pass the observer sees x and δ, and no weight gradient exists."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, uses: Any, sink: Any
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, uses: Any, observer: Observer
     ) -> Any:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.uses, ctx.sink = weight, uses, sink
+        ctx.weight, ctx.uses, ctx.observer = weight, uses, observer
         return torch.nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
 
     @staticmethod
@@ -46,11 +61,13 @@ class _Product(torch.autograd.Function):
         (x,), (delta,) = ctx.saved_tensors, grads
         back = torch.zeros_like(x)
         for tensor, matrix in ctx.uses:
-            rows = slice(tensor.first_row, tensor.first_row + tensor.rows.shape[1])
+            rows = slice(tensor.first_row, tensor.first_row + tensor.shape[1])
             own = delta[..., rows] @ ctx.weight[rows].float()
             back += own
             # Experts see the tokens of one sequence, in a flat batch.
-            ctx.sink(tensor, matrix, 0, *(v if v.ndim == 3 else v[None] for v in (x, delta[..., rows], own)))
+            ctx.observer.product(
+                tensor, matrix, 0, *(v if v.ndim == 3 else v[None] for v in (x, delta[..., rows], own))
+            )
         return back, None, None, None, None
 
 
@@ -58,27 +75,25 @@ class _Embedding(torch.autograd.Function):
     """Rows of the embedding matrix; in the backward pass the sink sees token ids and δ."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, sink: Any) -> Any:
+    def forward(ctx: Any, anchor: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, observer: Observer) -> Any:
         ctx.save_for_backward(ids)
-        ctx.sink = sink
+        ctx.observer = observer
         return torch.nn.functional.embedding(ids, weight).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (ids,) = ctx.saved_tensors
-        ctx.sink(ids, grads[0])
+        ctx.observer.embedding(0, ids, grads[0])
         return None, None, None, None
 
 
 class _Traced(Float32Compute):
     """Computes as the reference does, and leaves a graph that reports x and δ of the products asked for."""
 
-    def __init__(
-        self, tensors: Sequence[QuantizableTensor], embedding: torch.Tensor, sink: Sink, embedding_sink: EmbeddingSink
-    ) -> None:
+    def __init__(self, tensors: Sequence[QuantizableTensor], embedding: torch.Tensor, observer: Observer) -> None:
         super().__init__()
         self._uses = products_by_weight(tensors)
-        self._embedding, self._sink, self._embedding_sink = embedding, sink, embedding_sink
+        self._embedding, self._observer = embedding, observer
         # The graph needs something to begin with; no parameter asks for a gradient.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -87,9 +102,9 @@ class _Traced(Float32Compute):
             x, weight, bias = linear_arguments(*args, **(kwargs or {}))
             uses = self._uses.get((weight.data_ptr(), tuple(weight.shape)))
             if uses is not None:
-                return _Product.apply(x, weight, bias, uses, self._sink)
+                return _Product.apply(x, weight, bias, uses, self._observer)
         if func is torch.nn.functional.embedding and args[1] is self._embedding:
-            return _Embedding.apply(self._anchor, args[0], args[1], self._embedding_sink)
+            return _Embedding.apply(self._anchor, args[0], args[1], self._observer)
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -115,11 +130,10 @@ def backward(
     model: HuggingFaceModel,
     tokens: torch.Tensor,
     tensors: Sequence[QuantizableTensor],
-    sink: Sink,
-    embedding_sink: EmbeddingSink,
+    observer: Observer,
     seed: int,
 ) -> None:
-    """Run k sequences forward, and one random loss for each of them backward; the sinks see every product's x and δ.
+    """Run k sequences forward, and one random loss for each of them backward; the observer sees all products.
 
     The head's δ is (n, V) for one sequence, the largest thing here; the rest is what autograd keeps of k sequences.
 
@@ -129,7 +143,7 @@ def backward(
     """
     head = model.output_head()
     head_tensor = next((t for t in tensors if t.products[0] is model.head_weight), None)
-    mode = _Traced([t for t in tensors if t is not head_tensor], model.embedding_weight, sink, embedding_sink)
+    mode = _Traced([t for t in tensors if t is not head_tensor], model.embedding_weight, observer)
     states = model.traced_states(tokens, mode)
     gradient = torch.empty_like(states)
     for number, hidden in enumerate(states.detach()):
@@ -137,8 +151,9 @@ def backward(
         delta = fisher_gradient(hidden, head, generator)
         gradient[number] = sum(delta[:, start:stop] @ rows for start, stop, rows in head.chunks())
         if head_tensor is not None:
-            sink(head_tensor, 0, number, hidden[None], delta[None], gradient[number][None])
+            observer.product(head_tensor, 0, number, hidden[None], delta[None], gradient[number][None])
     states.backward(gradient)
+    observer.finished(tensors)
 
 
 def fisher_gradient(hidden: torch.Tensor, head: OutputHead, generator: torch.Generator) -> torch.Tensor:
@@ -167,9 +182,9 @@ def fisher_gradient(hidden: torch.Tensor, head: OutputHead, generator: torch.Gen
 
 def windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int) -> int:
     """How many windows go through ``gradients.backward`` at once: as many as half of the free memory has room for."""
-    if any(t.rows.shape[0] > 1 for t in tensors):
+    if any(t.shape[0] > 1 for t in tensors):
         return 1  # experts get the tokens of all windows in one flat batch
     # Each product keeps its input and output in float32, and what lies between products about as much again.
-    body = (t.rows.shape for t in tensors if t.name not in ("token_embd.weight", "output.weight"))
+    body = (t.shape for t in tensors if t.name not in ("token_embd.weight", "output.weight"))
     bytes_per_token = 2 * 4 * sum(rows + width for _, rows, width in body)
     return windows_at_once(bytes_per_token, n_ctx, memory())

@@ -35,8 +35,8 @@ class _Observed(Float32Compute):
     def __init__(self, tensors: Sequence[QuantizableTensor]) -> None:
         super().__init__()
         self._uses = products_by_weight(tensors)
-        self.sums = {t.name: np.zeros((t.rows.shape[0], t.rows.shape[2])) for t in tensors}
-        self.counts = {t.name: np.zeros(t.rows.shape[0]) for t in tensors}
+        self.sums = {t.name: np.zeros((t.shape[0], t.shape[2])) for t in tensors}
+        self.counts = {t.name: np.zeros(t.shape[0]) for t in tensors}
 
     def add(self, tensor: QuantizableTensor, matrix: int, x: torch.Tensor) -> None:
         flat = x.flatten(0, -2)

@@ -1,45 +1,41 @@
-"""Sensitivities of a checkpoint: gradients once, against the errors of every tensor in every type. For the worker."""
+"""Sensitivities of a checkpoint: its statistics, against the errors of every tensor in every type. For the worker."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
-from gguf import GGML_QUANT_SIZES
 
 from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix
-from prism_gguf.formats.mix import ggml_type
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import notes_of
-from prism_gguf.measure.capture.source import is_new, resumed, work_of
+from prism_gguf.measure.capture.source import is_new, work_of
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.factors import factors_of, smoothing_digest
 from prism_gguf.models.header import ModelHeader, model_header
 from prism_gguf.results.options import RunOptions, SensitivityOptions
 from prism_gguf.results.sensitivity import SCHEMA, Cost, Sensitivity, TensorSensitivity, read_sensitivity
 from prism_gguf.system.amounts import amount
-from prism_gguf.system.atomic_files import write_whole, written_whole
+from prism_gguf.system.atomic_files import write_whole
 from prism_gguf.system.cache import key_of, locked
 from prism_gguf.system.environment import environment, now
 from prism_gguf.system.errors import InvalidModelError, InvalidTextError
 from prism_gguf.system.estimate import Estimate, admit
 from prism_gguf.system.machine import allocated
-from prism_gguf.system.progress import Progress, no_progress, part, stage
+from prism_gguf.system.progress import Progress, no_progress, stage
 from prism_gguf.system.sanitize import valid
 from prism_gguf.system.version import __version__
 
 if TYPE_CHECKING:
+    from prism_gguf.measure.calibrate.statistics import Statistics
     from prism_gguf.measure.calibrate.weight_errors import WeightErrors
-    from prism_gguf.models.huggingface import HuggingFaceModel
     from prism_gguf.models.tensor_names import QuantizableTensor
 
 
@@ -101,6 +97,7 @@ def _measure(
     folder: Path,
     progress: Progress,
 ) -> Sensitivity:
+    from prism_gguf.measure.calibrate.gathering import ensure_statistics
     from prism_gguf.measure.calibrate.weight_errors import WeightErrors
     from prism_gguf.models.huggingface import HuggingFaceModel
     from prism_gguf.models.tensor_names import quantizable_tensors
@@ -118,13 +115,18 @@ def _measure(
                 f"{reference}: no tensor can be scored: {next(iter(left_out.values()), 'none found')}"
             )
         factors = None if options.smoothed is None else factors_of(Path(options.smoothed), options.cache_folder)
-        errors = WeightErrors(folder, options.types, imatrix, factors=factors, threads=options.runtime().n_threads)
-        packed = max(0, errors.n_bytes(tensors) - allocated(folder))
-        admit(Estimate(temporary={folder: packed}), force=options.force)
-        errors.prepare(tensors, stage(progress, "quantizing"))
-        parts = _gradients(model, tensors, errors, windows.tokens, folder, stage(progress, "gradients"))
-        sums = [np.concatenate(part) for part in zip(*parts, strict=True)]
-    n, n_ctx = windows.tokens.shape
+        statistics = ensure_statistics(
+            model,
+            fingerprint,
+            reading,
+            windows.tokens,
+            tensors,
+            options.cache_folder,
+            stage(progress, "gradients"),
+        )
+        errors = WeightErrors(options.types, imatrix, factors)
+        costs = _Costing(statistics, errors, windows.n_ctx, folder)
+        found = costs.all(tensors, options.runtime().n_threads, stage(progress, "quantizing"))
     return Sensitivity(
         tool_version=__version__,
         command=sys.argv,
@@ -133,78 +135,50 @@ def _measure(
         reference={"path": reference, "fingerprint": fingerprint},
         text={
             "fingerprint": windows.fingerprint,
-            "n_windows": n,
-            "n_ctx": n_ctx,
+            "n_windows": windows.n_windows,
+            "n_ctx": windows.n_ctx,
             "domains": windows.domain_names,
             "notes": notes_of(texts),
         },
         imatrix=None,
-        tensors=_costs(tensors, errors, n_ctx, *sums),
+        tensors=found,
         left_out=left_out,
     )
 
 
-def _gradients(
-    model: HuggingFaceModel,
-    tensors: Sequence[QuantizableTensor],
-    errors: WeightErrors,
-    tokens: np.ndarray,
-    folder: Path,
-    progress: Progress,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(directional, diagonal, kernel) sums of one batch after the other; each is kept, so that a later run can resume."""
-    import torch
+@dataclass(frozen=True)
+class _Costing:
+    """Costs of all tensors, on all cores; each tensor's are kept in ``folder`` until all are done."""
 
-    from prism_gguf.measure.calibrate.fisher import FisherProducts
-    from prism_gguf.measure.calibrate.gradients import backward, windows_per_batch
+    statistics: Statistics
+    errors: WeightErrors
+    n_ctx: int
+    folder: Path
 
-    # As many as an earlier run took, which may have had more memory.
-    earlier = [int(first.stem.rpartition("-")[2]) for first in folder.glob("windows-0-*.npz")]
-    size = earlier[0] if earlier else windows_per_batch(tensors, tokens.shape[1])
-    n_weights = sum(t.rows.numel() for t in tensors)
-    for start in range(0, len(tokens), size):
-        batch = torch.from_numpy(tokens[start : start + size].astype(np.int64))
-        path = folder / f"windows-{start}-{len(batch)}.npz"
-        if not path.exists():
-            within = part(progress, start * n_weights, len(tokens) * n_weights)
-            sums = FisherProducts(tensors, errors, len(batch), within)
-            backward(model, batch, tensors, sums.add_product, partial(sums.add_embedding, 0), seed=start)
-            with written_whole(path) as partial_path, partial_path.open("wb") as stream:
-                np.savez(stream, directional=sums.directional, diagonal=sums.diagonal, kernel=sums.kernel)
-        stored = np.load(path)
-        yield stored["directional"], stored["diagonal"], stored["kernel"]
+    def all(self, tensors: Sequence[QuantizableTensor], threads: int, progress: Progress) -> list[TensorSensitivity]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = []
+        with ThreadPoolExecutor(threads) as pool:  # llama.cpp's quantizers and numpy let go of the GIL
+            jobs = [pool.submit(self.one, tensor) for tensor in tensors]
+            try:
+                for number, job in enumerate(jobs):
+                    progress(number, len(tensors))
+                    found.append(job.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return found
 
+    def one(self, tensor: QuantizableTensor) -> TensorSensitivity:
+        from prism_gguf.measure.calibrate.fisher import TypeCosts
 
-def _costs(
-    tensors: Sequence[QuantizableTensor],
-    errors: WeightErrors,
-    n_ctx: int,
-    directional: np.ndarray,
-    diagonal: np.ndarray,
-    kernel: np.ndarray,
-) -> list[TensorSensitivity]:
-    """From ``fisher``'s sums for each window: half of their mean, per token."""
-    both = 0.5 * (diagonal + kernel) / n_ctx
-    error = both.std(0, ddof=1) / np.sqrt(len(both))
-    total, weights, kernels = both.mean(0), 0.5 * diagonal.mean(0) / n_ctx, 0.5 * kernel.mean(0) / n_ctx
-    other = 0.5 * np.square(directional).mean(0) / n_ctx
-
-    def cost(row: int, at: int) -> Cost:
-        return Cost(
-            kld=float(total[row, at]),
-            kld_se=float(error[row, at]),
-            kld_weights=float(weights[row, at]),
-            kld_kernel=float(kernels[row, at]),
-            kld_directional=float(other[row, at]),
-        )
-
-    found = []
-    for row, tensor in enumerate(tensors):
-        columns = {name: errors.types.index(name) for name in errors.types_of(tensor)}
-        costs = {name: cost(row, at) for name, at in columns.items()}
-        n, height, width = tensor.rows.shape
-        found.append(TensorSensitivity(tensor.name, tensor.parameter, (n, height, width), costs))
-    return found
+        kept = self.folder / f"{tensor.name}.json"
+        if kept.is_file():
+            costs = {kind: Cost(**cost) for kind, cost in json.loads(kept.read_text()).items()}
+        else:
+            costs = TypeCosts(tensor, self.statistics.tensor(tensor.name), self.errors, self.n_ctx).costs()
+            write_whole(kept, json.dumps({kind: asdict(cost) for kind, cost in costs.items()}))
+        return TensorSensitivity(tensor.name, tensor.parameter, tensor.shape, costs)
 
 
 def estimate_sensitivity(
@@ -212,21 +186,23 @@ def estimate_sensitivity(
 ) -> Estimate:
     """The remaining cost of sensitivities: zero if they are in the cache."""
     costs, model = costs_of(options), model_header(reference)
-
-    def whole(folder: Path) -> Estimate:
-        assert model is not None
-        packed = sum(packed_bytes(model, name) for name in options.types)
-        return costs.start() + costs.sensitivity(model, work_of(reading), folder, options.types, packed)
-
     if model is not None and not model.is_gguf and is_new(model, options):
-        admit(whole(options.cache_folder), force=options.force)
+        admit(
+            costs.start() + costs.sensitivity(model, work_of(reading), options.cache_folder, options.types),
+            force=options.force,
+        )
     at = place(reference, reading, options, progress)
     if model is None or at.result.exists():
         return Estimate()
-    return resumed(whole(at.folder), at.folder, whole(at.folder).temporary[at.folder])
+    left = remaining_statistics(at.fingerprint, model, reading, options)
+    return costs.start() + left + costs.typed(model, options.types)
 
 
-def packed_bytes(model: ModelHeader, kind: str) -> int:
-    """Bytes of all matrices in a type, without those whose rows do not divide into its blocks."""
-    block, n_bytes = GGML_QUANT_SIZES[ggml_type(kind)]
-    return sum(rows * (width // block) * n_bytes for rows, width in model.matrices if width % block == 0)
+def remaining_statistics(fingerprint: str, model: ModelHeader, reading: Reading, options: RunOptions) -> Estimate:
+    """What the gradient pass over a text still costs."""
+    from prism_gguf.measure.calibrate.statistics import statistics_of
+
+    statistics = statistics_of(fingerprint, reading, options.cache_folder)
+    whole = costs_of(options).statistics(model, work_of(reading), statistics.folder)
+    left = max(0, whole.disk[statistics.folder] - allocated(statistics.folder))
+    return replace(whole, seconds=whole.seconds * (1 - statistics.share), disk={statistics.folder: left})

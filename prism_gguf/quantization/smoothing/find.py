@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.imatrix import ImportanceMatrix, imatrix_digest, read_imatrix, write_imatrix
 from prism_gguf.formats.mix import UNQUANTIZED, Mix, ggml_type
 from prism_gguf.formats.text.selection import Reading
-from prism_gguf.measure.calibrate.activations import Activations, ensure_activations
+from prism_gguf.measure.calibrate.gathering import ensure_statistics
+from prism_gguf.measure.calibrate.statistics import Activations
 from prism_gguf.measure.same_weights import compare_weights, other_architecture, sample_of
 from prism_gguf.models.factors import factors_file, make_factors, smoothed_imatrix_file
 from prism_gguf.models.huggingface import HuggingFaceModel
@@ -84,9 +86,10 @@ def find_factors(
             tensors = {t.name: t for t in quantizable_tensors(model.network)[0]}
             _check_weights(reference, gguf, tensors, model)
             windows, _ = reading.windows(model)
-            activations = ensure_activations(
-                model, fingerprints[0], reading, windows.tokens, list(tensors.values()), cache, progress
-            )
+            of_text = (fingerprints[0], reading, windows.tokens)
+            gathering = stage(progress, "gradients")
+            statistics = ensure_statistics(model, *of_text, list(tensors.values()), cache, gathering)
+            activations = statistics.activations(list(tensors))
             weights = given or _importance(activations, windows.domain_names, windows.n_windows)
             types = planned_types(base, mix, imatrix=weights, progress=stage(progress, "planning"))
             search = _Search(tensors, activations, weights, types, windows.tokens.size, options, folder)
@@ -112,8 +115,8 @@ def _check_weights(
     """Scales are found for the reference's weights: those of the base have to be the same, in the same gauge."""
     for stored in gguf.tensors:
         tensor = tensors.get(stored.name)
-        if tensor is not None and (tensor.rows.numel(), tensor.rows.shape[2]) != (stored.n_elements, stored.row_width):
-            shapes = f"{stored.shape}, in {reference} {tuple(tensor.rows.shape)}"
+        if tensor is not None and (prod(tensor.shape), tensor.shape[2]) != (stored.n_elements, stored.row_width):
+            shapes = f"{stored.shape}, in {reference} {tensor.shape}"
             raise IncompatibleModelsError(f"{gguf.path}: {stored.name} is {shapes}; it is of another model")
     sample = sample_of(model)
     found, said = compare_weights(sample, gguf)
@@ -193,16 +196,15 @@ class _Search:
 
     def _squared_weights(self, name: str) -> np.ndarray:
         """Squared weights by column, weighted by what errors in their rows cost: (matrices, columns)."""
-        rows, counted = self._tensors[name].rows, self._activations.rows[name]
-        return np.stack(
-            [by @ matrix.float().square().double().numpy() for by, matrix in zip(counted, rows, strict=True)]
-        )
+        tensor, counted = self._tensors[name], self._activations.rows[name]
+        matrices = (tensor.read(matrix, slice(None)) for matrix in range(tensor.shape[0]))
+        return np.stack([by @ rows.square().double().numpy() for by, rows in zip(counted, matrices, strict=True)])
 
     def _follower(self, name: str, seed: int) -> Follower:
         tensor, counted = self._tensors[name], self._activations.rows[name]
-        n, n_rows, width = tensor.rows.shape
+        n, n_rows, width = tensor.shape
         chosen = [sampled_rows(counted[matrix], n, seed) for matrix in range(n)]
-        rows = np.stack([tensor.rows[matrix, c].float().numpy() for matrix, c in enumerate(chosen)])
+        rows = np.stack([tensor.read(matrix, c).numpy() for matrix, c in enumerate(chosen)])
         # Rows drawn in proportion to what they account for stand for equal shares of it.
         shares = np.stack(
             [
