@@ -35,7 +35,6 @@ from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_quantizer import quantize_gguf
 from prism_gguf.models.passes import LONGEST_PASS
-from prism_gguf.models.tensor_names import quantizable_tensors
 from prism_gguf.results.options import CompareOptions, RunOptions, SensitivityOptions
 from prism_gguf.system.watch import Watch
 from prism_gguf.system.worker import NativeWorker
@@ -119,7 +118,7 @@ def weight_errors(of: Subject, kind: str, work: Path) -> dict[str, dict[str, flo
     importance = read_imatrix(file)
     found: dict[str, dict[str, float]] = {"relative weight MSE": {}, "activation-weighted MSE": {}}
     with HuggingFaceModel(of.checkpoint) as model:
-        tensors, _ = quantizable_tensors(model.network)
+        tensors, _ = model.quantizable_tensors()
         errors = WeightErrors([kind])
         for tensor in tensors:
             if kind not in errors.types_of(tensor):
@@ -142,7 +141,7 @@ def forward_seconds(of: Subject) -> float:
         head = model.output_head()
         started = time.monotonic()
         for batch in tokens.split(max(1, LONGEST_PASS // options.n_ctx)):
-            for hidden in model.traced_states(batch, Float32Compute()):
+            for hidden in model.traced_states(batch, None, Float32Compute()):
                 for start, stop, rows in head.chunks():
                     head.logits(hidden, start, stop, rows)
         return time.monotonic() - started

@@ -91,8 +91,8 @@ def quantized_body(kind: str, rank: int) -> HuggingFaceModel:
     """The testbed with its blocks' linear layers quantized and dequantized by ggml, adapters beside them."""
     model = HuggingFaceModel(MODEL)
     value = ggml_type(kind).value
-    model.network.float()
-    for block in model.network.model.layers:
+    model.network.model.float()
+    for block in model.network.model.model.layers:
         for parent in (block.self_attn, block.mlp):
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, nn.Linear):
@@ -162,7 +162,7 @@ def train(
         reference_states: the reference's final states of all their tokens, (windows, n, d) float32.
         batch: windows a step.
     """
-    network = model.network
+    network = model.network.model
     for layer in network.modules():
         if isinstance(layer, LowRankLinear):
             layer.reset(generator)

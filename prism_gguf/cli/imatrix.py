@@ -11,6 +11,7 @@ from prism_gguf.cli.files import OutputFile
 from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
     calibration_options,
+    device_option,
     quiet_option,
     sources,
     stall_option,
@@ -33,6 +34,7 @@ from prism_gguf.system.sanitize import one_line
 )
 @calibration_options("the activations", windows=100, n_ctx=512)
 @threads_option
+@device_option
 @verbose_option
 @stall_option
 @trust_option

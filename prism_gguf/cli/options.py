@@ -105,6 +105,14 @@ threads_option = click.option(
     metavar="N",
     help="CPU threads. Default: the physical cores that this process may use (affinity, container).",
 )
+device_option = click.option(
+    "--device",
+    metavar="DEVICE",
+    default="auto",
+    show_default=True,
+    help="Where torch computes, checkpoints and products with output heads: cpu, cuda, cuda:N, mps, or auto, a GPU if "
+    "there is one. llama.cpp, which runs GGUFs, does not follow it.",
+)
 cache_option = click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
@@ -157,6 +165,14 @@ running_options = options(
         type=_KERNELS,
         help="llama.cpp's CPU kernels: its default ones, which repack some weights in memory, or the plain ones. Default: "
         "llama.cpp's default, or plain where those crash on this machine.",
+    ),
+    device_option,
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="What checkpoints are run in. What bfloat16 costs the reference, in nats, is measured and said.",
     ),
     cache_option,
     verbose_option,

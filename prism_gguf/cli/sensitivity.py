@@ -13,6 +13,7 @@ from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
     cache_option,
     calibration_options,
+    device_option,
     force_option,
     imatrix_option,
     quiet_option,
@@ -45,6 +46,7 @@ from prism_gguf.cli.output import say_holes, table_console, watching
 @types_option
 @calibration_options("the gradients", windows=40, n_ctx=256)
 @threads_option
+@device_option
 @cache_option
 @verbose_option
 @stall_option

@@ -13,6 +13,7 @@ from prism_gguf.cli.options import (
     base_option,
     cache_option,
     calibration_options,
+    device_option,
     imatrix_option,
     json_option,
     quiet_option,
@@ -66,6 +67,7 @@ def _imatrix_beside(out: Path) -> list[Path]:
 )
 @calibration_options("the activations", windows=40, n_ctx=256)
 @threads_option
+@device_option
 @cache_option
 @verbose_option
 @stall_option

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from prism_gguf.measure.decode import BLOCK, Decoded
+from prism_gguf.measure.decode import BLOCK, Decoded, block_of
 from prism_gguf.measure.metrics.attribution import Coalitions, ProductChunk, coalitions, shapley
 from prism_gguf.measure.metrics.divergence import clustered_mean, token_divergence
 from prism_gguf.measure.pair import Pair
@@ -39,10 +39,10 @@ def attribute(
     size = min(n, n_tokens or max(BLOCK, ATTRIBUTED_LOGITS // n_rows))
     chosen = np.sort(np.random.default_rng(_SEED).choice(n, size, replace=False)) if size < n else np.arange(n)
     states = decoded.hidden if weights_states is None else weights_states
-    parts = []
-    for at in range(0, size, BLOCK):
-        within = part(stage(progress, "attribution"), at // BLOCK * n_rows, -(-size // BLOCK) * n_rows)
-        parts.append(_block(pair, decoded.hidden, states, ratio, chosen[at : at + BLOCK], within))
+    parts, block = [], block_of(pair)
+    for at in range(0, size, block):
+        within = part(stage(progress, "attribution"), at // block * n_rows, -(-size // block) * n_rows)
+        parts.append(_block(pair, decoded.hidden, states, ratio, chosen[at : at + block], within))
     tokens = decoded.tokens.where(chosen)
     clusters = pair.capture.windows.window_of_token[chosen]
     split = weights_states is not None
@@ -84,8 +84,8 @@ def _block(
 ) -> tuple[Coalitions, np.ndarray, np.ndarray]:
     """Coalitions of one block of tokens, and KLD and loss of the candidate's states with its head's exact product."""
     heads = pair.heads
-    reference = torch.from_numpy(pair.capture.states[chosen])
-    candidate = torch.from_numpy(states[chosen])
+    reference = torch.from_numpy(pair.capture.states[chosen]).to(heads.device)
+    candidate = torch.from_numpy(states[chosen]).to(heads.device)
     targets = pair.capture.windows.targets[chosen]
 
     def chunks() -> Iterator[ProductChunk]:
@@ -94,8 +94,10 @@ def _block(
                 start, stop, reference @ rows.T, candidate @ rows.T, reference @ other.T, candidate @ other.T
             )
 
-    found = coalitions(chunks(), targets, ratio, (heads.reference.finish, heads.candidate.finish))
+    ends = heads.reference.finish, heads.candidate.finish
+    found = coalitions(chunks(), targets, ratio, ends, device=heads.device)
     if states is hidden:
         return found, found.kld[-1], found.nll[-1]
-    exact = token_divergence(heads.logits(reference, torch.from_numpy(hidden[chosen])), targets)
+    logits = heads.logits(reference, torch.from_numpy(hidden[chosen]))
+    exact = token_divergence(logits, targets, device=heads.device)
     return found, exact.kld, exact.nll_candidate

@@ -30,7 +30,7 @@ def moments_of_heads(heads: HeadPair, progress: Progress) -> HeadMoments:
     def rows(head: OutputHead, start: int, stop: int, chunk: torch.Tensor) -> torch.Tensor:
         if biased:
             bias = torch.zeros(stop - start) if head.bias is None else torch.from_numpy(head.bias[start:stop])
-            chunk = torch.cat([chunk, bias[:, None]], dim=1)
+            chunk = torch.cat([chunk, bias[:, None].to(chunk.device)], dim=1)
         return chunk * scale if scale != 1.0 else chunk
 
     pairs = (

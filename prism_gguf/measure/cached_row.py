@@ -12,6 +12,7 @@ from typing import Any
 from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.lora import LoraAdapter, adapters
 from prism_gguf.measure.drift import ReferenceLayers, measure_layers
+from prism_gguf.models.placement import placement_key
 from prism_gguf.results.comparison import CandidateResult
 from prism_gguf.results.details import Layers
 from prism_gguf.results.options import CompareOptions, RunOptions
@@ -100,13 +101,17 @@ class Rows:
         """The adapters by their content."""
         return [(self._fingerprint(str(one.path), no_progress), one.scale) for one in self._lora]
 
+    @cached_property
+    def _placed(self) -> tuple[str, ...]:
+        return self.worker.run(placement_key, self.options)
+
     def _keys(self, content: str) -> tuple[str, str]:
         """The keys of a row, and of its drift by block: all that each depends on."""
-        capture, running = recorded_key(self.folder), RunOptions.of(self.options).measuring()
+        of, running = (content, recorded_key(self.folder), self._loaded), RunOptions.of(self.options).measuring()
         drift = () if self.layers is None else (self.layers.folder.name, self.layers.numbers, self.options.as_served)
         return (
-            kept_key("prism_gguf.measure.candidate", content, capture, self._loaded, self.options.measuring()),
-            kept_key("prism_gguf.measure.drift", content, capture, self._loaded, running, drift),
+            kept_key("prism_gguf.measure.candidate", *of, self.options.measuring(), *self._placed),
+            kept_key("prism_gguf.measure.drift", *of, running, drift, *self._placed),
         )
 
 

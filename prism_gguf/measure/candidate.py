@@ -61,7 +61,10 @@ def measure_candidate(
 def _remarks(path: str, lora: Sequence[LoraAdapter], options: CompareOptions) -> Iterator[str]:
     if is_checkpoint(path):
         kernels = ", so there are none to split" if options.split_kernels else ""
-        yield f"a checkpoint, computed in float32 by transformers: none of llama.cpp's kernels is in its numbers{kernels}"
+        yield (
+            f"a checkpoint, computed in {options.dtype} by transformers: none of llama.cpp's kernels is in its "
+            f"numbers{kernels}"
+        )
     for adapter in lora:
         if ignored := AdapterFile(adapter.path).ignored:
             yield f"llama.cpp leaves {amount(len(ignored), 'norm')} of {in_words([adapter])} out"
@@ -157,5 +160,5 @@ def _baselines(states: SimilarityAccumulator, heads: HeadPair, progress: Progres
     spreads = SpreadAccumulator(width), SpreadAccumulator(width)
     for _, _, *rows in heads.chunks(stage(progress, "spread of the heads")):
         for gathered, chunk in zip(spreads, rows, strict=True):
-            gathered.add(chunk)
+            gathered.add(chunk.cpu())
     return Baselines(states.similarity(), *states.spreads(), spreads[0].spread(), spreads[1].spread())

@@ -15,16 +15,19 @@ from prism_gguf.measure.capture.read_before import TOKENS, same_windows
 from prism_gguf.measure.metrics.divergence import TokenDivergence, token_divergence
 from prism_gguf.measure.pair import Pair
 from prism_gguf.models.llama_cpp import LlamaCppModel
-from prism_gguf.models.output_head import OutputHead
+from prism_gguf.models.output_head import ROWS_PER_CHUNK, OutputHead
+from prism_gguf.models.placement import free_bytes, is_gpu
 from prism_gguf.models.protocol import Model, WindowStates
 from prism_gguf.results.comparison import Logits
-from prism_gguf.system.progress import Progress, no_progress, part, stage
+from prism_gguf.system.progress import Progress, no_progress, part, share, stage
 
 # Nats. Measured: 1e-12 to 7e-12 where the kernel is the right one; the kernels themselves cost 1e-7 (F16) to 1e-3 (Q8_0).
 _MAX_EMULATION_KLD = 1e-9
 _PROOF_POSITIONS = 64  # of each window that the emulation is checked on
-# Tokens whose logits exist at a time, over one chunk of the vocabulary.
 BLOCK = 512
+"""Tokens whose logits exist at a time, over one chunk of the vocabulary."""
+# On a GPU more: all rows of a head travel to it once for each block. A float for each token and row in so many places.
+_MOST_TOKENS, _PER_LOGIT, _SHARE = 16384, 12, 4
 _STATES, _RUNTIME, _WEIGHTS = "states", "runtime", "weights"  # folders of a candidate's windows
 _KINDS = {f.name: np.bool_ if f.name == "same_top" else np.float64 for f in fields(TokenDivergence)}
 
@@ -67,10 +70,20 @@ def blocks_of_states(
     pair: Pair, hidden: np.ndarray, progress: Progress
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """(tokens, the reference's states, the candidate's), the states (k, d) float32, for a candidate's states (n, d)."""
-    for at in range(0, len(hidden), BLOCK):
+    size = block_of(pair)
+    for at in range(0, len(hidden), size):
         progress(at, len(hidden))
-        block = slice(at, at + BLOCK)
+        block = slice(at, at + size)
         yield block, pair.capture.states[block], np.array(hidden[block])
+
+
+def block_of(pair: Pair) -> int:
+    """Tokens to take at a time: ``BLOCK``, or as many as a quarter of a GPU's free memory has room for."""
+    device = pair.heads.device
+    if not is_gpu(device):
+        return BLOCK
+    per_token = 4 * (2 * pair.heads.reference.width + _PER_LOGIT * ROWS_PER_CHUNK)
+    return max(BLOCK, min(_MOST_TOKENS, free_bytes(device) // _SHARE // per_token))
 
 
 def weights_only_states(pair: Pair, model: LlamaCppModel, folder: Path, progress: Progress) -> np.ndarray:
@@ -91,9 +104,11 @@ def weights_only_states(pair: Pair, model: LlamaCppModel, folder: Path, progress
         )
     if missing:
         with LlamaCppModel(path, n_ctx=windows.n_ctx, options=model.options, lora=model.lora) as unquantized:
-            for number in _counted(missing, windows.n_windows, stage(progress, "running as F16")):
-                parts = pair.windows.states(unquantized, number)
-                kept.write(number, hidden=np.concatenate([states.hidden for states in parts]))
+            running = share(
+                stage(progress, "running as F16"), windows.n_windows - len(missing), len(missing), windows.n_windows
+            )
+            for number, hidden in pair.windows.together(unquantized, missing, progress=running):
+                kept.write(number, hidden=hidden)
     path.unlink(missing_ok=True)
     return _flat(kept.arrays["hidden"])
 
@@ -167,20 +182,23 @@ def _states(
     windows = pair.capture.windows
     kept = _kept(pair.capture, folder / _STATES)
     proofs = set() if emulated is None else _proofs(windows.n_windows)
-    missing = sorted(kept.missing(), key=lambda number: number not in proofs)
+    missing, running = kept.missing(), stage(progress, "running")
 
     def largest() -> float:
         return float(kept.arrays["disagreement"][sorted(proofs)].max(initial=0.0))
 
-    for number in _counted(missing, windows.n_windows, stage(progress, "running")):
-        if largest() > _MAX_EMULATION_KLD:
-            break
-        tokens, parts, worst = windows.tokens[number], [], 0.0
-        for states in pair.windows.states(model, number, logits=number in proofs):
+    for number in _counted([n for n in missing if n in proofs], windows.n_windows, running):
+        parts, worst = [], 0.0
+        for states in pair.windows.states(model, number, logits=True):
             parts.append(states.hidden)
-            if emulated is not None and states.logits is not None:
-                worst = max(worst, _disagreement(states, emulated, tokens))
+            assert emulated is not None
+            worst = max(worst, _disagreement(states, emulated, windows.tokens[number]))
         kept.write(number, hidden=np.concatenate(parts), disagreement=np.float64(worst))
+    if largest() <= _MAX_EMULATION_KLD:
+        rest = [number for number in missing if number not in proofs]
+        counted = share(running, windows.n_windows - len(rest), len(rest), windows.n_windows)
+        for number, hidden in pair.windows.together(model, rest, progress=counted):
+            kept.write(number, hidden=hidden, disagreement=np.float64(0.0))
     return _flat(kept.arrays["hidden"]), None if emulated is None else largest()
 
 
@@ -200,18 +218,18 @@ def _disagreement(states: WindowStates, served: OutputHead, tokens: np.ndarray) 
 def _blocks(pair: Pair, hidden: np.ndarray, served: OutputHead, progress: Progress) -> Iterator[TokenDivergence]:
     """Divergence of the emulated logits, a block of tokens and a chunk of the vocabulary at a time."""
     heads, targets = pair.heads.served_by(served), pair.capture.windows.targets
-    n_blocks = -(-len(hidden) // BLOCK)
+    n_blocks = -(-len(hidden) // block_of(pair))
     for number, (block, reference, candidate) in enumerate(blocks_of_states(pair, hidden, no_progress)):
         within = part(progress, number * heads.n_rows, n_blocks * heads.n_rows)
         pairs = heads.logits(torch.from_numpy(reference), served.enter(candidate), within)
-        yield token_divergence(pairs, targets[block])
+        yield token_divergence(pairs, targets[block], device=heads.device)
 
 
 def _states_and_logits(
     pair: Pair, model: Model, folder: Path, progress: Progress
 ) -> tuple[np.ndarray, TokenDivergence]:
     """Hidden states, and the divergence of the runtime's own logits as they come."""
-    capture, head = pair.capture, pair.heads.reference
+    capture, head, device = pair.capture, pair.heads.reference, pair.heads.device
     windows = capture.windows
     kept = _kept(capture, folder / _RUNTIME)
     for number in _counted(kept.missing(), windows.n_windows, stage(progress, "running, with logits")):
@@ -219,13 +237,13 @@ def _states_and_logits(
         for states in pair.windows.states(model, number, logits=True):
             assert states.logits is not None
             rows_of = windows.rows(number, states.start, states.stop)
-            reference, runtime = torch.from_numpy(capture.states[rows_of]), torch.from_numpy(states.logits)
+            reference, runtime = torch.from_numpy(capture.states[rows_of]).to(device), torch.from_numpy(states.logits)
             pairs = (
-                (start, head.logits(reference, start, stop, rows), runtime[:, start:stop])
+                (start, head.logits(reference, start, stop, rows.to(device)), runtime[:, start:stop].to(device))
                 for start, stop, rows in head.chunks(pair.heads.n_rows)
             )
             states_parts.append(states.hidden)
-            parts.append(token_divergence(pairs, tokens[states.start + 1 : states.stop + 1]))
+            parts.append(token_divergence(pairs, tokens[states.start + 1 : states.stop + 1], device=device))
         kept.write(number, hidden=np.concatenate(states_parts), **vars(TokenDivergence.concatenate(parts)))
     divergence = TokenDivergence(**{name: _flat(np.array(kept.arrays[name])) for name in _KINDS})
     return _flat(kept.arrays["hidden"]), divergence

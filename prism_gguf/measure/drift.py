@@ -121,9 +121,9 @@ def ensure_layers(
                 _check_model(capture, cache)
             options.limit_threads()
             with open_model(model, windows.n_ctx, options) as opened:
-                for done, i in enumerate(missing):
-                    progress(done, len(missing))
-                    parts = list(opened.layer_states(windows.tokens[numbers[i]], windows.first_scored))
+                tokens = windows.tokens[[numbers[i] for i in missing]]
+                found = opened.layers_of(tokens, windows.first_scored, progress=progress)
+                for i, parts in zip(missing, found, strict=True):
                     if streams is None:
                         streams = _writable(folder, capture, len(numbers), len(parts[0].hidden))
                     streams.write(i, parts)

@@ -75,7 +75,7 @@ def read_candidate(path: str, n_ctx: int, options: CompareOptions, *, progress: 
     """Look at a candidate without running it, for the errors that this finds; a GGUF's ftype. Runs in the worker."""
     if not is_checkpoint(path):
         return read_header(path, n_ctx, adapters(options.lora), progress=progress)
-    from prism_gguf.models.huggingface import check_checkpoint
+    from prism_gguf.models.checkpoint_checks import check_checkpoint
 
     progress(0, 0, "reading the configuration")
     if options.lora:

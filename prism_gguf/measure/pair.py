@@ -16,6 +16,7 @@ from prism_gguf.models.factors import SMOOTHED
 from prism_gguf.models.llama_cpp import LlamaCppModel
 from prism_gguf.models.opening import open_variant
 from prism_gguf.models.output_head import HeadPair
+from prism_gguf.models.placement import placement_of
 from prism_gguf.models.protocol import Model
 from prism_gguf.models.serving import serving_of
 from prism_gguf.results.details import OtherWeights
@@ -74,6 +75,7 @@ def open_candidate(
     """
     with open_variant(path, capture.windows.n_ctx, options, lora) as model:
         pair = check_pair(capture, model, variant=variant)
+        pair = replace(pair, heads=replace(pair.heads, device=placement_of(options).device))
         serving = None
         if capture.serving is not None or as_served:
             serving = serving_of(path, trust_remote_code=options.trust_remote_code)

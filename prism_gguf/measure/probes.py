@@ -39,15 +39,17 @@ class Probe:
     Attributes:
         begin: makes its accumulator from the hidden width d.
         wanted: whether the options ask for it.
+        on_device: whether its accumulator takes the device of the pair's products too.
     """
 
-    begin: Callable[[int], StateMetric]
+    begin: Callable[..., StateMetric]
     wanted: Callable[[CompareOptions], bool] = _always
+    on_device: bool = False
 
 
 GEOMETRY, SIMILARITY = "geometry", "similarity"
 PROBES: dict[str, Probe] = {
-    GEOMETRY: Probe(MomentAccumulator),
+    GEOMETRY: Probe(MomentAccumulator, on_device=True),
     SIMILARITY: Probe(SimilarityAccumulator, lambda options: options.baselines),
 }
 """Metrics of states by name. One with a method ``numbers() -> dict[str, float]`` appears as ``metrics.NAME`` in a row."""
@@ -55,14 +57,18 @@ PROBES: dict[str, Probe] = {
 
 def gather(pair: Pair, hidden: np.ndarray, options: CompareOptions, progress: Progress) -> dict[str, Any]:
     """The accumulators of all metrics that are wanted, by name, after the candidate's states (n, d) float32."""
-    begun = {name: probe.begin(hidden.shape[1]) for name, probe in PROBES.items() if probe.wanted(options)}
+    begun = {
+        name: probe.begin(hidden.shape[1], *([pair.heads.device] if probe.on_device else []))
+        for name, probe in PROBES.items()
+        if probe.wanted(options)
+    }
     _feed(begun.values(), pair, hidden, progress)
     return begun
 
 
 def moments_of(pair: Pair, hidden: np.ndarray, progress: Progress) -> FeatureMoments:
     """Second moments alone, of other states of the same candidate."""
-    moments = MomentAccumulator(hidden.shape[1])
+    moments = MomentAccumulator(hidden.shape[1], pair.heads.device)
     _feed([moments], pair, hidden, progress)
     return moments.moments()
 

@@ -181,7 +181,7 @@ class Rounds:
             rows[path] = _measured(maker, left[path], watch.progress(names[path]))
         watch.count(len(left), len(left), what)
         control = None if self.control is None else rows[self.control]
-        floor = None if control is None or control.error is not None else noise_floor(control)
+        floor = None if control is None or control.error is not None else noise_floor(control, opened.identity)
         return Measured(opened, rows, floor, maker)
 
     def _discard(self, path: str, maker: Rows) -> None:

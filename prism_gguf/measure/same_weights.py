@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +22,13 @@ from prism_gguf.models.conversions import converted
 from prism_gguf.models.factors import smoothing_digest
 from prism_gguf.models.protocol import Model
 from prism_gguf.models.symmetries import find_sites
-from prism_gguf.models.tensor_names import copied_vectors, gguf_architecture, is_copied_vector, quantizable_tensors
+from prism_gguf.models.tensor_names import copied_vectors, gguf_architecture, is_copied_vector
 from prism_gguf.results.details import OtherWeights
 from prism_gguf.system.amounts import amount
 from prism_gguf.system.atomic_files import written_whole
+
+if TYPE_CHECKING:  # transformers is loaded where a checkpoint is
+    from prism_gguf.models.huggingface import HuggingFaceModel
 
 # What is kept of each tensor: rows and columns enough to see an adapter's few directions, 64 KiB in half precision.
 _ROWS, _COLUMNS = 32, 1024
@@ -105,7 +108,7 @@ def sample_of(model: Model) -> WeightSample:
     from prism_gguf.models.llama_cpp import LlamaCppModel
 
     if isinstance(model, HuggingFaceModel):
-        return _checkpoint_sample(model.network, model.has_template)
+        return _checkpoint_sample(model)
     assert isinstance(model, LlamaCppModel)
     gguf = model.gguf
     shapes = {t.name: t.shape for t in gguf.tensors}
@@ -122,9 +125,10 @@ def sample_of(model: Model) -> WeightSample:
     )
 
 
-def _checkpoint_sample(network: Any, has_template: bool) -> WeightSample:
-    tensors = {t.name: t for t in quantizable_tensors(network)[0]}
-    vectors = copied_vectors(network)
+def _checkpoint_sample(model: HuggingFaceModel) -> WeightSample:
+    network, has_template = model.network.model, model.has_template
+    tensors = {t.name: t for t in model.quantizable_tensors()[0]}
+    vectors = {name: vector.cpu() for name, vector in copied_vectors(network).items()}
     shapes = {name: t.shape if t.shape[0] > 1 else t.shape[1:] for name, t in tensors.items()}
     known = gguf_architecture(network.config)
     architecture = "" if known is None else MODEL_ARCH_NAMES[known]
@@ -132,10 +136,10 @@ def _checkpoint_sample(network: Any, has_template: bool) -> WeightSample:
     quantized = getattr(network.config, "quantization_config", None) is not None
     chosen = () if quantized else _chosen(shapes)
     sampled = {name: vector[:_COLUMNS].clone() for name, vector in vectors.items()}
-    for name in chosen:
-        tensor = tensors[name]
-        rows = tensor.read(0, _spread(tensor.shape[1]).numpy())[:, :_COLUMNS]
-        sampled[name] = rows.to(tensor.products[0].dtype)
+    # In order, so that experts that are stacked when they are read are stacked once.
+    rows = {name: _spread(t.shape[1]).numpy() for name, t in tensors.items() if name in chosen}
+    types = {name: network.get_parameter(tensors[name].parameter).dtype for name in rows}
+    sampled |= {name: tensors[name].read(0, at)[:, :_COLUMNS].to(types[name]).contiguous() for name, at in rows.items()}
     written = {name: converted(architecture, network.config, name, values) for name, values in sampled.items()}
     kept = {name: values for name, values in written.items() if values is not None}
     return WeightSample(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from prism_gguf.measure.serving import same_template
 from prism_gguf.models.protocol import LayerStates, Model, WindowStates
 from prism_gguf.results.serving import Serving
 from prism_gguf.system.errors import IncompatibleModelsError
+from prism_gguf.system.progress import Progress, no_progress, share
 
 Part = TypeVar("Part", WindowStates, LayerStates)
 
@@ -83,6 +84,25 @@ class ServedWindows:
         tokens, later = self._tokens(number)
         parts = model.window_states(tokens, self.windows.first_scored + later, logits=logits)
         return (_moved(part, later) for part in parts)
+
+    def together(
+        self, model: Model, numbers: Sequence[int], *, progress: Progress = no_progress
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Run windows together; the number of each, and its states (scored, d) float32, one kind of window after the other.
+
+        Args:
+            progress: counts windows.
+        """
+        read = {number: self._tokens(number) for number in numbers}
+        done = 0
+        for by in sorted({later for _, later in read.values()}):
+            some = [number for number in numbers if read[number][1] == by]
+            tokens = np.stack([read[number][0] for number in some])
+            found = model.states_of(
+                tokens, self.windows.first_scored + by, progress=share(progress, done, len(some), len(numbers))
+            )
+            yield from zip(some, found, strict=True)
+            done += len(some)
 
     def layer_states(self, model: Model, number: int) -> Iterator[LayerStates]:
         """Run a window; the residual stream of its scored positions, numbered as in the reference's window."""

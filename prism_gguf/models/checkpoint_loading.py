@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, core_model_loading
 
+from prism_gguf.models.deferred import Deferred, deferring
 from prism_gguf.system.sanitize import one_line
 
 # Types that a parameter keeps. Others become the narrowest of these that holds all their values; F64, which no runtime
@@ -20,8 +21,8 @@ _KEPT = {torch.float16, torch.bfloat16, torch.float32}
 _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def load_network(path: str, *, as_stored: bool, trust_remote_code: bool) -> tuple[Any, set[str]]:
-    """The network of a checkpoint, and the names of its weights that no file holds.
+def load_network(path: str, *, as_stored: bool, trust_remote_code: bool) -> tuple[Any, set[str], dict[str, Deferred]]:
+    """The network of a checkpoint, the names of its weights that no file holds, and those that are yet to be made.
 
     Args:
         as_stored: each weight in its own type. Otherwise, for quantized checkpoints, as transformers sees fit.
@@ -29,7 +30,12 @@ def load_network(path: str, *, as_stored: bool, trust_remote_code: bool) -> tupl
     Raises:
         Exception: whatever transformers raises for files that make no sense.
     """
-    with quiet_transformers(), _stored_types() if as_stored else contextlib.nullcontext():
+    with contextlib.ExitStack() as loading:
+        loading.enter_context(quiet_transformers())
+        deferred: dict[str, Deferred] = {}
+        if as_stored:
+            loading.enter_context(_stored_types())
+            deferred = loading.enter_context(deferring())
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path,
             # Also the type of constants that a network makes for itself: in half precision those would be rounded.
@@ -40,7 +46,7 @@ def load_network(path: str, *, as_stored: bool, trust_remote_code: bool) -> tupl
             experts_implementation="eager",
             output_loading_info=True,
         )
-    return model.eval().requires_grad_(False), set(loaded["missing_keys"])
+    return model.eval().requires_grad_(False), set(loaded["missing_keys"]), deferred
 
 
 @contextlib.contextmanager
@@ -112,3 +118,10 @@ def quiet_transformers() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def reason(error: Exception) -> str:
+    """transformers says what it missed in many lines; the first tells. Code is run by a flag of ours, not by its own."""
+    if "trust_remote_code" in str(error):
+        return "it needs code that comes with it; read that, and if you trust it use --trust-remote-code"
+    return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 300)

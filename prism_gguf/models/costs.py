@@ -18,12 +18,16 @@ from prism_gguf.models.header import ModelHeader
 from prism_gguf.models.kernels import repacked_types
 from prism_gguf.models.passes import (
     ATTRIBUTED_LOGITS,
+    BLOCK_TOKENS,
     LONGEST_PASS,
     MAX_BATCH,
     MAX_LAYER_WINDOWS,
     MAX_LOGIT_BYTES,
     SAMPLED_TOKENS,
+    STREAMS_OF_A_PASS,
+    STREAMS_SHARE,
     TRIED_ROWS,
+    WIDENED_BYTES,
     sampled_rows_of,
 )
 from prism_gguf.results.options import RunOptions
@@ -108,12 +112,14 @@ class Costs:
         operations = work.n_tokens * 2 * (model.body + work.n_ctx * model.width * model.blocks)
         seconds = operations / (self.speed.products * (_IN_LLAMA if model.is_gguf else _IN_TORCH))
         seconds += self._alone(_READING * model.vocab if model.is_gguf else _LOADING)
+        # A checkpoint's blocks are read once for all windows, if these fit into a pass.
+        by_blocks = not model.is_gguf and work.n_ctx <= LONGEST_PASS
         if model.stored_bytes > self.available:
-            seconds += work.n_windows * model.stored_bytes / _DISK_SPEED
+            seconds += (1 if by_blocks else work.n_windows) * model.stored_bytes / _DISK_SPEED
         mapping = 0 if model.is_gguf else model.largest_file
         memory = self._llama_memory(model, work) if model.is_gguf else self._torch_memory(model, work)
-        copied = model.fused_bytes + self._repacked(model)
-        return Estimate(seconds, memory, model.stored_bytes - copied, mapping)
+        mapped = 0 if by_blocks else model.stored_bytes - self._repacked(model)
+        return Estimate(seconds, memory, mapped, mapping)
 
     def _repacked(self, model: ModelHeader) -> int:
         """Bytes of weights that llama.cpp copies."""
@@ -133,9 +139,15 @@ class Costs:
         n = min(work.n_ctx, LONGEST_PASS)
         activations = 4 * n * (3 * model.widest + 8 * model.width)
         cache = 4 * work.n_ctx * model.cached if work.n_ctx > n else 0
-        # One matrix at a time is widened to float32: the head, where it proves itself, is the largest.
-        widened = max(4 * model.head, 4 * model.largest + activations)
-        return _PROCESS + model.fused_bytes + cache + widened
+        streams = min(self.available // STREAMS_SHARE, STREAMS_OF_A_PASS * 4 * work.n_tokens * model.width)
+        # The head, where it proves itself, is widened to float32 at once.
+        return _PROCESS + cache + max(4 * model.head, self._block_memory(model) + activations + streams)
+
+    def _block_memory(self, model: ModelHeader) -> int:
+        """One block in memory: in float32, and as it is stored where its experts had to be joined."""
+        weights = sum(rows * width for rows, width in model.matrices if rows != model.vocab) // model.blocks
+        widened = 4 * weights if 4 * weights <= WIDENED_BYTES else 4 * model.largest
+        return widened + model.fused_bytes // model.blocks
 
     def capture(self, model: ModelHeader, work: Work, folder: Path, *, self_contained: bool = False) -> Estimate:
         """A reference's states, kept in ``folder``, and the diameter of its head."""
@@ -200,28 +212,30 @@ class Costs:
 
     def statistics(self, model: ModelHeader, work: Work, folder: Path) -> Estimate:
         """One gradient pass; what it keeps in ``folder``."""
-        weights = model.body + model.head
         # Each product keeps its input and output in float32, and what lies between products about as much again.
-        per_token = 2 * 4 * sum(rows + width for rows, width in model.matrices if rows != model.vocab)
-        together = min(work.n_windows, windows_at_once(per_token, work.n_ctx, self.available))
+        per_token = 2 * 4 * sum(rows + width for rows, width in model.matrices if rows != model.vocab) // model.blocks
         kept = [(sampled_rows_of(1, rows, width), rows, width) for rows, width in model.matrices]
-        # Forward, back to the inputs, and the gradients of the sampled rows.
+        # Forward, once more with a graph, back to the inputs; and the gradients of the sampled rows.
         sampled = sum(chosen * width for chosen, _, width in kept)
-        products = work.n_tokens * (4 * weights + 2 * sampled) / _IN_TORCH
+        products = work.n_tokens * (6 * model.body + 4 * model.head + 2 * sampled) / _IN_TORCH
         elements = work.n_tokens * (_PER_SIGN * model.vocab + _PER_INPUT * sum(r + w for _, r, w in kept))
         elements += work.n_windows * _PER_SQUARE * sampled
         seconds = self._products(products) + self._elements(elements) + self._alone(_LOADING)
+        # The streams before all blocks, of as many tokens as there is room for.
+        of_streams = 4 * model.width * (model.blocks + STREAMS_OF_A_PASS)
+        together = min(work.n_tokens, max(LONGEST_PASS, self.available // STREAMS_SHARE // of_streams))
+        if model.stored_bytes > self.available:
+            seconds += 2 * -(-work.n_tokens // together) * model.stored_bytes / _DISK_SPEED
+        streams = min(self.available // STREAMS_SHARE, together * of_streams)
+        block = self._block_memory(model) + round(_KEPT * per_token * max(BLOCK_TOKENS, work.n_ctx))
         # The head's gradient is made for one window after the other.
-        memory = self._torch_memory(model, work) + round(
-            4 * sampled + work.n_ctx * (_KEPT * per_token * together + 4 * 4 * model.vocab)
-        )
+        head = max(4 * model.head, 4 * 4 * work.n_ctx * model.vocab)
+        memory = _PROCESS + streams + max(block + 4 * sampled // model.blocks, head)
         disk = sum(
             chosen * (2 * width + 4 * work.n_windows) + 8 * (rows + 2 * width) + SAMPLED_TOKENS * 6 * width
             for chosen, rows, width in kept
         )
-        return Estimate(
-            seconds, memory, model.stored_bytes - model.fused_bytes, model.largest_file, disk={folder: disk}
-        )
+        return Estimate(seconds, memory, 0, model.largest_file, disk={folder: disk})
 
     def typed(self, model: ModelHeader, types: Sequence[str]) -> Estimate:
         """Costs of all tensors in all types from their statistics."""
@@ -277,11 +291,6 @@ def costs_of(options: RunOptions) -> Costs:
     """Costs of steps on this machine, with the models' ``options``."""
     types = options.cache_type_k, options.cache_type_v
     return Costs(speed(options.runtime().n_threads), memory(), types, repacked_types(options))
-
-
-def windows_at_once(bytes_per_token: int, n_ctx: int, available: int) -> int:
-    """Windows that go through autograd together: as many as half of the memory has room for, 2048 tokens at most."""
-    return max(1, min(LONGEST_PASS, available // 2 // max(1, bytes_per_token)) // n_ctx)
 
 
 def state_bytes(width: int, n: int) -> int:

@@ -24,13 +24,13 @@ class Float32Compute(TorchFunctionMode):
             return args[0]
         if func is torch.nn.functional.embedding:
             return func(*args, **kwargs).float()
-        if func in _PRODUCTS:
+        if func in PRODUCTS:
             args = tuple(_widen(a) for a in args)
             kwargs = {k: _widen(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
 
 
-_PRODUCTS: set[Callable] = {
+PRODUCTS: set[Callable] = {
     torch.nn.functional.linear,
     torch.nn.functional.layer_norm,
     torch.nn.functional.rms_norm,

@@ -5,32 +5,40 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from transformers.utils.hub import cached_file
 
 from prism_gguf.formats.checkpoint_files import check_checkpoint_name, tensor_headers, weight_files
-from prism_gguf.formats.hub import is_hub_id
 from prism_gguf.formats.text.template import SPECIAL_TOKENS, ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
-from prism_gguf.models.checkpoint_loading import load_network, main_type, quiet_transformers, storage_notes
+from prism_gguf.models.block_run import BlockRun
+from prism_gguf.models.blocks import CannotCutError, block_list
+from prism_gguf.models.checkpoint_checks import check_context, quantization_of
+from prism_gguf.models.checkpoint_loading import load_network, main_type, quiet_transformers, reason, storage_notes
 from prism_gguf.models.conversions import KnownHead, checkpoint_heads
+from prism_gguf.models.cut_check import check_cut
 from prism_gguf.models.float32 import Float32Compute
+from prism_gguf.models.kept_stream import KeptStream
+from prism_gguf.models.network import Network
 from prism_gguf.models.output_head import OutputHead
-from prism_gguf.models.passes import LONGEST_PASS
+from prism_gguf.models.passes import LONGEST_PASS, STREAMS_OF_A_PASS, STREAMS_SHARE
+from prism_gguf.models.placement import Placement, free_bytes
 from prism_gguf.models.protocol import LayerStates, WindowStates
+from prism_gguf.models.streams import Streams
+from prism_gguf.models.tensor_names import QuantizableTensor, quantizable_tensors
 from prism_gguf.results.model import ModelIdentity, StoredModel
 from prism_gguf.system.amounts import agrees, amount
-from prism_gguf.system.cache import is_capture
-from prism_gguf.system.errors import InvalidModelError, InvalidTextError, RuntimeFailureError, known
+from prism_gguf.system.errors import InvalidModelError, InvalidTextError, RuntimeFailureError
+from prism_gguf.system.machine import memory
+from prism_gguf.system.progress import Progress, no_progress, share
 from prism_gguf.system.sanitize import one_line
 
 _PROBE = "The quick brown fox jumps over the lazy dog."
@@ -38,153 +46,76 @@ _PROBE = "The quick brown fox jumps over the lazy dog."
 _MAX_PROBE_ERROR = 1e-4
 
 
-class _HeadReached(Exception):
-    """Stops a forward pass before the output head, whose product is not needed."""
-
-
-def _quantization(config: Any) -> str | None:
-    """The method that a checkpoint's weights were quantized by, for example gptq, awq, fp8; None if unquantized."""
-    found = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if found is None:
-        return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return str(getattr(method, "value", method) or "unknown method")
-
-
-def check_checkpoint(path: str, n_ctx: int, *, trust_remote_code: bool = False) -> None:
-    """Find out from a checkpoint's configuration, without its weights, whether it can be run over windows of ``n_ctx``.
-
-    Raises:
-        InvalidModelError: it does not exist, has no safetensors, or was trained for shorter windows.
-    """
-    folder = Path(path)
-    if is_capture(folder):
-        raise InvalidModelError(f"{path}: is a capture, which is a reference; a candidate is a model")
-    if (folder / "adapter_config.json").is_file():
-        raise InvalidModelError(
-            f"{path}: holds a PEFT adapter, not a checkpoint; convert it (llama.cpp's convert_lora_to_gguf.py) and give it "
-            "with --lora, or merge it"
-        )
-    check_checkpoint_name(path)
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises what it likes for a configuration that makes no sense
-        what = "not on the hub, or not reachable from here" if is_hub_id(path) else "no checkpoint"
-        raise InvalidModelError(f"{path}: {what}: {_reason(error)}") from error
-    if folder.is_dir() and not weight_files(folder):
-        raise InvalidModelError(f"{path}: has no safetensors; save it with them (save_pretrained)")
-    _check_context(path, config, n_ctx)
-
-
-def _check_context(path: str, config: Any, n_ctx: int) -> None:
-    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if trained is not None and n_ctx > trained:
-        raise InvalidModelError(
-            f"{path}: was trained for a context of {trained} tokens, and windows of {n_ctx} were asked for; use --n-ctx "
-            f"{trained} or less"
-        )
-
-
-def _reason(error: Exception) -> str:
-    """transformers says what it missed in many lines; the first tells. Code is run by a flag of ours, not by its own."""
-    if "trust_remote_code" in str(error):
-        return "it needs code that comes with it; read that, and if you trust it use --trust-remote-code"
-    return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 300)
+def _ids(tokens: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(tokens.astype(np.int64))
 
 
 class HuggingFaceModel:
-    """A checkpoint directory or hub id, safetensors only, computing in float32 on the CPU.
+    """A checkpoint directory or hub id, safetensors only.
+
+    Args:
+        placement: where and in which type it computes; None is float32 on the CPU.
 
     Raises:
         InvalidModelError: not found, not readable, not a causal language model, or one whose head this adapter cannot
             reproduce (see ``_prove_head``).
     """
 
-    def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, *, trust_remote_code: bool = False, placement: Placement | None = None
+    ) -> None:
         self._path = str(path)
+        self.placement = placement or Placement(torch.device("cpu"), torch.float32)
         self._quantization: str | None = None
         check_checkpoint_name(self._path)
         try:
             with quiet_transformers():
                 config = AutoConfig.from_pretrained(self._path, trust_remote_code=trust_remote_code)
-                self._quantization = _quantization(config)
+                self._quantization = quantization_of(config)
                 self._tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=trust_remote_code)
             self._said_dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-            self._model, missing = load_network(
+            model, missing, deferred = load_network(
                 self._path, as_stored=self._quantization is None, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # transformers raises what it likes for files that make no sense
             if self._quantization is not None:  # each method has a library of its own, with errors of its own
                 raise InvalidModelError(
                     f"{self._path}: is quantized ({self._quantization}), which transformers cannot run here "
-                    f"({_reason(error)}); name its original checkpoint, or an F16 or BF16 GGUF"
+                    f"({reason(error)}); name its original checkpoint, or an F16 or BF16 GGUF"
                 ) from error
-            reason = f"transformers cannot load it as a causal LM: {_reason(error)}"
-            raise InvalidModelError(f"{self._path}: {reason}") from error
+            said = f"transformers cannot load it as a causal LM: {reason(error)}"
+            raise InvalidModelError(f"{self._path}: {said}") from error
         if missing:  # transformers would make random numbers of them
             raise InvalidModelError(
                 f"{self._path}: {amount(len(missing), 'weight')} {agrees(len(missing), 'is', 'are')} in "
                 f"no safetensors, as {min(missing):.80}"
             )
-        self._head = self._model.get_output_embeddings()
-        if self._head is None or not hasattr(self._head, "weight"):
-            raise InvalidModelError(f"{self._path}: {type(self._model).__name__} has no output head")
-        self._known, self._n_rows = KnownHead(), len(self._head.weight)
-        self._states: torch.Tensor | None = None
-        self._stop = False
-        self._hook = self._head.register_forward_pre_hook(self._on_head)
+        head = model.get_output_embeddings()
+        if head is None or not hasattr(head, "weight"):
+            raise InvalidModelError(f"{self._path}: {type(model).__name__} has no output head")
+        self._network = Network(self._path, model, deferred, self.placement.device)
+        if self._quantization is not None:  # what a method keeps in place of weights is its own
+            self._network.run_whole(f"its weights are quantized ({self._quantization})")
+        check_cut(self._network)
+        self._known, self._n_rows = KnownHead(), len(head.weight)
         self._prove_head(checkpoint_heads(config))
+        self._network.weights.dtype = self.placement.dtype  # the head is proven in float32
 
-    def _on_head(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
-        self._states = args[0]
-        if self._stop:
-            raise _HeadReached
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """For the model's own code, which may fail on a configuration that loads."""
-        try:
-            yield
-        except _HeadReached:
-            return
-        except Exception as error:
-            if known(error) is not None:
-                raise
-            raise RuntimeFailureError(
-                f"{self._path}: transformers loads it as {type(self._model).__name__} and cannot run it: "
-                f"{type(error).__name__}: {_reason(error)}; look at its config.json"
-            ) from error
-
-    @torch.no_grad()
     def _forward(
         self, tokens: torch.Tensor, *, head: bool, cache: DynamicCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Final states (n, d) float32 of tokens (n,) that follow what the cache holds, and logits (n, V) where wanted."""
-        self._stop = not head
-        logits = None
-        with self._running(), Float32Compute():
-            logits = (
-                self._model(input_ids=tokens[None], past_key_values=cache, use_cache=cache is not None)
-                .logits[0]
-                .float()
-            )
-        if self._states is None:
-            raise RuntimeFailureError(f"{self._path}: the forward pass never reached the output head")
-        states = self._states.float() * self._known.states
-        self._states = None
-        return states.reshape(-1, states.shape[-1]), logits
+        states, logits = self._network.forward(tokens, logits=head, cache=cache)
+        return states * self._known.states, logits
 
-    def traced_states(self, tokens: torch.Tensor, mode: TorchFunctionMode) -> torch.Tensor:
-        """Final states (k, n, d) float32 of token ids (k, n), computed under ``mode``, which may leave a graph."""
-        self._stop = True
-        with self._running(), mode:
-            self._model(input_ids=tokens, use_cache=False)
-        states, self._states = self._states, None
-        assert states is not None
-        return states.float() * self._known.states
+    def traced_states(self, tokens: torch.Tensor, run: BlockRun | None, outside: Float32Compute) -> torch.Tensor:
+        """Final states (k, n, d) float32 of token ids (k, n), on the device that it computes on; may leave a graph.
+
+        Args:
+            run: see ``network``; None where it does not run block by block.
+            outside: what all that is in no block computes under, or everything without ``run``.
+        """
+        return self._network.states(tokens, run, outside).float() * self._known.states
 
     def check_context(self, n_ctx: int) -> None:
         """Refuse windows that are longer than the model was trained for.
@@ -192,20 +123,23 @@ class HuggingFaceModel:
         Raises:
             InvalidModelError: they are.
         """
-        _check_context(self._path, self._model.config, n_ctx)
+        check_context(self._path, self._network.model.config, n_ctx)
 
     @property
-    def network(self) -> Any:
-        """The transformers model."""
-        return self._model
+    def network(self) -> Network:
+        return self._network
+
+    def quantizable_tensors(self) -> tuple[list[QuantizableTensor], dict[str, str]]:
+        """See ``tensor_names.quantizable_tensors``."""
+        return quantizable_tensors(self._network.model, self._network.weights.stored)
 
     @property
     def head_weight(self) -> torch.Tensor:
-        return self._head.weight
+        return self._network.head.weight
 
     @property
     def embedding_weight(self) -> torch.Tensor:
-        return self._model.get_input_embeddings().weight
+        return self._network.model.get_input_embeddings().weight
 
     def _prove_head(self, candidates: Iterable[KnownHead]) -> None:
         """Find on a short prompt which of the known heads makes of ``Z Hᵀ`` what the model calls its logits.
@@ -213,13 +147,12 @@ class HuggingFaceModel:
         Raises:
             InvalidModelError: none does; the architecture does something between states and logits we do not know.
         """
-        tokens = torch.from_numpy(self.tokenize(_PROBE)[:16].astype(np.int64))
-        states, logits = self._forward(tokens, head=True)
+        tokens = _ids(self.tokenize(_PROBE)[:16])
+        states, logits = self._network.past_one_block(tokens)
         if not torch.isfinite(states).all():
             raise RuntimeFailureError(
                 f"{self._path}: undefined (NaN or infinite) hidden states; the weights are damaged"
             )
-        assert logits is not None
         # Some networks cut off what their head's rows are padded with.
         self._n_rows = min(self._n_rows, logits.shape[1])
         least = float("inf")
@@ -233,26 +166,30 @@ class HuggingFaceModel:
             least = min(least, error)
         raise InvalidModelError(
             f"{self._path}: hidden states times output head miss the model's own logits by {least:.2%} "
-            f"({type(self._model).__name__}); its logit transform is not supported"
+            f"({type(self._network.model).__name__}); its logit transform is not supported"
         )
 
     @property
     def identity(self) -> ModelIdentity:
-        weight = self._head.weight
+        weight = self.head_weight
         return ModelIdentity(
             path=self._path,
             kind="huggingface",
-            architecture=type(self._model).__name__,
+            architecture=type(self._network.model).__name__,
             dtype=str(weight.dtype).removeprefix("torch.") if self._quantization else main_type(self._headers),
             hidden_size=weight.shape[1],
             vocab_size=self._n_rows,
             tied=weight is self.embedding_weight,
             quantization=self._quantization,
             notes=self._notes(),
+            device=self.placement.device_name,
+            compute_dtype=self.placement.dtype_name,
         )
 
     def _notes(self) -> list[str]:
         notes = [] if self._quantization else storage_notes(self._headers, self._said_dtype)
+        if self._network.uncut is not None:
+            notes.append(f"it runs as a whole, not block by block: {self._network.uncut}")
         if beyond := [token for token in self._tokens if token >= self._n_served]:
             names = ", ".join(repr(one_line(self._tokens[token], 40)) for token in beyond[:3])
             if len(beyond) > 3:
@@ -340,22 +277,22 @@ class HuggingFaceModel:
         return self.output_head()
 
     def output_head(self) -> OutputHead:
-        weight, factor = self._head.weight.detach(), self._known.rows
-        bias = getattr(self._head, "bias", None)
+        weight, factor = self.head_weight.detach(), self._known.rows
+        bias = getattr(self._network.head, "bias", None)
         return OutputHead(
-            tensor=next(name for name, p in self._model.named_parameters() if p is self._head.weight),
+            tensor=next(name for name, p in self._network.model.named_parameters() if p is self.head_weight),
             type="float32" if factor != 1.0 else str(weight.dtype).removeprefix("torch."),
             n_rows=self._n_rows,
             width=weight.shape[1],
-            read_rows=lambda start, stop: (weight[start:stop].float() * factor).numpy(),
-            bias=None if bias is None else (bias.detach()[: self._n_rows].float() * factor).numpy(),
+            read_rows=lambda start, stop: (weight[start:stop].float() * factor).cpu().numpy(),
+            bias=None if bias is None else (bias.detach()[: self._n_rows].float() * factor).cpu().numpy(),
             transform=self._known.transform,
         )
 
     def head_source(self) -> dict[str, str] | None:
-        if self._known.rows != 1.0 or self._n_rows != len(self._head.weight):
+        if self._known.rows != 1.0 or self._n_rows != len(self.head_weight):
             return None
-        weight, bias = self._head.weight.detach(), getattr(self._head, "bias", None)
+        weight, bias = self.head_weight.detach().cpu(), getattr(self._network.head, "bias", None)
         own_name = self.output_head().tensor
         for file in sorted(self._folder.glob("*.safetensors")):
             with safe_open(file, "pt") as stored:
@@ -397,68 +334,129 @@ class HuggingFaceModel:
             shown = None if made is None else made[start - begin :].numpy()
             yield WindowStates(start, begin + len(states), hidden, shown)
 
+    def states_of(
+        self, tokens: np.ndarray, first_scored: int, *, kept: Path | None = None, progress: Progress = no_progress
+    ) -> Iterator[np.ndarray]:
+        """Run windows together, block by block (see ``models.protocol.Model``)."""
+        if not self._goes_by_blocks(tokens):
+            for number, window in enumerate(tokens):
+                progress(number, len(tokens))
+                yield np.concatenate([part.hidden for part in self.window_states(window, first_scored)])
+            return
+        for ids, within in self.groups(_ids(tokens[:, :-1]), progress):
+            stream = None if kept is None else KeptStream(kept, ids)
+            with Streams(memory() // STREAMS_SHARE) as streams, torch.no_grad():
+                run = self._network.run_of(streams, kept=stream, progress=within)
+                for states in self._network.states(ids, run):
+                    hidden = states[first_scored:].float() * self._known.states
+                    yield hidden.cpu().numpy()
+            if stream is not None:
+                stream.close()
+
+    def layers_of(
+        self, tokens: np.ndarray, first_scored: int, *, progress: Progress = no_progress
+    ) -> Iterator[list[LayerStates]]:
+        """Run windows together, block by block (see ``models.protocol.Model``)."""
+        blocks = self._decoder_blocks()
+        if not self._goes_by_blocks(tokens):
+            for number, window in enumerate(tokens):
+                progress(number, len(tokens))
+                yield list(self.layer_states(window, first_scored))
+            return
+        for ids, within in self.groups(_ids(tokens[:, :-1]), progress):
+            with Streams(memory() // STREAMS_SHARE) as streams, torch.no_grad():
+                kept: list[torch.Tensor] = []
+                with self._watched(blocks, partial(self._keep_scored, kept, streams, first_scored)):
+                    self._network.states(ids, self._network.run_of(streams, progress=within))
+                for window in range(len(ids)):
+                    yield [LayerStates(first_scored, ids.shape[1], [layer[window].numpy() for layer in kept])]
+
+    def _keep_scored(self, kept: list[torch.Tensor], streams: Streams, first_scored: int, states: torch.Tensor) -> None:
+        scored = states[:, first_scored:].float().cpu()
+        kept.append(streams.new(scored.shape, like=scored).copy_(scored))
+
+    def _goes_by_blocks(self, tokens: np.ndarray) -> bool:
+        return self._network.cut is not None and (tokens.shape[1] <= LONGEST_PASS + 1 or not self._takes_cache)
+
+    def groups(self, ids: torch.Tensor, progress: Progress) -> Iterator[tuple[torch.Tensor, Progress]]:
+        """Windows of token ids (k, n) that run together: as many as memory has room for, or one where blocks do not.
+
+        Yields:
+            (token ids of some of them, the progress of their run).
+        """
+        per_window = STREAMS_OF_A_PASS * 4 * ids.shape[1] * self.head_weight.shape[1]
+        size = (
+            1 if self._network.cut is None else max(1, free_bytes(self._network.device) // STREAMS_SHARE // per_window)
+        )
+        for start in range(0, len(ids), size):
+            group = ids[start : start + size]
+            yield group, share(progress, start, len(group), len(ids))
+
     def layer_states(self, tokens: np.ndarray, first_scored: int) -> Iterator[LayerStates]:
         """Run one window; yield the residual stream of its scored positions (see ``models.protocol.Model``)."""
-        blocks, first = self._decoder_blocks(), 0
-        seen: list[np.ndarray] = []
+        first, seen = 0, list[np.ndarray]()
 
-        def keep(_: Any, args: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
+        def keep(states: torch.Tensor) -> None:
             # A copy: a view would keep the whole pass's states.
-            seen.append(np.array(states.reshape(-1, states.shape[-1])[first:].float().numpy()))
+            seen.append(np.array(states.reshape(-1, states.shape[-1])[first:].float().cpu().numpy()))
 
-        hooks = [block.register_forward_hook(keep) for block in blocks]
-        try:
+        with self._watched(self._decoder_blocks(), keep):
             for begin, ids, cache in self._passes(tokens):
                 start, stop = max(begin, first_scored), begin + len(ids)
                 first = start - begin
                 seen.clear()
                 self._forward(ids, head=False, cache=cache)
-                width = self._head.weight.shape[1]
-                if len(seen) != len(blocks) or any(states.shape[1] != width for states in seen):
-                    raise RuntimeFailureError(
-                        f"{self._path}: {amount(len(blocks), 'block')} gave "
-                        f"{amount(len(seen), 'output')}, not one of width {width} each; "
-                        "leave out --layers"
-                    )
                 if start < stop:
                     yield LayerStates(start, stop, list(seen))
+
+    @contextlib.contextmanager
+    def _watched(self, blocks: list[torch.nn.Module], keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Every block's output (k, n, d) goes to ``keep``."""
+        width = self.head_weight.shape[1]
+
+        def watch(_: Any, args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if states.ndim != 3 or states.shape[2] != width:
+                raise RuntimeFailureError(
+                    f"{self._path}: {amount(len(blocks), 'block')} gave outputs of {tuple(states.shape)}, not one of width "
+                    f"{width} each; leave out --layers"
+                )
+            keep(states)
+
+        hooks = [block.register_forward_hook(watch) for block in blocks]
+        try:
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _decoder_blocks(self) -> torch.nn.ModuleList:
+    def _decoder_blocks(self) -> list[torch.nn.Module]:
         """The blocks that the residual stream goes through.
 
         Raises:
             InvalidModelError: no list of modules in the decoder is as long as the configuration says.
         """
-        n = getattr(self._model.config.get_text_config(), "num_hidden_layers", None)
-        lists = [m for m in self._model.get_decoder().children() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
-        if len(lists) != 1:
-            raise InvalidModelError(
-                f"{self._path}: {type(self._model).__name__} has {amount(len(lists), 'list')} of {n} "
-                f"blocks, where one is needed; "
-                "leave out --layers"
-            )
-        return lists[0]
+        try:
+            return block_list(self._network.model)[1]
+        except CannotCutError as error:
+            raise InvalidModelError(f"{self._path}: {error}; leave out --layers") from error
 
     def _passes(self, tokens: np.ndarray) -> Iterator[tuple[int, torch.Tensor, DynamicCache | None]]:
         """A window in pieces: the first position, token ids and key-value cache of each."""
         # The last token's successor is outside the window: that position is not scored.
-        ids = torch.from_numpy(tokens[:-1].astype(np.int64))
+        ids = _ids(tokens[:-1])
         step, cache = len(ids), None
         if len(ids) > LONGEST_PASS and self._takes_cache:
-            step, cache = LONGEST_PASS, DynamicCache(config=self._model.config)
+            step, cache = LONGEST_PASS, DynamicCache(config=self._network.model.config)
         for begin in range(0, len(ids), step):
             yield begin, ids[begin : begin + step], cache
 
     @property
     def _takes_cache(self) -> bool:
-        return "past_key_values" in inspect.signature(self._model.forward).parameters
+        return "past_key_values" in inspect.signature(self._network.model.forward).parameters
 
     def close(self) -> None:
-        self._hook.remove()
+        self._network.close()
 
     def __enter__(self) -> HuggingFaceModel:
         return self

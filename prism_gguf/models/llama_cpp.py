@@ -29,6 +29,7 @@ from prism_gguf.results.model import ModelIdentity, StoredModel
 from prism_gguf.results.options import DEFAULT, RuntimeOptions
 from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidAdapterError, InvalidModelError, RuntimeFailureError
+from prism_gguf.system.progress import Progress, no_progress
 
 # llama.cpp keeps logits of a whole batch: outputs × V × 4 bytes. Batches shrink so that this stays below the bound.
 # The graph node that enters the head (llama.cpp's src/models/*.cpp name it so in every causal architecture).
@@ -302,6 +303,22 @@ class LlamaCppModel:
             if not self._head_checked:
                 self._check_head(hidden, runtime_logits)
             yield WindowStates(start, end, hidden, runtime_logits if logits else None)
+
+    def states_of(
+        self, tokens: np.ndarray, first_scored: int, *, kept: Path | None = None, progress: Progress = no_progress
+    ) -> Iterator[np.ndarray]:
+        """Run windows one after the other (see ``models.protocol.Model``): nothing is ``kept`` within one."""
+        for number, window in enumerate(tokens):
+            progress(number, len(tokens))
+            yield np.concatenate([part.hidden for part in self.window_states(window, first_scored)])
+
+    def layers_of(
+        self, tokens: np.ndarray, first_scored: int, *, progress: Progress = no_progress
+    ) -> Iterator[list[LayerStates]]:
+        """Run windows one after the other (see ``models.protocol.Model``)."""
+        for number, window in enumerate(tokens):
+            progress(number, len(tokens))
+            yield list(self.layer_states(window, first_scored))
 
     def layer_states(self, tokens: np.ndarray, first_scored: int) -> Iterator[LayerStates]:
         """Decode one window; yield the residual stream of its scored positions, batch by batch (see ``Model``)."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.fingerprint import is_checkpoint
+from prism_gguf.models.placement import placement_of
 from prism_gguf.results.options import RunOptions
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ _LLAMA_CPP_ONLY = {"n_gpu_layers", "cache_type_k", "cache_type_v", "kernels"}
 
 
 def runtime_of(reference: str, options: RunOptions) -> tuple[object, ...]:
-    """For cache keys: the package that runs a reference, its version, and every option that decides its states."""
+    """For cache keys: the package that runs a reference, its version, and every option that decides its states.
+
+    Raises:
+        InvalidBackendError: there is no such device.
+    """
     package, ignored = "llama-cpp-python", _NOT_IN_CAPTURES
     if not is_gguf(reference):
         package, ignored = "transformers", _NOT_IN_CAPTURES | _LLAMA_CPP_ONLY
     values = (value for name, value in RunOptions.of(options).measuring() if name not in ignored)
-    return version(package), package, *values
+    return version(package), package, *values, *(() if is_gguf(reference) else placement_of(options).key)
 
 
 def open_model(reference: str, n_ctx: int, options: RunOptions) -> Model:
@@ -37,7 +42,8 @@ def open_model(reference: str, n_ctx: int, options: RunOptions) -> Model:
         return LlamaCppModel(reference, n_ctx=n_ctx, options=options.runtime())
     from prism_gguf.models.huggingface import HuggingFaceModel
 
-    model = HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code)
+    placement = placement_of(options)
+    model = HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code, placement=placement)
     model.check_context(n_ctx)
     return model
 

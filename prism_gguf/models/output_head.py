@@ -12,6 +12,7 @@ import torch
 from prism_gguf.system.progress import Progress, no_progress
 
 ROWS_PER_CHUNK = 2048
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class OutputHead:
     def finish(self, products: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Logits from products (n, stop − start) of one chunk of rows, in place."""
         if self.bias is not None:
-            products += torch.from_numpy(self.bias[start:stop])
+            products += torch.from_numpy(self.bias[start:stop]).to(products.device)
         return self.transform.apply(products)
 
     def all_logits(self, hidden: np.ndarray) -> torch.Tensor:
@@ -100,27 +101,30 @@ class HeadPair:
 
     Attributes:
         n_rows: how many those are.
+        device: where products with the rows are made.
     """
 
     reference: OutputHead
     candidate: OutputHead
     n_rows: int
+    device: torch.device = _CPU
 
     def served_by(self, candidate: OutputHead) -> HeadPair:
         """The same with another head of the candidate: its runtime's kernel, or another type."""
         return replace(self, candidate=candidate)
 
     def chunks(self, progress: Progress = no_progress) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-        """(start, stop, rows of the reference, rows of the candidate), each (stop − start, d) float32."""
+        """(start, stop, rows of the reference, rows of the candidate), each (stop − start, d) float32 on the device."""
         pairs = zip(self.reference.chunks(self.n_rows), self.candidate.chunks(self.n_rows), strict=True)
         for (start, stop, rows), (_, _, other) in pairs:
             progress(start, self.n_rows)
-            yield start, stop, rows, other
+            yield start, stop, rows.to(self.device), other.to(self.device)
 
     def logits(
         self, reference: torch.Tensor, candidate: torch.Tensor, progress: Progress = no_progress
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(start, reference logits, candidate logits) chunk by chunk, for states (n, d) that ``enter`` gave."""
+        """(start, reference logits, candidate logits) chunk by chunk on the device, for states (n, d) of ``enter``."""
+        reference, candidate = reference.to(self.device), candidate.to(self.device)
         for start, stop, rows, other in self.chunks(progress):
             yield (
                 start,

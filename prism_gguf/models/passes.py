@@ -10,6 +10,14 @@ ATTRIBUTED_LOGITS = 2**29
 """Tokens × vocabulary of an attribution: about a minute of products for d = 1000 on two cores."""
 TRIED_ROWS = 384
 """Rows of each matrix that smoothing tries scales on; those that count most are the likeliest to be among them."""
+BLOCK_TOKENS = 1024
+"""Tokens that a block computes together with gradients."""
+STREAMS_OF_A_PASS = 5
+"""Streams at a time of all windows of a pass: before and after a block, and what the final norm makes of the last."""
+WIDENED_BYTES = 2**31
+"""Blocks up to this size in float32 are widened once, larger ones at each product: few of their experts see a token."""
+STREAMS_SHARE = 8
+"""Part of the memory, one in so many, that the streams between blocks may take; what is kept beyond it goes to disk."""
 SAMPLED_ROWS, LEAST_ROWS, VOCAB_ROWS = 256, 32, 1024
 """Rows of each matrix whose gradients are kept; of each expert at least; of the head, and of an embedding."""
 FIRST_ROWS = 128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from prism_gguf.formats.text.template import ChatTemplate
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.results.model import ModelIdentity, StoredModel
+from prism_gguf.system.progress import Progress, no_progress
 
 if TYPE_CHECKING:  # torch is loaded where models run; results name models without it
     from prism_gguf.models.output_head import OutputHead
@@ -88,6 +90,25 @@ class Model(Protocol):
 
         Without ``logits`` the run stops before the head.
         """
+        ...
+
+    def states_of(
+        self, tokens: np.ndarray, first_scored: int, *, kept: Path | None = None, progress: Progress = no_progress
+    ) -> Iterator[np.ndarray]:
+        """Run windows of token ids (k, n) int32; their states as of ``window_states``, (scored, d) float32 for each.
+
+        A runtime that reads its weights block by block reads them once for all windows.
+
+        Args:
+            kept: a file in which a long run leaves what a later one, of the same model, can go on from.
+            progress: counts windows.
+        """
+        ...
+
+    def layers_of(
+        self, tokens: np.ndarray, first_scored: int, *, progress: Progress = no_progress
+    ) -> Iterator[list[LayerStates]]:
+        """Run windows of token ids (k, n) int32; all that ``layer_states`` yields, for each window."""
         ...
 
     def layer_states(self, tokens: np.ndarray, first_scored: int) -> Iterator[LayerStates]:

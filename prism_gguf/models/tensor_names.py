@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,26 +72,30 @@ class QuantizableTensor:
     Attributes:
         name: in the GGUF.
         parameter: in the checkpoint.
-        rows: (matrices, rows, columns) as stored; a view, no copy. Plain tensors have one matrix.
-        products: the parameter slices that the forward pass multiplies by, one for each matrix, and where in its rows
-            this tensor's begin: merged gate and up projections of experts are one slice with two tensors in it.
+        shape: (matrices, rows, columns). Plain tensors have one matrix.
+        stored: returns the parameter as it is stored.
+        first_row: where in the parameter's rows this tensor's begin: merged gate and up projections of experts are one
+            parameter with two tensors in it.
     """
 
     name: str
     parameter: str
-    rows: torch.Tensor
-    products: tuple[torch.Tensor, ...]
+    shape: tuple[int, int, int]
+    stored: Callable[[], torch.Tensor] = field(repr=False, compare=False)
     first_row: int = 0
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(matrices, rows, columns)."""
-        matrices, rows, columns = self.rows.shape
-        return matrices, rows, columns
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
 
-    def read(self, matrix: int, rows: slice | np.ndarray) -> torch.Tensor:
-        """Some rows of a matrix: (rows, columns) float32; perhaps a view, not to be written to."""
-        return self.rows[matrix, rows].float()
+    def read(self, matrix: int, rows: slice | np.ndarray = slice(None)) -> torch.Tensor:
+        """Rows of a matrix, (rows, columns) float32."""
+        (weight, *_) = self.products(self.stored(), slice(matrix, matrix + 1))
+        return weight[self.first_row : self.first_row + self.shape[1]][rows].float()
+
+    def products(self, parameter: torch.Tensor, matrices: slice = slice(None)) -> tuple[torch.Tensor, ...]:
+        """What the forward pass multiplies by, views of the parameter: one for each matrix, this tensor's rows in it."""
+        return tuple(parameter[matrices]) if parameter.ndim == 3 else (parameter,)
 
 
 def gguf_architecture(config: Any) -> MODEL_ARCH | None:
@@ -99,11 +106,16 @@ def gguf_architecture(config: Any) -> MODEL_ARCH | None:
     return next((arch for arch, name in MODEL_ARCH_NAMES.items() if name in spellings), None)
 
 
-def quantizable_tensors(model: Any) -> tuple[list[QuantizableTensor], dict[str, str]]:
+def quantizable_tensors(
+    model: Any, stored: Callable[[str], torch.Tensor] | None = None
+) -> tuple[list[QuantizableTensor], dict[str, str]]:
     """The matrices of a transformers model that llama.cpp quantizes, and why the others were left out.
 
     A q or k projection may have its rows in another order in the GGUF; rows are quantized one by one, so that makes no
     difference to anything asked here.
+
+    Args:
+        stored: returns a parameter as it is stored; None takes the model's own.
 
     Returns:
         (tensors in the model's order; parameter → reason for every other matrix).
@@ -118,19 +130,36 @@ def quantizable_tensors(model: Any) -> tuple[list[QuantizableTensor], dict[str, 
     for parameter, value in model.named_parameters():
         if value.ndim < 2:
             continue
+        read = partial(stored or model.get_parameter, parameter)
         found = [(name, a, b) for part, a, b in _parts(parameter, value) if (name := _name(names, part)) is not None]
         if not found:
             left_out[parameter] = "gguf-py's map has no name for it"
         elif _NEVER_QUANTIZED.search(found[0][0]):
             left_out[parameter] = f"{found[0][0]}: llama.cpp never quantizes it"
         elif value.ndim == 3 and "_exps" in found[0][0]:
-            slices = tuple(value[i] for i in range(len(value)))
-            tensors += [QuantizableTensor(n, parameter, value.detach()[:, a:b], slices, a) for n, a, b in found]
+            n, _, width = value.shape
+            tensors += [QuantizableTensor(name, parameter, (n, b - a, width), read, a) for name, a, b in found]
         elif value.ndim == 2 and _is_product(model, parameter):
-            tensors.append(QuantizableTensor(found[0][0], parameter, value.detach()[None], (value,)))
+            tensors.append(QuantizableTensor(found[0][0], parameter, (1, *value.shape), read))
         else:
             left_out[parameter] = f"{found[0][0]}: not used as the matrix of a linear layer"
     return tensors, left_out
+
+
+def uses_of(
+    tensors: Iterable[QuantizableTensor], parameters: Mapping[str, torch.Tensor]
+) -> dict[tuple[int, tuple[int, ...]], list[tuple[QuantizableTensor, int]]]:
+    """Which matrix of which tensors a weight is, by its place in memory and shape: experts multiply by views.
+
+    Args:
+        parameters: where they are at the moment, by name; tensors of others are left out.
+    """
+    uses: dict[tuple[int, tuple[int, ...]], list[tuple[QuantizableTensor, int]]] = {}
+    for tensor in tensors:
+        if (parameter := parameters.get(tensor.parameter)) is not None:
+            for matrix, weight in enumerate(tensor.products(parameter)):
+                uses.setdefault((weight.data_ptr(), tuple(weight.shape)), []).append((tensor, matrix))
+    return uses
 
 
 def copied_vectors(model: Any) -> dict[str, torch.Tensor]:

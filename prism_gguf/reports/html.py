@@ -19,6 +19,7 @@ from prism_gguf.reports.figures import Drawing, svg
 from prism_gguf.reports.names import command_line, file_names, full_names
 from prism_gguf.reports.words import (
     best_for_size,
+    computed_in_words,
     kernels_in_words,
     number,
     printable,
@@ -173,6 +174,7 @@ def _environment(comparison: Comparison) -> Environment:
     }
     environment.filters["quantized"] = quantized_reference
     environment.filters["kernels"] = kernels_in_words
+    environment.filters["computed"] = computed_in_words
     return environment
 
 

@@ -12,7 +12,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from prism_gguf.reports.certainty import neighbours_in_words, sample_size_in_words
 from prism_gguf.reports.figures import Drawing, png
 from prism_gguf.reports.names import command_line, full_names
-from prism_gguf.reports.words import kernels_in_words, number, printable, purpose, quantized_reference, title
+from prism_gguf.reports.words import (
+    computed_in_words,
+    kernels_in_words,
+    number,
+    printable,
+    purpose,
+    quantized_reference,
+    title,
+)
 from prism_gguf.results.comparison import Comparison
 from prism_gguf.system.amounts import agrees, amount
 from prism_gguf.system.atomic_files import is_stream, write_whole, written_whole
@@ -51,6 +59,7 @@ def card(comparison: Comparison, figure: str | None) -> str:
         "agrees": agrees,
         "quantized": quantized_reference,
         "kernels": kernels_in_words,
+        "computed": computed_in_words,
         "purpose": lambda row: _text(purpose(row, comparison)),
         "size": _size,
         "text": lambda value: _text(str(value)),

@@ -23,6 +23,7 @@ from prism_gguf.reports.columns import COLUMNS, further_columns
 from prism_gguf.reports.names import full_names, labels
 from prism_gguf.reports.words import (
     best_for_size,
+    computed_in_words,
     kernels_in_words,
     number,
     quantized_reference,
@@ -226,6 +227,8 @@ def print_header(result: Comparison | HeadReport, out: Console, *, perplexity: f
         ("text", escape(source + ", ".join(map(printable, text.domains)))),
         ("", f"{amount(text.n_windows, 'window')} of {text.n_ctx} tokens, {text.n_scored} scored{known}"),
     ]
+    if (computed := computed_in_words(reference)) is not None:
+        rows.insert(1, ("computed in", escape(computed)))
     if (kernels := kernels_in_words(result.environment)) is not None:
         rows.append(("kernels", escape(kernels)))
     _pairs(rows, out)

@@ -10,6 +10,7 @@ from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.reports.names import labels
 from prism_gguf.results.comparison import CandidateResult, Comparison, Divergence, NoiseFloor
 from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.options import FLOAT32
 from prism_gguf.results.verdict import differs_on_purpose, is_lossless, too_few
 from prism_gguf.system.amounts import amount
 from prism_gguf.system.sanitize import printable, short
@@ -80,6 +81,12 @@ def kernels_in_words(environment: Mapping[str, Any]) -> str | None:
         return None
     why = "" if fault is None else f", for llama.cpp's default ones fail on this machine: {fault}"
     return ("llama.cpp's default" if kernels == "default" else "plain") + why
+
+
+def computed_in_words(reference: ModelIdentity) -> str | None:
+    """What a checkpoint was run in, and where; None for float32 on the CPU, and for what llama.cpp runs."""
+    device, dtype = reference.device or "cpu", reference.compute_dtype or FLOAT32
+    return None if (device, dtype) == ("cpu", FLOAT32) else f"{printable(dtype)} on {printable(device)}"
 
 
 def quantized_reference(reference: ModelIdentity) -> str | None:

@@ -17,6 +17,8 @@ class ModelIdentity:
     ``quantization`` is the ftype of a GGUF whose tensors are quantized, or a quantized checkpoint's method, such as
     ``gptq``; else None.
     ``notes`` are for the user: what was found odd in the model and does not stop the work.
+    ``device`` and ``compute_dtype`` are where and in what a checkpoint was computed, such as ``cpu`` or ``cuda: NVIDIA
+    H200``, and ``float32``; None for a GGUF, and in results of earlier versions, which took float32 on the CPU.
     """
 
     path: str
@@ -29,6 +31,8 @@ class ModelIdentity:
     fingerprint: str | None = None
     quantization: str | None = None
     notes: list[str] = field(default_factory=list)
+    device: str | None = None
+    compute_dtype: str | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ NO_CONTROL = "none"
 """In place of a control's path."""
 PLAIN, DEFAULT = KERNELS = "plain", "default"
 """llama.cpp's CPU kernels: for weights as they are stored; or its default, which repacks weights of some types."""
+AUTO = "auto"
+"""In place of a device: a GPU where torch finds one, else the CPU."""
+FLOAT32, BFLOAT16 = DTYPES = "float32", "bfloat16"
+"""What a checkpoint can be computed in."""
 
 # What mixes are made of, from 8.5 to 2.6 bits per weight; types of smaller blocks serve rows that 256 does not divide.
 SENSITIVITY_TYPES = (
@@ -80,6 +84,9 @@ class RunOptions:
         stall_limit: seconds without progress after which a model counts as hung; 0 waits forever.
         force: continue even if memory or disk looks insufficient.
         backend: where models run, one of ``system.worker.BACKENDS``.
+        device: where torch computes: a checkpoint, and the products of states with heads: ``auto``, ``cpu``, ``cuda``,
+            ``cuda:N`` or ``mps``. llama.cpp has ``n_gpu_layers`` for its own.
+        dtype: what a checkpoint is run in, one of ``DTYPES``. Gradients and importance matrices are always float32.
     """
 
     cache: str | Path | None = field(default=None, metadata=_ASIDE)
@@ -93,6 +100,9 @@ class RunOptions:
     force: bool = field(default=False, metadata=_ASIDE)
     backend: str = field(default="process", kw_only=True, metadata=_ASIDE)
     kernels: str | None = field(default=None, kw_only=True)
+    # They count as what they come to: see ``models.placement``, whose key stands beside ``measuring``.
+    device: str = field(default=AUTO, kw_only=True, metadata=_ASIDE)
+    dtype: str = field(default=FLOAT32, kw_only=True, metadata=_ASIDE)
 
     @classmethod
     def of(cls: type[Options], options: RunOptions, **more: Any) -> Options:

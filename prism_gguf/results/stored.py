@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from prism_gguf.formats.lora import in_words
 from prism_gguf.results.comparison import SCHEMA, CandidateResult, Comparison
 from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.options import FLOAT32
 from prism_gguf.results.ranking import rank
 from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidResultError
@@ -106,7 +107,10 @@ def _check_same(name: str, first: Comparison, other_name: str, other: Comparison
     for field in fields(ModelIdentity):
         ours, theirs = getattr(first.reference, field.name), getattr(other.reference, field.name)
         unknown = field.name == "fingerprint" and None in (ours, theirs)
-        if field.name != "path" and not unknown and ours != theirs:
+        if field.name == "compute_dtype":  # None in results of earlier versions
+            ours, theirs = ours or FLOAT32, theirs or FLOAT32
+        # Another device changes no more than the last digits.
+        if field.name not in ("path", "device") and not unknown and ours != theirs:
             raise InvalidResultError(
                 f"{name} and {other_name} are of different references: {first.reference.path} has {field.name} {ours}, "
                 f"{other.reference.path} {theirs}"

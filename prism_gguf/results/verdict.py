@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.results.comparison import Attribution, CandidateResult, NoiseFloor, Status, Verdict
 from prism_gguf.results.gates import LEAST_TOKENS, Gate
+from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.options import BFLOAT16
 
 # Assumed noise floor where no control was run. Controls measured here: 5e-7 to 2e-6 nats with F16.
 ASSUMED_FLOOR = 1e-5
@@ -103,9 +105,11 @@ def _remedies(candidate: CandidateResult, axis: str) -> list[str]:
     return [_REMEDIES[name] for name in dict.fromkeys([axis, *worth])]
 
 
-def noise_floor(control: CandidateResult) -> NoiseFloor:
-    """The floor that an unquantized control sets."""
+def noise_floor(control: CandidateResult, reference: ModelIdentity | None = None) -> NoiseFloor:
+    """The floor that an unquantized control sets; a reference run in bfloat16 rounds as much as a BF16 control does."""
     assert control.divergence is not None and control.ftype is not None
     kld, error = control.divergence.kld_mean, control.divergence.kld_mean_se
     limit = CONVERSION_LIMIT[control.ftype]
+    if reference is not None and reference.compute_dtype == BFLOAT16:
+        limit = max(limit, CONVERSION_LIMIT["BF16"])
     return NoiseFloor(control.path, kld, error, limit, kld > limit)

@@ -63,7 +63,7 @@ class InvalidGateError(PrismGgufError):
 
 
 class InvalidBackendError(PrismGgufError):
-    """An unknown backend."""
+    """An unknown backend, or a device or type to compute in that there is not."""
 
 
 class InvalidProfileError(PrismGgufError):
@@ -115,6 +115,7 @@ class LimitError(PrismGgufError):
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_GPU_MEMORY = re.compile(r"(CUDA|HIP|MPS backend) out of memory")
 _NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's messages, in a RuntimeError
 
 
@@ -124,6 +125,10 @@ def known(error: BaseException) -> PrismGgufError | None:
         return error
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in _NO_MEMORY)):
         return OutOfMemoryError("out of memory; close other programs, or use fewer --windows or a smaller --n-ctx")
+    if isinstance(error, RuntimeError) and (said := _NO_GPU_MEMORY.search(str(error))):
+        return OutOfMemoryError(
+            f"out of memory on the GPU ({said[0]}); close other programs that use it, or use --device cpu"
+        )
     if said := re.search(r"\(os error (\d+)\)", str(error)):  # from Rust libraries, such as safetensors
         error = OSError(int(said[1]), os.strerror(int(said[1])))
     if not isinstance(error, OSError) or error.errno is None:

@@ -33,6 +33,18 @@ def part(progress: Progress, before: int, total: int) -> Progress:
     return report
 
 
+def share(progress: Progress, before: int, n: int, total: int) -> Progress:
+    """``progress`` for n of ``total`` steps, which are counted in steps, or in smaller ones of equal length."""
+
+    def report(done: int, of: int, stage: str = "", /) -> None:
+        if of in (0, n):
+            progress(before + done, total, stage)
+        else:
+            progress(before * of + n * done, total * of, stage)
+
+    return report
+
+
 class Steps(Protocol):
     """``Progress`` of many things: called with the name of one first, or with an empty name for the whole work."""
 

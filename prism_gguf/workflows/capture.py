@@ -9,7 +9,7 @@ from prism_gguf.formats.text.selection import Source, TokenSource
 from prism_gguf.measure.capture.ensure import ensure_capture
 from prism_gguf.measure.capture.source import estimate_capture, estimate_export
 from prism_gguf.models.kernels import choose_kernels
-from prism_gguf.results.options import CaptureOptions
+from prism_gguf.results.options import AUTO, CaptureOptions, RunOptions
 from prism_gguf.system.cache import check_cache, is_capture
 from prism_gguf.system.estimate import Estimated, not_told
 from prism_gguf.system.progress import Steps, no_steps
@@ -56,6 +56,7 @@ def export_kld_base(
     *,
     candidate: str | Path | None = None,
     force: bool = False,
+    device: str = AUTO,
     steps: Steps = no_steps,
     estimated: Estimated = not_told,
 ) -> int:
@@ -69,6 +70,7 @@ def export_kld_base(
         file: the file to write; it appears whole or not at all.
         candidate: a GGUF that the file is for; None takes the rows of the reference's head, which converters keep.
         force: continue even if the disk looks too small.
+        device: where logits are computed (see ``RunOptions``).
         steps: called with (what is being done, tokens done, tokens in all) as work proceeds.
         estimated: called with the estimated cost, before work begins.
 
@@ -79,6 +81,7 @@ def export_kld_base(
         InvalidCaptureError: the capture is damaged, or scores other tokens than that format has.
         IncompatibleModelsError: the candidate's vocabulary is not the reference's.
         LimitError: the disk is clearly too small, and ``force`` is not set.
+        InvalidBackendError: there is no such device.
     """
     from prism_gguf.measure.capture.kld_base import export_kld_base as export
 
@@ -89,4 +92,4 @@ def export_kld_base(
     with open_worker() as worker:
         if is_capture(folder):
             watch.admit(worker.run(estimate_export, folder, file, wanted, progress=progress), force=force)
-        return worker.run(export, str(folder), str(file), wanted, progress=progress)
+        return worker.run(export, str(folder), str(file), wanted, RunOptions(device=device), progress=progress)

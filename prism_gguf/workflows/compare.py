@@ -18,6 +18,7 @@ from prism_gguf.measure.capture.source import ReferenceSource
 from prism_gguf.measure.headers import Headers, read_candidate
 from prism_gguf.measure.rounds import Candidate, Rounds
 from prism_gguf.models.kernels import choose_kernels
+from prism_gguf.models.placement import placement_record
 from prism_gguf.results.comparison import CandidateResult, Comparison, NoiseFloor, TextInfo
 from prism_gguf.results.options import NO_CONTROL, CompareOptions
 from prism_gguf.results.ranking import rank
@@ -94,6 +95,7 @@ def compare_candidates(
         headers = _headers([c.path for c in candidates if c.made is None], source, options, watch)
         headers.check(n_others=sum(c.made is not None for c in candidates))
         control = _control(headers, options)
+        placed = worker.run(placement_record, options, progress=watch.progress("reference"))
         once = {c.path: c for c in candidates if c.path not in headers.failed}
         found = Rounds(source, once, control, options, worker, watch, making).measured()
     text = found.reference.text
@@ -103,7 +105,7 @@ def compare_candidates(
         tool_version=__version__,
         command=sys.argv,
         created=created,
-        environment={**environment(), **kernels},
+        environment={**environment(), **kernels, **placed},
         text=text,
         reference=found.reference.identity,
         candidates=measured,

@@ -16,6 +16,7 @@ from prism_gguf.measure.headers import Headers, read_header
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.header import model_header
 from prism_gguf.models.kernels import choose_kernels
+from prism_gguf.models.placement import placement_record
 from prism_gguf.quantization.heads import settings
 from prism_gguf.results.heads import Body, HeadReport, HeadRow, HeadScore, HeadSweep
 from prism_gguf.results.options import HeadOptions
@@ -65,6 +66,7 @@ def head(
 
         headers = Headers.read(paths, read_one)
         headers.check()
+        placed = worker.run(placement_record, options, progress=watch.progress("reference"))
         needed = worker.run(estimate_heads, source, paths, options, progress=watch.progress("reference"))
         watch.admit(needed, force=options.force)
         opened = source.open(options, worker, watch)
@@ -90,7 +92,7 @@ def head(
         tool_version=__version__,
         command=sys.argv,
         created=now(),
-        environment={**environment(), **kernels},
+        environment={**environment(), **kernels, **placed},
         text=opened.text,
         reference=opened.identity,
         imatrix=None if options.imatrix is None else str(options.imatrix),

@@ -11,6 +11,7 @@ from prism_gguf.formats.mix import Mix
 from prism_gguf.formats.recipe import Recipe
 from prism_gguf.measure.capture.source import ReferenceSource
 from prism_gguf.measure.rounds import estimate_comparison
+from prism_gguf.models.placement import placement_record
 from prism_gguf.quantization.plan import plan
 from prism_gguf.quantization.writing import check_output, estimate_making, made_of, make, recorded_made_of
 from prism_gguf.results.options import CompareOptions, QuantizeOptions
@@ -59,6 +60,8 @@ def quantize(
         _check_reference(given.verify, given, shown)
     comparing = CompareOptions.taking(given, {})
     with given.worker() as worker:
+        if given.verify is not None:
+            worker.run(placement_record, given, progress=shown)  # raises for a device that is not there
         how: dict[str, Any] = {"name": given.name, "requantize": given.requantize, "quantizer": given.quantizer}
         found = plan(base, what, imatrix=imatrix, worker=worker, progress=progress, **how)
         if given.planned is not None:

@@ -175,7 +175,7 @@ def test_a_flat_distribution_is_stored(tmp_path: Path) -> None:
     from prism_gguf.models.output_head import OutputHead
 
     head = OutputHead("output.weight", "F32", 11, 4, lambda a, b: np.zeros((b - a, 4), dtype=np.float32))
-    record = _records(head, np.ones((1, 4), dtype=np.float32), 11)
+    record = _records(head, np.ones((1, 4), dtype=np.float32), 11, torch.device("cpu"))
     assert record.shape == (1, 16)
     scale, lowest = record[:, :4].view("<f4")[0]
     assert (scale, lowest) == (0.0, pytest.approx(-float(torch.log(torch.tensor(11.0)))))

@@ -285,7 +285,8 @@ def test_damaged_safetensors_are_one_line(damage: bytes, tmp_path: Path) -> None
 
 def refusal_of(folder: Path) -> str:
     """The line that a checkpoint is refused with."""
-    from prism_gguf.models.huggingface import HuggingFaceModel, check_checkpoint
+    from prism_gguf.models.checkpoint_checks import check_checkpoint
+    from prism_gguf.models.huggingface import HuggingFaceModel
 
     with pytest.raises(PrismGgufError) as error:
         check_checkpoint(str(folder), 64)

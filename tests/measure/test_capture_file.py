@@ -13,20 +13,22 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import prism_gguf.measure.capture.ensure
+import prism_gguf.measure.capture.unhashed
 from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.text.selection import Reading, TokenSource
 from prism_gguf.formats.text.windows import Score
 from prism_gguf.measure.capture.capture_file import read_capture, write_capture
 from prism_gguf.measure.capture.ensure import ensure_capture
 from prism_gguf.models.huggingface import HuggingFaceModel
-from prism_gguf.models.protocol import WindowStates
 from prism_gguf.results.options import CaptureOptions, CompareOptions
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidCaptureError
+from prism_gguf.system.progress import Progress
 from prism_gguf.testbed import MODEL, held_out_texts
 from prism_gguf.workflows.compare import compare
 
@@ -38,9 +40,9 @@ class Counting(HuggingFaceModel):
 
     runs = 0
 
-    def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
-        self.runs += 1
-        return super().window_states(tokens, first_scored, logits=logits)
+    def states_of(self, tokens: np.ndarray, first_scored: int, **how: Any) -> Iterator[np.ndarray]:
+        self.runs += len(tokens)
+        return super().states_of(tokens, first_scored, **how)
 
 
 def checkpoint(folder: Path) -> Path:
@@ -88,6 +90,42 @@ def test_a_model_that_moved_is_found_again(tmp_path: Path) -> None:
         read_capture(made)
     assert ensure_capture(str(tmp_path / "moved"), few, options) == made
     assert read_capture(made).head.read_rows(0, 1).shape == (1, 256)
+
+
+def test_a_model_that_memory_cannot_keep_is_hashed_behind_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, plain = CaptureOptions(cache=tmp_path / "large"), CaptureOptions(cache=tmp_path / "plain")
+    made = ensure_capture(str(MODEL), READING, plain)
+    hashed_at: list[float] = []
+    real = prism_gguf.measure.capture.unhashed.model_fingerprint
+
+    def slow(reference: str, cache: Path, progress: Progress) -> str:
+        def tell(done: int, total: int, stage: str = "", /) -> None:
+            progress(done, total, stage)  # which waits for the run
+            hashed_at.append(done / total)
+
+        return real(reference, cache, tell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prism_gguf.measure.capture.unhashed, "memory", lambda: 2**10)
+        patch.setattr(prism_gguf.measure.capture.unhashed, "model_fingerprint", slow)
+        stopped = HuggingFaceModel.states_of
+        patch.setattr(HuggingFaceModel, "states_of", lambda *_, **__: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception, match="stopped"):
+            ensure_capture(str(MODEL), READING, options)
+        assert not hashed_at  # nothing had run, so nothing was hashed
+        patch.setattr(HuggingFaceModel, "states_of", stopped)
+        large = ensure_capture(str(MODEL), READING, options)
+        assert hashed_at and hashed_at[-1] == 1.0
+        out = ensure_capture(str(MODEL), READING, CaptureOptions(cache=tmp_path / "third", out=tmp_path / "out"))
+    assert large.name == made.name and [p.name for p in (tmp_path / "large" / "captures").iterdir()] == [made.name]
+    for name in ("mantissas.npy", "exponents.npy", "tokens.npy", "key", "running"):
+        assert (large / name).read_bytes() == (made / name).read_bytes()
+        assert name == "running" or (out / name).read_bytes() == (made / name).read_bytes()
+    assert read_capture(large).identity == read_capture(out).identity == read_capture(made).identity
+    assert ensure_capture(str(MODEL), READING, options) == large
+    assert ensure_capture(str(MODEL), READING, CaptureOptions(cache=tmp_path / "third", out=tmp_path / "out")) == out
 
 
 def test_other_content_or_options_are_another_capture(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_what_is_kept_of_the_reference_is_precise_enough_and_kept(result: Compar
             relative(file.read(3, block, 128, 255), exact[block]) < 5e-5
         )  # measured: 2.7e-5, where the control is at 4e-4
     with HuggingFaceModel(MODEL) as model, torch.no_grad():
-        normed = model.network.model.norm(torch.from_numpy(file.read(3, N_BLOCKS - 1, 128, 255))).numpy()
+        normed = model.network.model.model.norm(torch.from_numpy(file.read(3, N_BLOCKS - 1, 128, 255))).numpy()
     assert relative(normed, capture.states[capture.windows.rows(kept.numbers[3], 128, 255)]) < 1e-4
 
 
@@ -151,8 +152,13 @@ def test_only_what_is_missing_is_run_again(result: Comparison, monkeypatch: pyte
     checksums[2] = 0
     checksums.flush()
     ran: list[int] = []
-    plain = HuggingFaceModel.layer_states
-    monkeypatch.setattr(HuggingFaceModel, "layer_states", lambda *args: ran.append(1) or plain(*args))
+    plain = HuggingFaceModel.layers_of
+
+    def counted(model: HuggingFaceModel, tokens: np.ndarray, first: int, **how: Any) -> Any:
+        ran.extend([1] * len(tokens))
+        return plain(model, tokens, first, **how)
+
+    monkeypatch.setattr(HuggingFaceModel, "layers_of", counted)
     assert ensure_layers(str(MODEL), folder, options).cost.seconds > 0
     assert len(ran) == 1
     assert (kept.folder / "mantissas.npy").read_bytes() == before
@@ -187,7 +193,7 @@ def test_a_capture_runs_its_model_or_says_that_it_cannot(ladder: dict[str, Path]
 
 def test_models_whose_blocks_are_not_found(ladder: dict[str, Path], tokens: np.ndarray, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     with HuggingFaceModel(MODEL) as model, monkeypatch.context() as patch:
-        patch.setattr(model.network.config, "num_hidden_layers", 7)
+        patch.setattr(model.network.model.config, "num_hidden_layers", 7)
         with pytest.raises(InvalidModelError, match="LlamaForCausalLM has 0 lists of 7 blocks"):
             list(model.layer_states(tokens, 50))
     monkeypatch.setattr("prism_gguf.models.llama_cpp._BLOCK_OUTPUT", "no_such_node-")

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from gguf_edit import edited
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 from variants import Updates, fine_tuned, merged_gguf, random_updates, write_adapter
 
 from prism_gguf import CompareOptions, compare
@@ -123,7 +124,7 @@ def instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The testbed after a few steps of training on other text, as an F16 GGUF with a chat template."""
     folder = tmp_path_factory.mktemp("instruct")
     model = HuggingFaceModel(MODEL)
-    network, text = model.network.float().requires_grad_(True), TEXTS[0].text[:20000]
+    network, text = model.network.model.float().requires_grad_(True), TEXTS[0].text[:20000]
     tokens = torch.from_numpy(model.tokenize(text)[: 4 * 128].astype(np.int64)).reshape(4, 128)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
     model.close()
@@ -283,3 +284,19 @@ def test_a_quantized_checkpoint_that_cannot_run_is_one_line(method: str, tmp_pat
     ) as error:
         HuggingFaceModel(tmp_path / "model")
     assert "\n" not in str(error.value) and "name its original checkpoint" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sample_of_a_wide_model_can_be_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of more columns than are sampled, in a type that is sampled as it is."""
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=1152, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(tmp_path / "wide")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, tmp_path / "wide")
+    with HuggingFaceModel(tmp_path / "wide") as model:
+        sample_of(model).save(tmp_path / "weights.safetensors")
+    kept = read_sample(tmp_path / "weights.safetensors")
+    assert kept is not None and kept.rows["token_embd.weight"].shape == (32, 1024)
+    assert kept.rows["token_embd.weight"].dtype == dtype

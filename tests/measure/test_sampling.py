@@ -70,7 +70,7 @@ def test_costs_of_a_sample_are_those_of_all_rows() -> None:
     n_rows, width, n_windows = 400, 64, 6
     random = np.random.default_rng(0)
     weights = torch.from_numpy((random.standard_normal((1, n_rows, width)) * 0.1).astype(np.float32))
-    tensor = QuantizableTensor("blk.0.x.weight", "x", weights, (weights[0],))
+    tensor = QuantizableTensor("blk.0.x.weight", "x", (1, n_rows, width), lambda: weights[0])
     lengths = skewed(n_rows)  # Σ δ² of each row
     by_window = np.abs(1 + 0.2 * random.standard_normal((n_windows, 1))) * lengths / n_windows
     squares = lengths[:, None] * skewed(width, 2) * random.chisquare(6, (n_rows, width)) / 6

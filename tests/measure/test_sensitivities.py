@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import Score
 from prism_gguf.measure.calibrate.gathering import Gatherer
 from prism_gguf.measure.calibrate.gradients import backward, fisher_gradient
-from prism_gguf.measure.calibrate.importance import _notes, _Observed
+from prism_gguf.measure.calibrate.importance import _notes, squares_of
 from prism_gguf.measure.calibrate.sensitivities import ensure_sensitivity
 from prism_gguf.measure.calibrate.statistics import Statistics
 from prism_gguf.models import ggml
@@ -36,8 +35,9 @@ from prism_gguf.models.conversions import KnownHead
 from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_quantizer import planned_types
+from prism_gguf.models.network import Network
 from prism_gguf.models.output_head import LogitTransform, OutputHead
-from prism_gguf.models.tensor_names import QuantizableTensor, quantizable_tensors
+from prism_gguf.models.tensor_names import quantizable_tensors
 from prism_gguf.results.options import SensitivityOptions
 from prism_gguf.results.sensitivity import read_sensitivity
 from prism_gguf.system.errors import InvalidModelError, InvalidSensitivityError, InvalidTextError
@@ -65,15 +65,12 @@ class Small(HuggingFaceModel):
     """A model that has no files: random weights, and no tokenizer."""
 
     def __init__(self, config: PreTrainedConfig, types: Sequence[torch.dtype] = (torch.float32,)) -> None:
-        self._path = "small"
-        self._model = make_model(config)
-        for parameter, dtype in zip(self._model.parameters(), cycle(types), strict=False):
+        self._path, model = "small", make_model(config)
+        for parameter, dtype in zip(model.parameters(), cycle(types), strict=False):
             parameter.data = parameter.data.to(dtype)
-        self._head = self._model.get_output_embeddings()
+        self._network = Network("small", model, {})
         self._known = KnownHead(transform=LogitTransform(softcap=getattr(config, "final_logit_softcapping", None)))
-        self._n_rows = len(self._head.weight)
-        self._states, self._stop = None, False
-        self._hook = self._head.register_forward_pre_hook(self._on_head)
+        self._n_rows = len(self.head_weight)
 
 
 PLAIN, MIXED = (torch.float32,), (torch.float16, torch.bfloat16, torch.float32)
@@ -88,16 +85,17 @@ def test_statistics_are_those_of_the_whole_gradient(
     config: PreTrainedConfig, types: Sequence[torch.dtype], tmp_path: Path
 ) -> None:
     model = Small(config, types)
-    tensors, _ = quantizable_tensors(model.network)
+    tensors, _ = model.quantizable_tensors()
     tokens = torch.randint(0, config.vocab_size, (3, 24))
-    found, observed = gathered(model, tokens, tmp_path, 1 if config is MOE else 2), _Observed(tensors)
+    found, observed = gathered(model, tokens, tmp_path, 2), squares_of(model, tokens.numpy(), tensors)
     expected = {t.name: (torch.zeros(t.shape), torch.zeros(t.shape)) for t in tensors}
 
     # The same random losses by plain autograd, with all weights asking for gradients; a tied head is another parameter.
-    head, network = model.output_head(), deepcopy(model.network).float()
+    head, network = model.output_head(), make_model(config)
+    network.load_state_dict(model.network.model.state_dict())
     network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.clone())
     for number, ids in enumerate(tokens):
-        states = model.traced_states(ids[None], Float32Compute())[0]
+        states = model.traced_states(ids[None], None, Float32Compute())[0]
         delta = fisher_gradient(states, head, torch.Generator().manual_seed(number))
         network.requires_grad_(True)
         hidden = network.model(input_ids=ids[None]).last_hidden_state[0]
@@ -119,8 +117,6 @@ def test_statistics_are_those_of_the_whole_gradient(
                 expected[tensor.name][place].add_(
                     gradient[:, tensor.first_row : tensor.first_row + tensor.shape[1]].square()
                 )
-        with torch.no_grad():
-            observed.add(head_of(model, tensors), 0, model.traced_states(ids[None], observed))
     for tensor in tensors:
         ours, (products, lookups) = found.tensor(tensor.name), expected[tensor.name]
         for matrix in range(tensor.shape[0]):
@@ -139,14 +135,10 @@ def test_statistics_are_those_of_the_whole_gradient(
         np.testing.assert_array_equal(ours.sums["counts"], observed.counts[tensor.name])
 
 
-def head_of(model: Small, tensors: Sequence[QuantizableTensor]) -> QuantizableTensor:
-    return next(t for t in tensors if t.products[0] is model.head_weight)
-
-
 def gathered(model: Small, tokens: torch.Tensor, folder: Path, size: int) -> Statistics:
     """Statistics over ``tokens`` (windows, n), in passes of ``size`` windows."""
     folder.mkdir(exist_ok=True)
-    statistics, (tensors, _) = Statistics(folder), quantizable_tensors(model.network)
+    statistics, (tensors, _) = Statistics(folder), model.quantizable_tensors()
     for start in range(0, len(tokens), size):
         batch = tokens[start : start + size]
         observer = Gatherer(tensors, statistics, tokens.numpy(), start, start + len(batch))
@@ -158,7 +150,7 @@ def test_windows_that_are_there_already_are_left_alone(tmp_path: Path) -> None:
     model, tokens = Small(LLAMA), torch.randint(0, 96, (3, 24))
     whole = gathered(model, tokens, tmp_path / "whole", 2)
     (tmp_path / "again").mkdir()
-    statistics, (tensors, _) = Statistics(tmp_path / "again"), quantizable_tensors(model.network)
+    statistics, (tensors, _) = Statistics(tmp_path / "again"), model.quantizable_tensors()
     for start, stop in ((0, 1), (0, 2), (1, 3), (1, 3)):  # parts of what is asked again are there
         observer = Gatherer(tensors, statistics, tokens.numpy(), start, stop)
         backward(model, tokens[start:stop], tensors, observer, seed=start)
@@ -176,10 +168,8 @@ def test_windows_that_are_there_already_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["imatrix.gguf", "imatrix.dat"])
 def test_experts_that_no_token_reached_are_named_and_weigh_evenly(name: str, tmp_path: Path) -> None:
     model = Small(MOE)
-    tensors, _ = quantizable_tensors(model.network)
-    observed = _Observed(tensors)
-    with torch.no_grad():
-        model.traced_states(torch.tensor([[3]]), observed)  # two of four experts
+    tensors, _ = model.quantizable_tensors()
+    observed = squares_of(model, np.array([[3]]), tensors)  # two of four experts
     seen = {n for n, counts in observed.counts.items() if counts.any()}
     sums, counts = ({n: found[n] for n in seen} for found in (observed.sums, observed.counts))
     write_imatrix(tmp_path / name, sums, counts, datasets=["x"], n_chunks=40, chunk_size=512)
@@ -211,7 +201,7 @@ def test_names_of_fused_and_merged_weights() -> None:
 
 def test_tensors_are_those_that_llama_cpp_quantizes(ladder: dict[str, Path]) -> None:
     with HuggingFaceModel(MODEL) as model:
-        tensors, left_out = quantizable_tensors(model.network)
+        tensors, left_out = model.quantizable_tensors()
     planned = planned_types(ladder["F16"], Mix("Q8_0"))
     assert {t.name for t in tensors} == {name for name, kind in planned.items() if kind == "Q8_0"}
     assert not left_out
@@ -240,15 +230,15 @@ def test_predictions_are_what_quantizing_costs(tmp_path: Path) -> None:
     found = ensure_sensitivity(str(MODEL), reading(), SensitivityOptions(types=("Q4_0", "Q3_K"), cache=tmp_path))
     assert len(found.tensors) == 30 and not found.left_out
     with HuggingFaceModel(MODEL) as model:
-        tensors, _ = quantizable_tensors(model.network)
+        tensors, _ = model.quantizable_tensors()
         windows = Reading([held_out_texts()[1]], 128, 12, Score.ALL).windows(model)[0]
         ids = torch.from_numpy(windows.tokens.astype(np.int64))[4:]  # other windows than those above
-        parameters = dict(model.network.named_parameters())
+        parameters = dict(model.network.model.named_parameters())
 
         @torch.no_grad()
         def log_probabilities() -> torch.Tensor:
             with Float32Compute():
-                return torch.log_softmax(model.network(input_ids=ids).logits.float(), -1)
+                return torch.log_softmax(model.network.model(input_ids=ids).logits.float(), -1)
 
         reference, measured = log_probabilities(), []
         for tensor in tensors:
@@ -273,9 +263,10 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = SensitivityOptions(types=("Q4_0",), cache=tmp_path / "a")
-    chosen = reading(windows=3, n_ctx=1024)  # one batch is two windows
+    monkeypatch.setattr("prism_gguf.measure.calibrate.gradients.free_bytes", lambda _: 0)
+    chosen = reading(windows=3, n_ctx=1024)  # with little memory, one batch is two windows
 
     def kill_in(chosen_stage: str) -> Progress:
         def kill(done: int, total: int, stage: str = "", /) -> None:

@@ -26,7 +26,7 @@ from prism_gguf.formats.text.selection import Reading
 from prism_gguf.measure.candidate import measure_candidate
 from prism_gguf.measure.capture.ensure import ensure_capture
 from prism_gguf.measure.headers import Headers, read_candidate
-from prism_gguf.models.huggingface import check_checkpoint
+from prism_gguf.models.checkpoint_checks import check_checkpoint
 from prism_gguf.reports.html import page
 from prism_gguf.reports.markdown import card
 from prism_gguf.reports.terminal import print_comparison

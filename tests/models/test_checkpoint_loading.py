@@ -74,7 +74,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def check_exact(folder: Path) -> HuggingFaceModel:
     """Every tensor of its files is a parameter of the same type and the same bits, or of the type that it is read as."""
     with HuggingFaceModel(folder) as model:
-        found = {**dict(model.network.named_buffers()), **dict(model.network.named_parameters())}
+        found = {**dict(model.network.model.named_buffers()), **dict(model.network.model.named_parameters())}
         for name, tensor in tensors_of(folder).items():
             wanted = tensor.to(READ_AS.get(tensor.dtype, tensor.dtype))
             assert found[name].dtype == wanted.dtype, name
@@ -153,7 +153,8 @@ def test_experts_that_transformers_joins(
     folder = say(stored(tmp_path / "model", config(), lambda _: next(turn)), dtype="bfloat16")
     seen = 0
     with HuggingFaceModel(folder) as model:
-        found = {**dict(model.network.named_buffers()), **dict(model.network.named_parameters())}
+        stored_as = {name: model.network.weights.stored(name) for name, _ in model.network.model.named_parameters()}
+        found = {**dict(model.network.model.named_buffers()), **stored_as}
         for name, tensor in tensors_of(folder).items():
             for value in pieces(name, found):
                 if value.shape == tensor.shape and torch.equal(value.double(), tensor.double()):
@@ -186,7 +187,7 @@ def test_types_said_for_the_text_model_within(tmp_path: Path) -> None:
     inner = json.loads((folder / "config.json").read_text())["text_config"]
     say(folder, dtype="float32", text_config={**inner, "dtype": "bfloat16"})
     with HuggingFaceModel(folder) as model:
-        assert {p.dtype for p in model.network.parameters()} == {torch.float16}
+        assert {p.dtype for p in model.network.model.parameters()} == {torch.float16}
         (embedding,) = (t for name, t in tensors_of(folder).items() if name.endswith("embed_tokens.weight"))
         assert torch.equal(model.head_weight, embedding)
         assert "config.json says bfloat16, the weights are stored in float16" in model.identity.notes[0]

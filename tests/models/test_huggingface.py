@@ -86,7 +86,7 @@ def test_a_transform_it_does_not_know_is_refused(tmp_path: Path, monkeypatch: py
 def test_weights_stay_as_stored(tmp_path: Path) -> None:
     folder = save(CONFIGS["llama"](), tmp_path / "model", torch.float16)
     with HuggingFaceModel(folder) as model:
-        assert {p.dtype for p in model._model.parameters()} == {torch.float16}
+        assert {p.dtype for p in model.network.model.parameters()} == {torch.float16}
 
 
 def test_testbed_vocabulary() -> None:
@@ -106,8 +106,13 @@ def test_undefined_weights_are_an_error(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "nan")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, tmp_path / "nan")
-    with pytest.raises(RuntimeFailureError, match="undefined"):
-        HuggingFaceModel(tmp_path / "nan")
+    with HuggingFaceModel(tmp_path / "nan") as broken:
+        with pytest.raises(
+            RuntimeFailureError, match=r"undefined .* hidden states after block 1; the weights are damaged"
+        ):
+            list(broken.states_of(TOKENS[None], 32))
+        with pytest.raises(RuntimeFailureError, match="undefined"):
+            list(broken.window_states(TOKENS, 32))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

@@ -198,9 +198,12 @@ def test_weights_in_parts_are_mapped_and_only_slow(tmp_path: Path) -> None:
     assert header is not None and (header.vocab, header.width, header.tied) == (64, 32, True)
     large = replace(header, stored_bytes=10 * memory())
     told: list[Estimate] = []
-    work = Work(4, 64, 31)
-    fast = Costs(Speed(1e11, 1e9), memory())
+    work, fast = Work(4, 64, 31), Costs(Speed(1e11, 1e9), memory())
     admit(fast.run(large, work), estimated=told.append)
+    assert "read again and again" not in str(told.pop())  # once, block by block
+    long = Work(4, 4096, 31)  # through the cache, piece by piece
+    assert fast.run(large, long).seconds > 3 * fast.run(large, work).seconds
+    admit(fast.run(large, long), estimated=told.append)
     assert "read again and again" in str(told[0])
     assert told[0].seconds > 2 * fast.run(header, work).seconds + 4 * large.stored_bytes / 1e10
 

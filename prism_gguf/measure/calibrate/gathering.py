@@ -265,7 +265,7 @@ def ensure_statistics(
     with locked(statistics.folder, cache, progress):
         statistics.folder.mkdir(parents=True, exist_ok=True)
         start = windows_done(statistics, tensors)
-        size = windows_per_batch(tensors, tokens.shape[1])
+        size = windows_per_batch(model, tensors, tokens.shape[1])
         while start < len(tokens):
             batch = torch.from_numpy(tokens[start : start + size].astype(np.int64))
             stop = start + len(batch)

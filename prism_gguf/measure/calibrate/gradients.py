@@ -11,17 +11,22 @@ arrives, one product at a time. δ W, the gradient at x, says what rounding x co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from prism_gguf.models.costs import windows_at_once
 from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.output_head import OutputHead
-from prism_gguf.models.tensor_names import QuantizableTensor
+from prism_gguf.models.passes import BLOCK_TOKENS, LONGEST_PASS, STREAMS_OF_A_PASS, STREAMS_SHARE
+from prism_gguf.models.placement import free_bytes
+from prism_gguf.models.streams import Streams
+from prism_gguf.models.tensor_names import QuantizableTensor, uses_of
 from prism_gguf.system.machine import memory
+from prism_gguf.system.progress import Progress, no_progress
 
 
 class Observer(Protocol):
@@ -45,15 +50,23 @@ class Observer(Protocol):
         """No more of these tensors in this pass."""
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Who is told of products, and the number of the first window that they are of."""
+
+    observer: Observer
+    window: int = 0
+
+
 class _Product(torch.autograd.Function):
     """x Wᵀ (+ b) with W as stored; in the backward pass the observer sees x and δ, and no weight gradient exists."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, uses: Any, observer: Observer
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, uses: Any, seen: _Seen
     ) -> Any:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.uses, ctx.observer = weight, uses, observer
+        ctx.weight, ctx.uses, ctx.seen = weight, uses, seen
         return torch.nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
 
     @staticmethod
@@ -65,9 +78,8 @@ class _Product(torch.autograd.Function):
             own = delta[..., rows] @ ctx.weight[rows].float()
             back += own
             # Experts see the tokens of one sequence, in a flat batch.
-            ctx.observer.product(
-                tensor, matrix, 0, *(v if v.ndim == 3 else v[None] for v in (x, delta[..., rows], own))
-            )
+            x_, delta_, own_ = (v if v.ndim == 3 else v[None] for v in (x, delta[..., rows], own))
+            ctx.seen.observer.product(tensor, matrix, ctx.seen.window, x_.cpu(), delta_.cpu(), own_.cpu())
         return back, None, None, None, None
 
 
@@ -83,17 +95,21 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (ids,) = ctx.saved_tensors
-        ctx.observer.embedding(0, ids, grads[0])
+        ctx.observer.embedding(0, ids.cpu(), grads[0].float().cpu())
         return None, None, None, None
 
 
 class _Traced(Float32Compute):
-    """Computes as the reference does, and leaves a graph that reports x and δ of the products asked for."""
+    """Computes as the reference does, and leaves a graph that reports x and δ of the products asked for.
 
-    def __init__(self, tensors: Sequence[QuantizableTensor], embedding: torch.Tensor, observer: Observer) -> None:
+    Args:
+        uses: see ``tensor_names.uses_of``.
+        embedding: the matrix whose lookups are reported, which is where the graph begins.
+    """
+
+    def __init__(self, uses: Mapping[Any, Any], seen: _Seen, embedding: torch.Tensor | None = None) -> None:
         super().__init__()
-        self._uses = products_by_weight(tensors)
-        self._embedding, self._observer = embedding, observer
+        self._uses, self._seen, self._embedding = uses, seen, embedding
         # The graph needs something to begin with; no parameter asks for a gradient.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -102,21 +118,10 @@ class _Traced(Float32Compute):
             x, weight, bias = linear_arguments(*args, **(kwargs or {}))
             uses = self._uses.get((weight.data_ptr(), tuple(weight.shape)))
             if uses is not None:
-                return _Product.apply(x, weight, bias, uses, self._observer)
+                return _Product.apply(x, weight, bias, uses, self._seen)
         if func is torch.nn.functional.embedding and args[1] is self._embedding:
-            return _Embedding.apply(self._anchor, args[0], args[1], self._observer)
+            return _Embedding.apply(self._anchor, args[0], args[1], self._seen.observer)
         return super().__torch_function__(func, types, args, kwargs)
-
-
-def products_by_weight(
-    tensors: Sequence[QuantizableTensor],
-) -> dict[tuple[int, tuple[int, ...]], list[tuple[QuantizableTensor, int]]]:
-    """Which matrix of which tensors a weight is, by its place in memory and shape: experts multiply by views."""
-    uses: dict[tuple[int, tuple[int, ...]], list[tuple[QuantizableTensor, int]]] = {}
-    for tensor in tensors:
-        for matrix, weight in enumerate(tensor.products):
-            uses.setdefault((weight.data_ptr(), tuple(weight.shape)), []).append((tensor, matrix))
-    return uses
 
 
 def linear_arguments(
@@ -132,28 +137,58 @@ def backward(
     tensors: Sequence[QuantizableTensor],
     observer: Observer,
     seed: int,
+    *,
+    progress: Progress = no_progress,
 ) -> None:
     """Run k sequences forward, and one random loss for each of them backward; the observer sees all products.
 
-    The head's δ is (n, V) for one sequence, the largest thing here; the rest is what autograd keeps of k sequences.
+    A network that can be cut goes block by block: what is kept of it is the stream before each block, in memory or on
+    disk. Otherwise autograd keeps all inputs of all products. The head's δ is (n, V) for one sequence.
 
     Args:
         tokens: (k, n) int64.
         seed: of the random signs of the first sequence; the next takes the next.
+        progress: counts the blocks' windows, forward and backward.
     """
-    head = model.output_head()
-    head_tensor = next((t for t in tensors if t.products[0] is model.head_weight), None)
-    mode = _Traced([t for t in tensors if t is not head_tensor], model.embedding_weight, observer)
-    states = model.traced_states(tokens, mode)
-    gradient = torch.empty_like(states)
-    for number, hidden in enumerate(states.detach()):
-        generator = torch.Generator().manual_seed(seed + number)
-        delta = fisher_gradient(hidden, head, generator)
-        gradient[number] = sum(delta[:, start:stop] @ rows for start, stop, rows in head.chunks())
-        if head_tensor is not None:
-            observer.product(head_tensor, 0, number, hidden[None], delta[None], gradient[number][None])
-    states.backward(gradient)
-    observer.finished(tensors)
+    head, network, seen = model.output_head(), model.network, _Seen(observer)
+    head_tensor = next((t for t in tensors if t.name == head_name(model, tensors)), None)
+    body = [t for t in tensors if t is not head_tensor]
+    outside = _Traced(uses_of(body, network.outside()), seen, model.embedding_weight)
+    with Streams(memory() // STREAMS_SHARE) as streams:
+        run = None
+        if network.cut is not None:
+            run = network.run_of(
+                streams,
+                windows_at_once=windows_of_a_block(tensors, tokens.shape[1]),
+                backward=lambda placed, window: _Traced(uses_of(body, placed), _Seen(observer, window)),
+                went_back=partial(_finished, observer, body, network.cut.prefixes),
+                progress=progress,
+            )
+        states = model.traced_states(tokens, run, outside)
+        gradient = torch.empty_like(states)
+        for number, hidden in enumerate(states.detach()):
+            generator = torch.Generator().manual_seed(seed + number)
+            delta = fisher_gradient(hidden, head, generator)
+            at_input = torch.zeros_like(hidden)
+            for start, stop, rows in head.chunks():
+                at_input += delta[:, start:stop] @ rows.to(hidden.device)
+            gradient[number] = at_input
+            if head_tensor is not None:
+                observer.product(head_tensor, 0, number, *(v[None].cpu() for v in (hidden, delta, at_input)))
+            del delta
+        states.backward(gradient)
+    inside = set() if network.cut is None else {t.name for t in body if t.parameter.startswith(network.cut.prefixes)}
+    observer.finished([t for t in tensors if t.name not in inside])
+
+
+def head_name(model: HuggingFaceModel, tensors: Sequence[QuantizableTensor]) -> str | None:
+    """Which tensor is the output head."""
+    parameters = dict(model.network.model.named_parameters())
+    return next((t.name for t in tensors if parameters[t.parameter] is model.head_weight), None)
+
+
+def _finished(observer: Observer, tensors: Sequence[QuantizableTensor], prefixes: Sequence[str], number: int) -> None:
+    observer.finished([t for t in tensors if t.parameter.startswith(prefixes[number])])
 
 
 def fisher_gradient(hidden: torch.Tensor, head: OutputHead, generator: torch.Generator) -> torch.Tensor:
@@ -165,14 +200,14 @@ def fisher_gradient(hidden: torch.Tensor, head: OutputHead, generator: torch.Gen
     Returns:
         (n, V) float32.
     """
-    logits = torch.empty(len(hidden), head.n_rows)
+    logits = torch.empty(len(hidden), head.n_rows, device=hidden.device)
     for start, stop, rows in head.chunks():
-        logits[:, start:stop] = head.logits(hidden, start, stop, rows)
+        logits[:, start:stop] = head.logits(hidden, start, stop, rows.to(hidden.device))
     slope = None
     if head.transform.softcap is not None:  # d/dx of c tanh(x / c)
         slope = 1 - torch.square(logits / head.transform.softcap)
     p = torch.softmax(logits, dim=1, out=logits)
-    signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+    signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(p.device)
     signed = p.sqrt().mul_(signs)
     u = signed.sub_(p.mul_(signed.sum(1, keepdim=True)))
     if slope is not None:
@@ -180,11 +215,23 @@ def fisher_gradient(hidden: torch.Tensor, head: OutputHead, generator: torch.Gen
     return u.mul_(head.transform.scale)
 
 
-def windows_per_batch(tensors: Sequence[QuantizableTensor], n_ctx: int) -> int:
-    """How many windows go through ``gradients.backward`` at once: as many as half of the free memory has room for."""
+def windows_of_a_block(tensors: Sequence[QuantizableTensor], n_ctx: int) -> int:
+    """How many windows a block computes together; experts get the tokens of all of them in one flat batch."""
+    return 1 if any(t.shape[0] > 1 for t in tensors) else max(1, BLOCK_TOKENS // n_ctx)
+
+
+def windows_per_batch(model: HuggingFaceModel, tensors: Sequence[QuantizableTensor], n_ctx: int) -> int:
+    """How many windows go through ``backward`` at once.
+
+    By blocks: as many as the streams before all blocks have room for in memory, and 2048 tokens at least, for each batch
+    reads all weights twice. As a whole: as many as half of the memory has room for, 2048 tokens at most.
+    """
+    if model.network.cut is not None:
+        per_token = 4 * model.head_weight.shape[1] * (len(model.network.cut.blocks) + STREAMS_OF_A_PASS)
+        return max(LONGEST_PASS, free_bytes(model.network.device) // STREAMS_SHARE // per_token) // n_ctx or 1
     if any(t.shape[0] > 1 for t in tensors):
-        return 1  # experts get the tokens of all windows in one flat batch
+        return 1
     # Each product keeps its input and output in float32, and what lies between products about as much again.
     body = (t.shape for t in tensors if t.name not in ("token_embd.weight", "output.weight"))
     bytes_per_token = 2 * 4 * sum(rows + width for _, rows, width in body)
-    return windows_at_once(bytes_per_token, n_ctx, memory())
+    return max(1, min(LONGEST_PASS, memory() // 2 // max(1, bytes_per_token)) // n_ctx)

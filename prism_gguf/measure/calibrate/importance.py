@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,23 @@ from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import notes_of
-from prism_gguf.measure.calibrate.gradients import linear_arguments, products_by_weight
+from prism_gguf.measure.calibrate.gradients import head_name, linear_arguments
 from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
-from prism_gguf.models.tensor_names import QuantizableTensor, quantizable_tensors
+from prism_gguf.models.passes import STREAMS_SHARE
+from prism_gguf.models.placement import placement_of
+from prism_gguf.models.streams import Streams
+from prism_gguf.models.tensor_names import QuantizableTensor, uses_of
 from prism_gguf.results.imatrix import CollectedImatrix
 from prism_gguf.results.options import RunOptions
 from prism_gguf.system.amounts import few
 from prism_gguf.system.errors import InvalidModelError
-from prism_gguf.system.progress import Progress, no_progress
+from prism_gguf.system.machine import memory
+from prism_gguf.system.progress import Progress, no_progress, stage
 
 
-class _Observed(Float32Compute):
-    """Computes as the reference does, and adds up the squared inputs of the products asked for.
+class Squares:
+    """Squared inputs of matrices, added up over tokens.
 
     Attributes:
         sums: tensor → (matrices, columns) float64.
@@ -33,22 +37,54 @@ class _Observed(Float32Compute):
     """
 
     def __init__(self, tensors: Sequence[QuantizableTensor]) -> None:
-        super().__init__()
-        self._uses = products_by_weight(tensors)
         self.sums = {t.name: np.zeros((t.shape[0], t.shape[2])) for t in tensors}
         self.counts = {t.name: np.zeros(t.shape[0]) for t in tensors}
 
     def add(self, tensor: QuantizableTensor, matrix: int, x: torch.Tensor) -> None:
         flat = x.flatten(0, -2)
-        self.sums[tensor.name][matrix] += flat.square().sum(0).double().numpy()
+        self.sums[tensor.name][matrix] += flat.square().sum(0).double().cpu().numpy()
         self.counts[tensor.name][matrix] += len(flat)
+
+
+class _Observed(Float32Compute):
+    """Computes as the reference does, and adds the inputs of the products asked for to ``squares``."""
+
+    def __init__(self, squares: Squares, uses: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self._squares, self._uses = squares, uses
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.nn.functional.linear:
             x, weight, _ = linear_arguments(*args, **(kwargs or {}))
             for tensor, matrix in self._uses.get((weight.data_ptr(), tuple(weight.shape)), ()):
-                self.add(tensor, matrix, x.float())
+                self._squares.add(tensor, matrix, x.float())
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def squares_of(
+    model: HuggingFaceModel,
+    tokens: np.ndarray,
+    tensors: Sequence[QuantizableTensor],
+    progress: Progress = no_progress,
+) -> Squares:
+    """Squared inputs over windows (n, n_ctx) of tokens."""
+    found, head = Squares(tensors), head_name(model, tensors)
+    outside = _Observed(found, uses_of((t for t in tensors if t.name != head), model.network.outside()))
+    with torch.no_grad():
+        for ids, within in model.groups(torch.from_numpy(tokens.astype(np.int64)), progress):
+            with Streams(memory() // STREAMS_SHARE) as streams:
+                run = None
+                if model.network.cut is not None:
+                    run = model.network.run_of(
+                        streams,
+                        forward=lambda placed, _: _Observed(found, uses_of(tensors, placed)),
+                        progress=within,
+                    )
+                states = model.traced_states(ids, run, outside)
+                for tensor in tensors:
+                    if tensor.name == head:
+                        found.add(tensor, 0, states)
+    return found
 
 
 def collect_imatrix(
@@ -67,18 +103,14 @@ def collect_imatrix(
         )
     options.limit_threads()
     progress(0, 0, "loading")
-    with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model, torch.no_grad():
+    placement = placement_of(options).in_float32
+    opened = HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code, placement=placement)
+    with opened as model, torch.no_grad():
         windows, texts = reading.windows(model)
-        tensors, left_out = quantizable_tensors(model.network)
+        tensors, left_out = model.quantizable_tensors()
         if not tensors:
             raise InvalidModelError(f"{reference}: no tensor has a name: {next(iter(left_out.values()), 'none found')}")
-        observed = _Observed(tensors)
-        head = next((t for t in tensors if t.products[0] is model.head_weight), None)
-        for number, tokens in enumerate(windows.tokens):
-            progress(number, windows.n_windows, "running")
-            states = model.traced_states(torch.from_numpy(tokens[None].astype(np.int64)), observed)
-            if head is not None:
-                observed.add(head, 0, states)
+        observed = squares_of(model, windows.tokens, tensors, stage(progress, "running"))
     seen = {name for name, counts in observed.counts.items() if counts.any()}  # not an embedding that is no head
     write_imatrix(
         out,
@@ -99,7 +131,7 @@ def collect_imatrix(
     )
 
 
-def _notes(out: Path, observed: _Observed) -> list[str]:
+def _notes(out: Path, observed: Squares) -> list[str]:
     """What is written, as a reader will see it; and what no token reached at all."""
     missed = [name for name, counts in observed.counts.items() if not counts.any() and name not in _TABLES]
     notes = list(read_imatrix(out).notes())

@@ -20,6 +20,7 @@ from prism_gguf.measure.capture.source import is_new, work_of
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.factors import factors_of, smoothing_digest
 from prism_gguf.models.header import ModelHeader, model_header
+from prism_gguf.models.placement import placement_of
 from prism_gguf.results.options import RunOptions, SensitivityOptions
 from prism_gguf.results.sensitivity import SCHEMA, Cost, Sensitivity, TensorSensitivity, read_sensitivity
 from prism_gguf.system.amounts import amount
@@ -61,7 +62,8 @@ def place(reference: str, reading: Reading, options: SensitivityOptions, progres
     fingerprint = model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
     smoothed = [] if options.smoothed is None else [smoothing_digest(Path(options.smoothed))]
     chosen = options.measuring(beside=RunOptions)
-    key = key_of([SCHEMA, fingerprint, reading.digest, chosen, imatrix_digest(imatrix), *smoothed])
+    placed = placement_of(options).in_float32.key
+    key = key_of([SCHEMA, fingerprint, reading.digest, chosen, imatrix_digest(imatrix), *smoothed, *placed])
     folder = options.cache_folder / "sensitivities"
     return Place(fingerprint, folder / f"{key}.json", folder / key)
 
@@ -100,16 +102,17 @@ def _measure(
     from prism_gguf.measure.calibrate.gathering import ensure_statistics
     from prism_gguf.measure.calibrate.weight_errors import WeightErrors
     from prism_gguf.models.huggingface import HuggingFaceModel
-    from prism_gguf.models.tensor_names import quantizable_tensors
 
     progress(0, 0, "loading")
-    with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:
+    placement = placement_of(options).in_float32
+    opened = HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code, placement=placement)
+    with opened as model:
         windows, texts = reading.windows(model)
         if windows.n_windows < 2:
             raise InvalidTextError(
                 f"{amount(windows.n_windows, 'window')} of text: a standard error needs two; give more text"
             )
-        tensors, left_out = quantizable_tensors(model.network)
+        tensors, left_out = model.quantizable_tensors()
         if not tensors:
             raise InvalidModelError(
                 f"{reference}: no tensor can be scored: {next(iter(left_out.values()), 'none found')}"
@@ -131,7 +134,7 @@ def _measure(
         tool_version=__version__,
         command=sys.argv,
         created=now(),
-        environment=environment(),
+        environment={**environment(), **placement.record},
         reference={"path": reference, "fingerprint": fingerprint},
         text={
             "fingerprint": windows.fingerprint,

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from prism_gguf.measure.same_weights import WeightSample, read_sample, sample_of
 from prism_gguf.models.output_head import LogitTransform, OutputHead
 from prism_gguf.models.protocol import Model
 from prism_gguf.results.model import ModelIdentity
+from prism_gguf.results.options import FLOAT32
 from prism_gguf.results.serving import Serving
 from prism_gguf.system.atomic_files import write_whole, written_whole
 from prism_gguf.system.cache import KEY, MANIFEST, is_capture, recorded_key
 from prism_gguf.system.environment import environment, now
 from prism_gguf.system.errors import InvalidCaptureError
-from prism_gguf.system.progress import Progress, no_progress, stage
+from prism_gguf.system.progress import Progress, no_progress, share, stage
 from prism_gguf.system.version import __version__
 
 SCHEMA = "prism-gguf/capture/1"
@@ -38,6 +39,7 @@ OWN_HEAD = {"file": "head.safetensors", "tensor": "rows", "bias": "bias"}
 """Where a capture that keeps its head's rows has them."""
 WEIGHTS = "weights.safetensors"
 _SERVING = "serving"
+_STREAM = "stream.safetensors"  # of a long pass that was interrupted
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,16 @@ def _run(
         windows, texts = reading.windows(model)
         shape = (windows.n_windows, windows.scored_per_window, model.identity.hidden_size)
         if recorded_key(folder) != key:
-            for leftover in folder.glob("*.npy"):
-                leftover.unlink()
+            for leftover in (*folder.glob("*.npy"), folder / _STREAM):
+                leftover.unlink(missing_ok=True)
             write_whole(folder / KEY, key)
         states = StateFile(folder, shape, writable=True)
         before.give(states, windows, model.identity.hidden_size)
         missing = states.missing()
-        for left, number in zip(range(len(missing), 0, -1), missing, strict=True):
-            progress(windows.n_windows - left, windows.n_windows, "running")
-            parts = [s.hidden for s in model.window_states(windows.tokens[number], windows.first_scored)]
-            states.write_states(number, np.concatenate(parts))
+        running = share(stage(progress, "running"), windows.n_windows - len(missing), len(missing), windows.n_windows)
+        found = model.states_of(windows.tokens[missing], windows.first_scored, kept=folder / _STREAM, progress=running)
+        for number, hidden in zip(missing, found, strict=True):
+            states.write_states(number, hidden)
         progress(0, 0, "saving")
         with written_whole(folder / TOKENS) as partial, partial.open("wb") as stream:
             np.save(stream, windows.tokens)
@@ -136,13 +138,13 @@ def _run(
         if source is None:
             _save_head(folder / OWN_HEAD["file"], head)
         sample_of(model).save(folder / WEIGHTS)
-        vocabulary = model.vocabulary
+        vocabulary, identity = model.vocabulary, _identity(model, windows)
         return {
             "schema": SCHEMA,
             "tool_version": __version__,
             "created": now(),
             "environment": environment(),
-            "identity": asdict(model.identity),
+            "identity": asdict(identity),
             "windows": record_of(windows),
             "texts": [asdict(text) for text in texts],
             "n_tokens": vocabulary.n_tokens,
@@ -156,6 +158,18 @@ def _run(
                 "digest": _digest(head),
             },
         }
+
+
+def _identity(model: Model, windows: TokenWindows) -> ModelIdentity:
+    """The model's, with what its type cost where it was not run in float32."""
+    identity = model.identity
+    if identity.compute_dtype in (None, FLOAT32):
+        return identity
+    from prism_gguf.measure.capture.dtype_cost import dtype_note
+    from prism_gguf.models.huggingface import HuggingFaceModel
+
+    assert isinstance(model, HuggingFaceModel)
+    return replace(identity, notes=[*identity.notes, dtype_note(model, windows)])
 
 
 def record_of(windows: TokenWindows) -> dict[str, Any]:

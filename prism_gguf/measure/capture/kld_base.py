@@ -10,23 +10,32 @@ import numpy as np
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.kld_base import MAGIC
 from prism_gguf.formats.text.windows import Score
+from prism_gguf.models.placement import free_bytes, is_gpu, placement_of
+from prism_gguf.results.options import RunOptions
 from prism_gguf.system.amounts import amount
 from prism_gguf.system.atomic_files import written_whole
 from prism_gguf.system.errors import IncompatibleModelsError, InvalidCaptureError
 from prism_gguf.system.progress import Progress, no_progress
 
 if TYPE_CHECKING:  # torch is loaded where logits are made
+    import torch
+
     from prism_gguf.measure.capture.capture_file import Capture
     from prism_gguf.models.output_head import OutputHead
 
 _RANGE = 16.0
 _STEPS = 65535
-# Tokens whose whole logits exist at a time.
-_BLOCK_BYTES = 64 * 2**20
+# Tokens whose whole logits exist at a time; on a GPU more, for all rows travel to it for each block.
+_BLOCK_BYTES, _GPU_BYTES = 64 * 2**20, 2**31
 
 
 def export_kld_base(
-    capture_folder: str, file: str, candidate: str | None = None, *, progress: Progress = no_progress
+    capture_folder: str,
+    file: str,
+    candidate: str | None = None,
+    options: RunOptions | None = None,
+    *,
+    progress: Progress = no_progress,
 ) -> int:
     """Write a capture as the file that ``llama-perplexity --kl-divergence-base`` reads. Runs in the worker.
 
@@ -34,6 +43,7 @@ def export_kld_base(
 
     Args:
         candidate: the GGUF that the file is for; None takes it to have as many rows as the reference.
+        options: with the device that multiplies states by rows.
 
     Returns:
         The size of the vocabulary that was written.
@@ -44,6 +54,7 @@ def export_kld_base(
     """
     from prism_gguf.measure.capture.capture_file import read_capture
 
+    device = placement_of(options or RunOptions()).device
     capture = read_capture(Path(capture_folder), progress)
     windows = capture.windows
     if windows.score is not Score.HALF:
@@ -51,14 +62,15 @@ def export_kld_base(
             f"{capture_folder}: scores all tokens; llama-perplexity's format holds the second half"
         )
     n_vocab = capture.head.n_rows if candidate is None else _vocabulary_of(candidate, capture)
-    block = max(1, _BLOCK_BYTES // (4 * n_vocab))
+    room = max(_BLOCK_BYTES, min(_GPU_BYTES, free_bytes(device) // 8)) if is_gpu(device) else _BLOCK_BYTES
+    block = max(1, room // (4 * n_vocab))
     with written_whole(Path(file)) as partial, partial.open("wb") as stream:
         stream.write(MAGIC)
         np.array([windows.n_ctx, n_vocab, windows.n_windows], dtype="<i4").tofile(stream)
         windows.tokens.astype("<i4").tofile(stream)
         for at in range(0, windows.n_scored, block):
             progress(at, windows.n_scored, "writing")
-            _records(capture.head, capture.states[at : at + block], n_vocab).tofile(stream)
+            _records(capture.head, capture.states[at : at + block], n_vocab, device).tofile(stream)
     return n_vocab
 
 
@@ -75,20 +87,20 @@ def _vocabulary_of(candidate: str, capture: Capture) -> int:
     return n_vocab
 
 
-def _records(head: OutputHead, hidden: np.ndarray, n_vocab: int) -> np.ndarray:
+def _records(head: OutputHead, hidden: np.ndarray, n_vocab: int, device: torch.device) -> np.ndarray:
     """One record per token, (n, 4 + V made even) uint16. Rows that only the candidate has get no probability."""
     import torch
 
-    logits = torch.full((len(hidden), n_vocab), -torch.inf)
-    entered = head.enter(hidden)
+    logits = torch.full((len(hidden), n_vocab), -torch.inf, device=device)
+    entered = head.enter(hidden).to(device)
     for start, stop, rows in head.chunks(min(n_vocab, head.n_rows)):
-        logits[:, start:stop] = head.logits(entered, start, stop, rows)
+        logits[:, start:stop] = head.logits(entered, start, stop, rows.to(device))
     highest = logits.max(dim=1, keepdim=True).values
     lowest = torch.maximum(logits.min(dim=1, keepdim=True).values, highest - _RANGE)
     scale = (highest - lowest) / _STEPS
     lowest_log_p = lowest - torch.logsumexp(logits, dim=1, keepdim=True)
     steps = ((logits.sub_(lowest)).clamp_(min=0.0) / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
     records = np.zeros((len(hidden), 4 + n_vocab + n_vocab % 2), dtype="<u2")
-    records[:, :4] = torch.cat([scale, lowest_log_p], dim=1).numpy().astype("<f4").view("<u2")
-    records[:, 4 : 4 + n_vocab] = steps.numpy()
+    records[:, :4] = torch.cat([scale, lowest_log_p], dim=1).cpu().numpy().astype("<f4").view("<u2")
+    records[:, 4 : 4 + n_vocab] = steps.cpu().numpy()
     return records

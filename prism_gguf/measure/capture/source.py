@@ -12,6 +12,7 @@ from prism_gguf.formats.text.selection import Reading, Source, TokenSource
 from prism_gguf.formats.text.windows import EvaluationText, Score, notes_of
 from prism_gguf.measure.capture.ensure import capture_place, ensure_capture
 from prism_gguf.measure.capture.part import ensure_part, part_place
+from prism_gguf.measure.capture.unhashed import hashes_behind
 from prism_gguf.models.costs import Work, costs_of, state_bytes
 from prism_gguf.models.header import ModelHeader, model_header
 from prism_gguf.results.comparison import TextInfo
@@ -168,6 +169,8 @@ def _capturing(
 
     if model is not None and is_new(model, options):
         admit(whole(Path(options.out or options.cache_folder)), force=options.force)
+    if hashes_behind(model, options.cache_folder):
+        return whole(Path(options.out or options.cache_folder))
     folder = capture_place(reference, reading, options, progress).folder
     if model is None or is_capture(folder) or not work_of(reading).n_windows:  # too short: who reads it says so
         return Estimate()

@@ -56,6 +56,8 @@ def coalitions(
     targets: np.ndarray,
     ratio: float,
     finish: tuple[Finish, Finish],
+    *,
+    device: torch.device | None = None,
 ) -> Coalitions:
     """Values of all coalitions for n tokens, from products that arrive in vocabulary chunks.
 
@@ -63,14 +65,15 @@ def coalitions(
         targets: token that follows each position, (n,) int.
         ratio: r = ρ_P / ρ_T.
         finish: the transforms of the reference's and the candidate's head (bias, scale, soft cap), in place.
+        device: where the products are; None is the CPU.
 
     Raises:
         UndefinedMetricError: a logit is NaN or infinite.
     """
-    ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
+    ids = torch.from_numpy(np.asarray(targets, dtype=np.int64)).to(device)
     kept, passing, buffer = Buffer(), Buffer(), Buffer()
     softmax = [RunningSoftmax(ids, kept), *(RunningSoftmax(ids, passing) for _ in range(7))]
-    weighted = torch.zeros(8, len(ids), dtype=torch.float64)
+    weighted = torch.zeros(8, len(ids), dtype=torch.float64, device=softmax[0].sum.device)
     for chunk in chunks:
         reference = finish[0](chunk.reference.clone(), chunk.start, chunk.stop)
         exponentials, factor = softmax[0].add(chunk.start, reference)
@@ -78,12 +81,13 @@ def coalitions(
         for members in range(1, 8):
             logits = _logits(chunk, members, ratio, finish, buffer)
             softmax[members].add(chunk.start, logits)
-            weighted[members] += torch.linalg.vecdot(exponentials, torch.sub(reference, logits, out=logits))
+            dot = torch.linalg.vecdot(exponentials, torch.sub(reference, logits, out=logits))
+            weighted[members] += dot.to(weighted.device)
     log_sums = torch.stack([s.log_sum for s in softmax])
     kld = weighted / softmax[0].sum - (log_sums[0] - log_sums)
     if not bool(torch.isfinite(kld).all()):
         raise UndefinedMetricError("logits hold NaN or infinite values: the attribution is undefined")
-    return Coalitions(kld.numpy(), torch.stack([s.nll for s in softmax]).numpy())
+    return Coalitions(kld.cpu().numpy(), torch.stack([s.nll for s in softmax]).cpu().numpy())
 
 
 def _logits(

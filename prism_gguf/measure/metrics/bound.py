@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from prism_gguf.measure.metrics.geometry import FeatureGeometry, FeatureMoments
+from prism_gguf.models.placement import float64_device
 from prism_gguf.system.errors import UndefinedMetricError
 
 K_PRED = float(np.sqrt(2.0))
@@ -35,7 +36,7 @@ class HeadMoments:
 
 
 def head_moments(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], *, biased: bool) -> HeadMoments:
-    """Gather ``HeadMoments`` from (reference rows, candidate rows) chunks, each (c, w) float32."""
+    """Gather ``HeadMoments`` from (reference rows, candidate rows) chunks, each (c, w) float32 on one device."""
     sums: list[torch.Tensor] | None = None
     for reference, candidate in chunks:
         difference = reference - candidate
@@ -43,13 +44,14 @@ def head_moments(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], *, biased:
         if bool(difference.any()):  # an unquantized head has none, and its two products are not worth making
             products += [difference.T @ difference, difference.T @ reference]
         if sums is None:
-            sums = [torch.zeros(products[0].shape, dtype=torch.float64) for _ in range(3)]
+            place = float64_device(products[0].device)
+            sums = [torch.zeros(products[0].shape, dtype=torch.float64, device=place) for _ in range(3)]
         for total, product in zip(sums, products, strict=False):
-            total += product
+            total += product.to(total.device)
     if sums is None:
         raise UndefinedMetricError("an output head without rows has no divergence")
     reference_sum, difference_sum, cross_sum = sums
-    return HeadMoments(difference_sum.numpy(), cross_sum.numpy(), reference_sum.numpy(), biased)
+    return HeadMoments(difference_sum.cpu().numpy(), cross_sum.cpu().numpy(), reference_sum.cpu().numpy(), biased)
 
 
 def head_divergence(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from prism_gguf.models.placement import float64_device
 from prism_gguf.system.errors import UndefinedMetricError
 
 
@@ -45,7 +46,8 @@ class Buffer:
 
     def like(self, other: torch.Tensor) -> torch.Tensor:
         """A tensor of that shape and type, with anything in it."""
-        if self._tensor.shape != other.shape or self._tensor.dtype != other.dtype:
+        mine, asked = ((t.shape, t.dtype, t.device) for t in (self._tensor, other))
+        if mine != asked:
             self._tensor = torch.empty_like(other, memory_format=torch.contiguous_format)
         return self._tensor
 
@@ -53,22 +55,25 @@ class Buffer:
 class RunningSoftmax:
     """A softmax over a vocabulary that arrives in chunks: running maximum, sum, best token and target logit per row.
 
+    It is made on the device of ``targets``, where the logits are; its float64 sums lie on ``float64_device`` of that.
     ``top``, the best token, is kept only where asked for.
     """
 
     def __init__(self, targets: torch.Tensor, buffer: Buffer, *, keep_top: bool = False) -> None:
-        n = len(targets)
+        n, device = len(targets), targets.device
         self._targets, self._buffer, self._keep_top = targets, buffer, keep_top
-        self.peak = torch.full((n,), -torch.inf)
-        self.sum = torch.zeros(n, dtype=torch.float64)
-        self.top = torch.zeros(n, dtype=torch.int64)
-        self._target_logit = torch.zeros(n, dtype=torch.float64)
+        self._sums = float64_device(device)
+        self.peak = torch.full((n,), -torch.inf, device=device)
+        self.sum = torch.zeros(n, dtype=torch.float64, device=self._sums)
+        self.top = torch.zeros(n, dtype=torch.int64, device=device)
+        self._target_logit = torch.zeros(n, dtype=torch.float64, device=self._sums)
 
     def add(self, start: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take logits (n, c) of tokens from ``start`` on.
 
         Returns:
-            Their exponentials over the new peak, in ``buffer`` and good until its next use, and the factor of old sums.
+            Their exponentials over the new peak, in ``buffer`` and good until its next use, and the factor of old sums,
+            float64.
         """
         highest = logits.amax(dim=1)
         if self._keep_top:
@@ -76,19 +81,27 @@ class RunningSoftmax:
             risen = torch.nonzero(highest > self.peak)[:, 0]
             self.top[risen] = logits[risen].argmax(dim=1) + start
         peak = torch.maximum(self.peak, highest)
-        factor = torch.exp((self.peak - peak).double())
+        factor = torch.exp(self._wide(self.peak - peak))
         self.peak = peak
         exponentials = torch.sub(logits, peak[:, None], out=self._buffer.like(logits)).exp_()
-        self.sum = self.sum * factor + exponentials.sum(1)
+        self.sum = self.sum * factor + exponentials.sum(1).to(self._sums)
         here = self._targets - start
         inside = (here >= 0) & (here < logits.shape[1])
-        picked = logits.gather(1, here.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
-        self._target_logit = torch.where(inside, picked, self._target_logit)
+        picked = self._wide(logits.gather(1, here.clamp(0, logits.shape[1] - 1)[:, None])[:, 0])
+        self._target_logit = torch.where(inside.to(self._sums), picked, self._target_logit)
         return exponentials, factor
+
+    def _wide(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (n,) in float64, where the sums are. They are moved first: not every device can make float64."""
+        return values.to(self._sums).double()
+
+    @property
+    def wide_peak(self) -> torch.Tensor:
+        return self._wide(self.peak)
 
     @property
     def log_sum(self) -> torch.Tensor:
-        return self.peak.double() + torch.log(self.sum)
+        return self.wide_peak + torch.log(self.sum)
 
     @property
     def nll(self) -> torch.Tensor:
@@ -104,16 +117,22 @@ class DivergenceStream:
         targets: token that follows each position, (n,) int.
         n_candidates: how many candidates each chunk brings.
         buffers: memory that streams which take turns may share.
+        device: where the logits are; None is the CPU.
     """
 
     def __init__(
-        self, targets: np.ndarray, n_candidates: int = 1, buffers: tuple[Buffer, Buffer] | None = None
+        self,
+        targets: np.ndarray,
+        n_candidates: int = 1,
+        buffers: tuple[Buffer, Buffer] | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> None:
-        ids = torch.from_numpy(np.asarray(targets, dtype=np.int64))
+        ids = torch.from_numpy(np.asarray(targets, dtype=np.int64)).to(device)
         kept, self._passing = buffers or (Buffer(), Buffer())
         self._reference = RunningSoftmax(ids, kept, keep_top=True)
         self._candidates = [RunningSoftmax(ids, self._passing, keep_top=True) for _ in range(n_candidates)]
-        self._weighted = [torch.zeros(len(ids), dtype=torch.float64) for _ in range(n_candidates)]
+        self._weighted = [torch.zeros_like(self._reference.sum) for _ in range(n_candidates)]
 
     def add(self, start: int, l_t: torch.Tensor, candidates: Iterable[torch.Tensor]) -> None:
         """Take logits (n, c) of tokens from ``start`` on, float32 or float64: the reference's, and each candidate's."""
@@ -121,7 +140,8 @@ class DivergenceStream:
         for i, (candidate, l_p) in enumerate(zip(self._candidates, candidates, strict=True)):
             candidate.add(start, l_p)
             difference = torch.sub(l_t, l_p, out=self._passing.like(l_t))
-            self._weighted[i] = self._weighted[i] * factor + torch.linalg.vecdot(exponentials, difference)
+            dot = torch.linalg.vecdot(exponentials, difference)
+            self._weighted[i] = self._weighted[i] * factor + dot.to(factor.device)
 
     def results(self) -> list[TokenDivergence]:
         """Each candidate's divergence, once the chunks have covered the vocabulary.
@@ -137,26 +157,32 @@ class DivergenceStream:
         if not bool(torch.isfinite(kld).all()):
             raise UndefinedMetricError("logits hold NaN or infinite values: the divergence is undefined")
         return TokenDivergence(
-            kld=kld.numpy(),
-            nll_reference=reference.nll.numpy(),
-            nll_candidate=candidate.nll.numpy(),
-            same_top=(reference.top == candidate.top).numpy(),
-            confidence=torch.exp(reference.peak.double() - reference.log_sum).numpy(),
+            kld=kld.cpu().numpy(),
+            nll_reference=reference.nll.cpu().numpy(),
+            nll_candidate=candidate.nll.cpu().numpy(),
+            same_top=(reference.top == candidate.top).cpu().numpy(),
+            confidence=torch.exp(reference.wide_peak - reference.log_sum).cpu().numpy(),
         )
 
 
-def token_divergence(chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]], targets: np.ndarray) -> TokenDivergence:
+def token_divergence(
+    chunks: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    targets: np.ndarray,
+    *,
+    device: torch.device | None = None,
+) -> TokenDivergence:
     """Divergence of n positions from logits that arrive in vocabulary chunks (see ``DivergenceStream``).
 
     Args:
         chunks: (start, reference logits (n, c), candidate logits (n, c)), float32 or float64, covering the vocabulary in
             order.
         targets: token that follows each position, (n,) int.
+        device: where the logits are; None is the CPU.
 
     Raises:
         UndefinedMetricError: a logit is NaN or infinite.
     """
-    stream = DivergenceStream(targets)
+    stream = DivergenceStream(targets, device=device)
     for start, l_t, l_p in chunks:
         stream.add(start, l_t, [l_p])
     return stream.results()[0]

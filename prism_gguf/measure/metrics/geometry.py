@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from prism_gguf.models.placement import float64_device
 from prism_gguf.system.errors import UndefinedMetricError
 
 
@@ -46,15 +47,21 @@ class FeatureMoments(Squares):
 
 
 class SquareAccumulator:
-    """Gathers ``Squares`` batch by batch; memory is four numbers."""
+    """Gathers ``Squares`` batch by batch; memory is four numbers.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the sums are made, in float64; None is the CPU.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = float64_device(device or torch.device("cpu"))
         self._n = 0
         self._squares = np.zeros(3)
 
     def add(self, reference: np.ndarray, candidate: np.ndarray) -> None:
         """Add hidden states of the same positions, both (m, d) float32."""
-        self._add(*(torch.from_numpy(np.asarray(states)).double() for states in (reference, candidate)))
+        sides = (torch.from_numpy(np.asarray(states)).to(self._device) for states in (reference, candidate))
+        self._add(*(states.double() for states in sides))
 
     def _add(self, z_t: torch.Tensor, z_p: torch.Tensor) -> None:
         self._n += len(z_t)
@@ -80,13 +87,18 @@ class SquareAccumulator:
 
 
 class MomentAccumulator(SquareAccumulator):
-    """Gathers ``FeatureMoments`` batch by batch; memory is two (d, d) float64 matrices."""
+    """Gathers ``FeatureMoments`` batch by batch; memory is two (d, d) float64 matrices.
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self._cross = torch.zeros(width, width, dtype=torch.float64)
-        self._second = torch.zeros(width, width, dtype=torch.float64)
-        self._sum = torch.zeros(width, dtype=torch.float64)
+    Args:
+        width: d.
+        device: as for ``SquareAccumulator``.
+    """
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        super().__init__(device)
+        self._cross = torch.zeros(width, width, dtype=torch.float64, device=self._device)
+        self._second = torch.zeros_like(self._cross)
+        self._sum = torch.zeros(width, dtype=torch.float64, device=self._device)
 
     def _add(self, z_t: torch.Tensor, z_p: torch.Tensor) -> None:
         super()._add(z_t, z_p)
@@ -97,7 +109,7 @@ class MomentAccumulator(SquareAccumulator):
     def moments(self) -> FeatureMoments:
         """The gathered sums; raises as ``squares`` does."""
         s = self.squares()
-        matrices = self._cross.numpy(), self._second.numpy(), self._sum.numpy()
+        matrices = (sums.cpu().numpy() for sums in (self._cross, self._second, self._sum))
         return FeatureMoments(s.n, s.reference_square, s.candidate_square, s.residual_square, *matrices)
 
 

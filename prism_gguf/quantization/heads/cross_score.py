@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.gguf_writer import NewTensor, write_copy
+from prism_gguf.formats.state_file import StateFile
 from prism_gguf.formats.stored_types import fallback_type
 from prism_gguf.measure.capture.capture_file import Capture, read_capture
 from prism_gguf.measure.decode import BLOCK, decode_windows, stored_states
@@ -24,6 +26,7 @@ from prism_gguf.measure.pair import Pair, open_candidate
 from prism_gguf.models import ggml
 from prism_gguf.models.llama_cpp import LlamaCppModel, gguf_output_head
 from prism_gguf.models.output_head import ROWS_PER_CHUNK, HeadPair, OutputHead
+from prism_gguf.models.placement import free_bytes, is_gpu, placement_of
 from prism_gguf.quantization.heads import settings
 from prism_gguf.results.comparison import CandidateResult, Divergence, Logits
 from prism_gguf.results.details import HeadInfo
@@ -99,6 +102,7 @@ def score_heads(
     capture = read_capture(folder, progress)
     kinds = [kind for kind in settings.kinds(options) if capture.head.width % GGML_QUANT_SIZES[kind][0] == 0]
     files = {body.path: GgufFile(body.path) for body in bodies}
+    device = placement_of(options).device
 
     def tensor_and_rows(body: Body) -> tuple[str, int]:
         return files[body.path].head_tensor.name, body.shared_rows
@@ -108,7 +112,7 @@ def score_heads(
         together = list(group)
         weights = settings.weights_of(options, tensor, capture.head.width)
         heads = _Heads(capture, kinds, weights, options.runtime().n_threads)
-        tokens, as_stored = _cross_score(heads, together, files, shared_rows, progress)
+        tokens, as_stored = _cross_score(heads, together, files, shared_rows, progress, device=device)
         for i, body in enumerate(together):
             of_body = dict(zip(kinds, tokens[i * len(kinds) : (i + 1) * len(kinds)], strict=True))
             judge, gguf = _judge(capture, body, options), files[body.path]
@@ -150,47 +154,86 @@ class _Heads:
 
 
 def _cross_score(
-    heads: _Heads, bodies: Sequence[Body], files: Mapping[str, GgufFile], shared_rows: int, progress: Progress
+    heads: _Heads,
+    bodies: Sequence[Body],
+    files: Mapping[str, GgufFile],
+    shared_rows: int,
+    progress: Progress,
+    *,
+    device: torch.device,
 ) -> tuple[list[TokenDivergence], dict[str, set[GGMLQuantizationType]]]:
     """Divergence per token, body by body and in each type by type; and each body's types whose rows are its file's own.
 
     Vocabulary outside, tokens inside: rows are quantized once for all, the reference's logits made once for all, and of the
-    logits only one block of tokens by one chunk of the vocabulary exists.
+    logits only one block of tokens by one chunk of the vocabulary exists. On a GPU, rows go there once, and states too
+    where it has room for them.
     """
     capture, kinds, head = heads.capture, heads.kinds, heads.capture.head
-    states = [stored_states(body.folder) for body in bodies]
-    mine = [_Rounded(gguf_output_head(files[body.path]), kinds, exact=not body.kernel) for body in bodies]
+    copies = _Copies(device)
+    mine = [
+        _Rounded(gguf_output_head(files[body.path]), kinds, stored_states(body.folder), copies, exact=not body.kernel)
+        for body in bodies
+    ]
     as_stored = {body.path: {files[body.path].head_type} & set(kinds) for body in bodies}
     buffers = (Buffer(), Buffer())
     blocks = [slice(at, at + BLOCK) for at in range(0, capture.windows.n_scored, BLOCK)]
     targets = capture.windows.targets
-    streams = [DivergenceStream(targets[block], len(bodies) * len(kinds), buffers) for block in blocks]
+    n_heads = len(bodies) * len(kinds)
+    streams = [DivergenceStream(targets[block], n_heads, buffers, device=device) for block in blocks]
     for start, stop, rows, packed in heads.chunks(shared_rows):
         progress(start, shared_rows, "scoring")
         for path, same in as_stored.items():
             stored = files[path].head_rows(start, stop)
             same &= {kind for kind in same if np.array_equal(stored, packed[kind])}
-        made = {kind: torch.from_numpy(ggml.dequantize(packed[kind], kind)) for kind in kinds}
+        made = {kind: torch.from_numpy(ggml.dequantize(packed[kind], kind)).to(device) for kind in kinds}
+        rows = rows.to(device)
         for block, stream in zip(blocks, streams, strict=True):
-            reference = head.logits(torch.from_numpy(capture.states[block]), start, stop, rows)
-            stream.add(
-                start,
-                reference,
-                (
-                    logits
-                    for rounded, hidden in zip(mine, states, strict=True)
-                    for logits in rounded.logits(np.array(hidden[block]), start, stop, made)
-                ),
-            )
+            hidden = copies.get((None, block.start), partial(_tensor, capture.states, block))
+            reference = head.logits(hidden, start, stop, rows)
+            stream.add(start, reference, (x for rounded in mine for x in rounded.logits(block, start, stop, made)))
     by_block = [stream.results() for stream in streams]
     return [TokenDivergence.concatenate(list(parts)) for parts in zip(*by_block, strict=True)], as_stored
 
 
-class _Rounded:
-    """A body's logits through heads of several types, with the activations rounded as each type's kernel rounds them."""
+def _tensor(states: StateFile, block: slice) -> torch.Tensor:
+    return torch.from_numpy(states[block])
 
-    def __init__(self, head: OutputHead, kinds: Iterable[GGMLQuantizationType], *, exact: bool) -> None:
-        self._head = head
+
+class _Copies:
+    """Hidden states on a device: kept there while a quarter of a GPU's memory has room for them, else read again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._room = free_bytes(device) // 4 if is_gpu(device) else 0
+        self._kept: dict[Hashable, torch.Tensor] = {}
+
+    def get(self, key: Hashable, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if (kept := self._kept.get(key)) is not None:
+            return kept
+        states = read().to(self._device)
+        if states.nbytes <= self._room:
+            self._room -= states.nbytes
+            self._kept[key] = states
+        return states
+
+
+class _Rounded:
+    """A body's logits through heads of several types, with the activations rounded as each type's kernel rounds them.
+
+    Args:
+        states: the body's, (n_scored, d) float32.
+    """
+
+    def __init__(
+        self,
+        head: OutputHead,
+        kinds: Iterable[GGMLQuantizationType],
+        states: np.ndarray,
+        copies: _Copies,
+        *,
+        exact: bool,
+    ) -> None:
+        self._head, self._states, self._copies = head, states, copies
         self._entry: dict[GGMLQuantizationType, GGMLQuantizationType | None] = {
             kind: None if exact else ggml.activation_type(kind) for kind in kinds
         }
@@ -201,15 +244,19 @@ class _Rounded:
         }
 
     def logits(
-        self, hidden: np.ndarray, start: int, stop: int, rows: Mapping[GGMLQuantizationType, torch.Tensor]
+        self, block: slice, start: int, stop: int, rows: Mapping[GGMLQuantizationType, torch.Tensor]
     ) -> Iterator[torch.Tensor]:
-        """(n, stop − start) for each type, in order."""
+        """(n, stop − start) of a block of tokens for each type, in order."""
         entered: dict[GGMLQuantizationType | None, torch.Tensor] = {}
         for kind, entry in self._entry.items():
             if entry not in entered:
-                rounding = None if entry is None else self._rounding[entry]
-                entered[entry] = replace(self._head, round_activations=rounding).enter(hidden)
+                key = (self, block.start, entry)
+                entered[entry] = self._copies.get(key, partial(self._entered, block, entry))
             yield self._head.logits(entered[entry], start, stop, rows[kind])
+
+    def _entered(self, block: slice, entry: GGMLQuantizationType | None) -> torch.Tensor:
+        rounding = None if entry is None else self._rounding[entry]
+        return replace(self._head, round_activations=rounding).enter(np.array(self._states[block]))
 
 
 def _rows(
@@ -302,6 +349,7 @@ def run_head(
         write_copy(gguf, file, {tensor: NewTensor.of(kind, rows)})
         progress(0, 0, "loading")
         with LlamaCppModel(file, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model:
-            pair = Pair(capture, HeadPair(capture.head, model.output_head(), body.shared_rows))
+            device = placement_of(options).device
+            pair = Pair(capture, HeadPair(capture.head, model.output_head(), body.shared_rows, device))
             decoded = decode_windows(pair, model, place, progress)
     return _judge(capture, body, options).score(decoded.tokens, "run", kernel=True)

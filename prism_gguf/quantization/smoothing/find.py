@@ -20,8 +20,9 @@ from prism_gguf.measure.same_weights import compare_weights, other_architecture,
 from prism_gguf.models.factors import factors_file, make_factors, smoothed_imatrix_file
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.llama_quantizer import planned_types
+from prism_gguf.models.placement import placement_of
 from prism_gguf.models.symmetries import Site, find_sites
-from prism_gguf.models.tensor_names import QuantizableTensor, quantizable_tensors
+from prism_gguf.models.tensor_names import QuantizableTensor
 from prism_gguf.quantization.smoothing.search import Follower, SiteSearch, sampled_rows
 from prism_gguf.results.options import RunOptions
 from prism_gguf.results.smoothing import SiteChoice
@@ -75,15 +76,16 @@ def find_factors(
         raise InvalidModelError(f"{base}: nothing to smooth: {'; '.join(f'{k}: {v}' for k, v in left_alone.items())}")
     given = None if imatrix is None else read_imatrix(imatrix)
     fingerprints = [model_fingerprint(m, cache, stage(progress, "hashing")) for m in (reference, str(base))]
-    key = kept_key(
-        "prism_gguf.quantization.smoothing.find", *fingerprints, reading.digest, mix, imatrix_digest(given), refinements
-    )
+    placement = placement_of(options).in_float32
+    chosen = (mix, imatrix_digest(given), refinements, *placement.key)
+    key = kept_key("prism_gguf.quantization.smoothing.find", *fingerprints, reading.digest, *chosen)
 
     def make(folder: Path) -> Found:
         options.limit_threads()
         progress(0, 0, "loading")
-        with HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code) as model:
-            tensors = {t.name: t for t in quantizable_tensors(model.network)[0]}
+        opened = HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code, placement=placement)
+        with opened as model:
+            tensors = {t.name: t for t in model.quantizable_tensors()[0]}
             _check_weights(reference, gguf, tensors, model)
             windows, _ = reading.windows(model)
             of_text = (fingerprints[0], reading, windows.tokens)

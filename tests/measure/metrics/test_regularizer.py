@@ -127,8 +127,10 @@ def test_the_experiment_trains_adapters_and_nothing_else() -> None:
     windows = make_windows(held_out_texts(), reference.vocabulary, n_ctx=33, max_windows=8, score=Score.ALL)
     tokens = torch.from_numpy(windows.tokens[:, :-1].astype(np.int64))
     states = torch.from_numpy(final_states(reference, windows)).view(*tokens.shape, -1)
-    frozen = {name: p.clone() for name, p in model.network.named_parameters() if not p.requires_grad}
-    assert len([p for p in model.network.parameters() if p.requires_grad]) == 2 * 7 * 4  # two of each linear layer
+    frozen = {name: p.clone() for name, p in model.network.model.named_parameters() if not p.requires_grad}
+    assert (
+        len([p for p in model.network.model.parameters() if p.requires_grad]) == 2 * 7 * 4
+    )  # two of each linear layer
     judge = Judge(reference, windows)
     before = judge(model)
     assert 0.05 < before.kld < 0.5 and 0.01 < before.shape < 0.2
@@ -136,7 +138,7 @@ def test_the_experiment_trains_adapters_and_nothing_else() -> None:
         train(model, arm, tokens, states, steps=4, batch=4, rate=4e-3, generator=torch.Generator().manual_seed(0))
         assert judge(model).shape < 0.9 * before.shape
     assert judge(model).kld < 0.9 * before.kld
-    assert all(torch.equal(model.network.get_parameter(name), p) for name, p in frozen.items())
+    assert all(torch.equal(model.network.model.get_parameter(name), p) for name, p in frozen.items())
 
 
 def test_geometry_of_the_penalty_s_own_tokens() -> None:
