@@ -76,13 +76,17 @@ def find_cut(network: Any, run: Callable[[torch.Tensor], None]) -> Cut:
 @contextlib.contextmanager
 def replaced(blocks: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Blocks with other forwards."""
+    before = [vars(block).get("forward") for block in blocks]  # a library may have put its own in place already
     for block, forward in zip(blocks, forwards, strict=True):
         block.forward = forward
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the class's own is found again
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.forward  # the class's is found again
+            else:
+                block.forward = own
 
 
 def passing_on(

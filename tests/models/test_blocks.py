@@ -63,6 +63,14 @@ class Gathered:
         self.finished_names += [t.name for t in tensors]
 
 
+def agree(found: Gathered, expected: Gathered) -> None:
+    assert found.gradients.keys() == expected.gradients.keys()
+    for key, gradient in expected.gradients.items():
+        close(found.gradients[key], gradient)
+        close(found.at_inputs[key], expected.at_inputs[key])
+    close(torch.cat(found.lookups), torch.cat(expected.lookups))
+
+
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     assert float((a - b).norm()) <= 1e-5 * float(b.norm()) + 1e-12
 
@@ -100,11 +108,7 @@ def test_blocks_compute_what_the_whole_network_does(kind: str) -> None:
     else:
         backward(whole, TOKENS, whole.quantizable_tensors()[0], expected, seed=3)
     assert sorted(found.finished_names) == sorted(t.name for t in tensors)
-    assert found.gradients.keys() == expected.gradients.keys()
-    for key, gradient in expected.gradients.items():
-        close(found.gradients[key], gradient)
-        close(found.at_inputs[key], expected.at_inputs[key])
-    close(torch.cat(found.lookups), torch.cat(expected.lookups))
+    agree(found, expected)
 
 
 def test_kinds_that_are_not_tried_first_are_those_of_these_tests() -> None:
@@ -122,11 +126,7 @@ def same_as_whole(checkpoint: Path, tokens: torch.Tensor) -> None:
             close(torch.from_numpy(a), torch.from_numpy(b))
         for model, seen in ((cut, found), (whole, expected)):
             backward(model, tokens, model.quantizable_tensors()[0], seen, seed=1)
-    assert found.gradients.keys() == expected.gradients.keys()
-    for key, gradient in expected.gradients.items():
-        close(found.gradients[key], gradient)
-        close(found.at_inputs[key], expected.at_inputs[key])
-    close(torch.cat(found.lookups), torch.cat(expected.lookups))
+    agree(found, expected)
 
 
 def test_the_embedded_model_by_blocks() -> None:

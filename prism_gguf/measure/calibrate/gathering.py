@@ -72,7 +72,7 @@ class Gatherer:
         at_input: torch.Tensor,
     ) -> None:
         window += self._start
-        self._tell(len(x) * tensor.shape[1] * tensor.shape[2])
+        self.tell(len(x) * tensor.shape[1] * tensor.shape[2])
         skipped = max(0, self._done[group_of(tensor.name)] - window)
         if skipped < len(x):
             x = x[skipped:]
@@ -111,7 +111,8 @@ class Gatherer:
             self._sums[tensor.name] = _Sums(tensor, found, self._tokens)
         return self._sums[tensor.name]
 
-    def _tell(self, n_weights: int) -> None:
+    def tell(self, n_weights: int) -> None:
+        """Report progress, with so many more weights times windows seen."""
         self._seen = min(self._seen + n_weights, self._weights_left)
         self._progress(self._before + self._seen, self._total)
 
@@ -270,6 +271,7 @@ def ensure_statistics(
             batch = torch.from_numpy(tokens[start : start + size].astype(np.int64))
             stop = start + len(batch)
             observer = Gatherer(tensors, statistics, tokens, start, stop, progress)
-            backward(model, batch, tensors, observer, seed=start)
+            # Products are seen on the way back; a forward pass of a large model alone takes longer than a hang would.
+            backward(model, batch, tensors, observer, seed=start, progress=lambda *_, seen=observer: seen.tell(0))
             start = stop
     return statistics

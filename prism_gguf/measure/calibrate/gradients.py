@@ -151,7 +151,7 @@ def backward(
         progress: counts the blocks' windows, forward and backward.
     """
     head, network, seen = model.output_head(), model.network, _Seen(observer)
-    head_tensor = next((t for t in tensors if t.name == head_name(model, tensors)), None)
+    head_tensor = head_of(model, tensors)
     body = [t for t in tensors if t is not head_tensor]
     outside = _Traced(uses_of(body, network.outside()), seen, model.embedding_weight)
     with Streams(memory() // STREAMS_SHARE) as streams:
@@ -181,10 +181,10 @@ def backward(
     observer.finished([t for t in tensors if t.name not in inside])
 
 
-def head_name(model: HuggingFaceModel, tensors: Sequence[QuantizableTensor]) -> str | None:
-    """Which tensor is the output head."""
-    parameters = dict(model.network.model.named_parameters())
-    return next((t.name for t in tensors if parameters[t.parameter] is model.head_weight), None)
+def head_of(model: HuggingFaceModel, tensors: Sequence[QuantizableTensor]) -> QuantizableTensor | None:
+    """The tensor that is the output head."""
+    network = model.network.model
+    return next((t for t in tensors if network.get_parameter(t.parameter) is model.head_weight), None)
 
 
 def _finished(observer: Observer, tensors: Sequence[QuantizableTensor], prefixes: Sequence[str], number: int) -> None:

@@ -13,7 +13,7 @@ from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.imatrix import read_imatrix, write_imatrix
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import notes_of
-from prism_gguf.measure.calibrate.gradients import head_name, linear_arguments
+from prism_gguf.measure.calibrate.gradients import head_of, linear_arguments
 from prism_gguf.models.float32 import Float32Compute
 from prism_gguf.models.huggingface import HuggingFaceModel
 from prism_gguf.models.passes import STREAMS_SHARE
@@ -68,8 +68,8 @@ def squares_of(
     progress: Progress = no_progress,
 ) -> Squares:
     """Squared inputs over windows (n, n_ctx) of tokens."""
-    found, head = Squares(tensors), head_name(model, tensors)
-    outside = _Observed(found, uses_of((t for t in tensors if t.name != head), model.network.outside()))
+    found, head = Squares(tensors), head_of(model, tensors)
+    outside = _Observed(found, uses_of((t for t in tensors if t is not head), model.network.outside()))
     with torch.no_grad():
         for ids, within in model.groups(torch.from_numpy(tokens.astype(np.int64)), progress):
             with Streams(memory() // STREAMS_SHARE) as streams:
@@ -81,9 +81,8 @@ def squares_of(
                         progress=within,
                     )
                 states = model.traced_states(ids, run, outside)
-                for tensor in tensors:
-                    if tensor.name == head:
-                        found.add(tensor, 0, states)
+                if head is not None:
+                    found.add(head, 0, states)
     return found
 
 
@@ -105,7 +104,7 @@ def collect_imatrix(
     progress(0, 0, "loading")
     placement = placement_of(options).in_float32
     opened = HuggingFaceModel(reference, trust_remote_code=options.trust_remote_code, placement=placement)
-    with opened as model, torch.no_grad():
+    with opened as model:
         windows, texts = reading.windows(model)
         tensors, left_out = model.quantizable_tensors()
         if not tensors:
