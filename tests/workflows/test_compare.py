@@ -229,6 +229,13 @@ def _children(process: psutil.Process) -> set[psutil.Process]:
     return found
 
 
+def _runner_of(file: Path) -> psutil.Process:
+    """The one process below this one that has a model in memory."""
+    path = str(file.resolve())
+    (found,) = (p for p in _children(psutil.Process()) if any(m.path == path for m in p.memory_maps()))
+    return found
+
+
 @pytest.mark.usefixtures("cold_workers")
 @pytest.mark.parametrize(
     "how", ["SIGABRT", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGSEGV", "SIGKILL", "SIGSTOP"))]
@@ -243,8 +250,7 @@ def test_a_candidate_whose_process_dies_or_hangs_is_a_row_and_the_others_finish(
 
     def disturb(name: str, done: int, total: int, stage: str = "") -> None:
         if name == "testbed-Q4_K_M" and stage == "running" and done == 1:
-            *_, deepest = (p for p in me.children(recursive=True) if p not in children_before)
-            deepest.send_signal(getattr(signal, how))
+            _runner_of(ladder["Q4_K_M"]).send_signal(getattr(signal, how))
 
     files = [ladder[name] for name in ("Q8_0", "Q4_K_M", "Q2_K")]
     found = compare(MODEL, files, held_out_texts(), options, steps=disturb)
