@@ -61,7 +61,7 @@ def quantize(
     comparing = CompareOptions.taking(given, {})
     with given.worker() as worker:
         if given.verify is not None:
-            worker.run(placement_record, given, progress=shown)  # raises for a device that is not there
+            worker.run(placement_record, comparing, progress=shown)  # raises for a device that is not there
         how: dict[str, Any] = {"name": given.name, "requantize": given.requantize, "quantizer": given.quantizer}
         found = plan(base, what, imatrix=imatrix, worker=worker, progress=progress, **how)
         if given.planned is not None:
