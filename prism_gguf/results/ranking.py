@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import combinations, pairwise
-from statistics import fmean
+from statistics import correlation, fmean
 
 from prism_gguf.results.comparison import CandidateResult, Ranking
 from prism_gguf.results.differences import Difference, WindowMeans
@@ -19,9 +20,7 @@ def rank(candidates: Sequence[CandidateResult]) -> Ranking:
     bounds = {c.path: row.bound for c in candidates for row in c.geometry_alternatives if row.alignment == "procrustes"}
     spearman = None
     if min(len(set(klds.values())), len(set(bounds.values()))) >= 3:
-        from scipy.stats import spearmanr
-
-        spearman = float(spearmanr(list(klds.values()), [bounds[path] for path in klds]).statistic)
+        spearman = rank_correlation(list(klds.values()), [bounds[path] for path in klds])
     in_order = sorted(klds, key=klds.__getitem__)
     return Ranking(
         in_order,
@@ -30,6 +29,22 @@ def rank(candidates: Sequence[CandidateResult]) -> Ranking:
         _best_for_size(candidates),
         _differences(candidates, in_order),
     )
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks, where equal values share the mean of their ranks.
+
+    (scipy.stats has it too, and takes a second to import.)
+
+    Args:
+        one, other: values of the same things in the same order, two different ones or more on each side.
+    """
+    return correlation(_ranks(one), _ranks(other))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    in_order = sorted(values)
+    return [(bisect_left(in_order, value) + bisect_right(in_order, value) + 1) / 2 for value in values]
 
 
 def paired_difference(one: CandidateResult, other: CandidateResult) -> Difference:

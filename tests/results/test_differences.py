@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from stored_results import stored
 
 from prism_gguf import paired_difference
@@ -27,7 +28,7 @@ from prism_gguf.results.comparison import CandidateResult, Comparison
 from prism_gguf.results.details import Failure
 from prism_gguf.results.differences import Difference, WindowMeans
 from prism_gguf.results.options import CaptureOptions, CompareOptions
-from prism_gguf.results.ranking import rank
+from prism_gguf.results.ranking import rank, rank_correlation
 from prism_gguf.results.sample_size import SampleSize, Stopped
 from prism_gguf.results.stored import merge_results, read_result
 from prism_gguf.system.errors import UndefinedMetricError
@@ -55,6 +56,14 @@ def test_known_answer() -> None:
     assert (single.kld, single.kld_se, single.clear) == (1.0, None, None)
     same = Difference.of(("a", means(1.0, 2.0)), ("b", means(1.0, 2.0)))
     assert (same.kld, same.kld_se, same.clear) == (0.0, 0.0, False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlation_is_scipys(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    one, other = draw.integers(0, 5, 12).astype(float).tolist(), draw.normal(size=12).tolist()
+    assert rank_correlation(one, other) == pytest.approx(float(spearmanr(one, other).statistic), abs=1e-14)
+    assert rank_correlation(other, [math.exp(x) for x in other]) == pytest.approx(1.0)
 
 
 def test_against_per_token_values_of_real_runs(compared: Comparison, ladder: dict[str, Path], tmp_path: Path) -> None:
