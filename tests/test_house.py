@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import prism_gguf
 from prism_gguf.results.options import CompareOptions, HeadOptions, ImatrixOptions, QuantizeOptions, SmoothOptions
+from prism_gguf.system import code
 from prism_gguf.system.code import code_digest
 
 ROOT = Path(prism_gguf.__file__).parent
@@ -54,10 +56,25 @@ def test_an_option_counts_for_cache_keys_unless_it_says_otherwise(kind: type[Com
     assert not {"cache", "verbose", "force", "windows", "fail_on", "fresh"} & counted.keys() or kind is HeadOptions
 
 
+def test_imports_are_found_without_parsing() -> None:
+    for file in ROOT.rglob("*.py"):
+        content, parsed = file.read_bytes(), set()
+        for node in ast.walk(ast.parse(content)):
+            if isinstance(node, ast.ImportFrom):
+                parsed |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                parsed |= {alias.name for alias in node.names}
+        own = {name for name in parsed if name and name.startswith("prism_gguf.") and code._file(name)}
+        assert {name for name in code._imports(content) if code._file(name)} == own, file
+    text = b"def f():\n    from prism_gguf.results import (  # and\n        heads,\n        stored as s,  # so\n    )\n"
+    text += b"    import prism_gguf.cli.head, prism_gguf.cli.sweep as w\nsay = 'from prism_gguf.models import ggml'\n"
+    found = {name for name in code._imports(text) if code._file(name)}
+    names = ("results", "results.heads", "results.stored", "cli.head", "cli.sweep")
+    assert found == {f"prism_gguf.{name}" for name in names}
+
+
 def test_keys_hang_on_the_code_that_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A change of a report's text measures nothing again; one of a metric, of what reads a GGUF, or of a kernel does."""
-    from prism_gguf.system import code
-
     closure = code._closure("prism_gguf.measure.candidate")
     for counts in (
         "measure.metrics.divergence",

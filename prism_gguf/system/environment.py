@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 from importlib.metadata import version
@@ -15,12 +16,15 @@ def environment() -> dict[str, Any]:
     packages = ("llama-cpp-python", "gguf", "transformers", "torch", "numpy")
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: _version(name) for name in packages},
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
     }
+
+
+_version = functools.cache(version)  # it reads a file
 
 
 def _cpu_name() -> str:

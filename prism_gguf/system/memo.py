@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -43,9 +43,15 @@ def find_kept(cache: Path, key: str, kind: type[T]) -> T | None:
     """The cached result of a key; None if there is none that this version can read."""
     try:
         data = json.loads(_file(cache, key).read_text(encoding="utf-8"))
-        return TypeAdapter(kind).validate_python(data)
+        adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # mypy does not see that a class has a hash
+        return adapter.validate_python(data)
     except (OSError, ValueError):  # pydantic's is one of these
         return None
+
+
+@functools.cache  # a row's takes thirty milliseconds
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def ensure_kept(
