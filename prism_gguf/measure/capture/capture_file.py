@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.state_file import StateFile
 from prism_gguf.formats.text.selection import Reading
-from prism_gguf.formats.text.windows import EvaluationText, Score, TokenWindows
+from prism_gguf.formats.text.windows import EvaluationText, TokenWindows
 from prism_gguf.measure.capture.read_before import TOKENS, ReadBefore
+from prism_gguf.measure.capture.record import SCHEMA, damaged, read_record
 from prism_gguf.measure.metrics.diameter import diameter
 from prism_gguf.measure.same_weights import WeightSample, read_sample, sample_of
 from prism_gguf.models.output_head import LogitTransform, OutputHead
@@ -28,13 +29,12 @@ from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.options import FLOAT32
 from prism_gguf.results.serving import Serving
 from prism_gguf.system.atomic_files import write_whole, written_whole
-from prism_gguf.system.cache import KEY, MANIFEST, is_capture, recorded_key
+from prism_gguf.system.cache import KEY, MANIFEST, recorded_key
 from prism_gguf.system.environment import environment, now
 from prism_gguf.system.errors import InvalidCaptureError
 from prism_gguf.system.progress import Progress, no_progress, share, stage
 from prism_gguf.system.version import __version__
 
-SCHEMA = "prism-gguf/capture/1"
 OWN_HEAD = {"file": "head.safetensors", "tensor": "rows", "bias": "bias"}
 """Where a capture that keeps its head's rows has them."""
 WEIGHTS = "weights.safetensors"
@@ -224,29 +224,17 @@ def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
         InvalidCaptureError: it is not a capture, a window is damaged, or the model file with its head is missing or
             different.
     """
-    if not is_capture(folder):
-        raise InvalidCaptureError(
-            f"{folder}: not a capture, or one that was cut short; make it with `prism-gguf capture`"
-        )
+    record = read_record(folder)
+    identity, windows, manifest = record.identity, record.windows, record.manifest
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("schema") != SCHEMA:
-            raise InvalidCaptureError(
-                f"{folder}: a capture of prism-gguf {manifest.get('tool_version')} ({manifest.get('schema')}), and this "
-                f"version reads {SCHEMA}; update prism-gguf, or capture again into another folder"
-            )
-        identity = ModelIdentity(**manifest["identity"])
-        recorded = manifest["windows"]
-        windows = TokenWindows(np.load(folder / TOKENS), tuple(recorded["domains"]), Score(recorded["score"]))
         states = StateFile(folder, (windows.n_windows, windows.scored_per_window, identity.hidden_size))
-        head = _read_head(folder, identity, manifest["head"])
         capture = Capture(
             folder=folder,
             identity=identity,
             windows=windows,
-            texts=[EvaluationText(**text) for text in manifest["texts"]],
+            texts=record.texts,
             states=states,
-            head=head,
+            head=_read_head(folder, identity, manifest["head"]),
             k_feat=manifest["k_feat"],
             n_tokens=manifest["n_tokens"],
             bos=manifest["bos"],
@@ -255,15 +243,11 @@ def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
             serving=Serving.of(manifest.get(_SERVING)),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InvalidCaptureError(f"{folder}: damaged capture ({error}); delete it and capture again") from error
-    if windows.fingerprint != recorded["fingerprint"]:
-        raise InvalidCaptureError(f"{folder}: damaged capture (token windows); delete it and capture again")
+        raise damaged(folder, str(error)) from error
     for window in range(windows.n_windows):
         progress(window, windows.n_windows, "checking the capture")
         if not states.has(window):
-            raise InvalidCaptureError(
-                f"{folder}: damaged capture (states of window {window}); delete it and capture again"
-            )
+            raise damaged(folder, f"states of window {window}")
     return capture
 
 
