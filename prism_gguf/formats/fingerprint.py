@@ -11,7 +11,7 @@ from prism_gguf.formats.checkpoint_files import check_checkpoint_name
 from prism_gguf.formats.file_kind import is_gguf, missing, not_a
 from prism_gguf.formats.gguf_reader import split_parts
 from prism_gguf.formats.hub import is_hub_id
-from prism_gguf.system.cache import file_digest
+from prism_gguf.system.cache import file_digest, is_hashed
 from prism_gguf.system.errors import InvalidModelError
 from prism_gguf.system.progress import Progress, no_progress, part
 
@@ -32,23 +32,38 @@ def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progr
     Raises:
         InvalidModelError: there is no such model, or a file of it is something else.
     """
-    path = Path(reference)
-    if is_gguf(path):
-        if not path.exists():
-            raise InvalidModelError(f"{path}: {missing(path)}")
-        files = split_parts(path)
-    elif path.exists() and not path.is_dir():
-        raise InvalidModelError(f"{path}: {not_a('a GGUF file', path)}")
-    else:
-        check_checkpoint_name(reference)
-        if is_hub_id(reference):
-            return _hub_commit(reference)
-        files = sorted(f for f in path.iterdir() if f.suffix in _CHECKPOINT_FILES and f.is_file())
-        files += sorted((path / "additional_chat_templates").glob("*.jinja"))
+    if (files := _files(reference)) is None:
+        return _hub_commit(reference)
     before = [0, *accumulate(f.stat().st_size for f in files)]
     digests = [file_digest(f, cache, part(progress, at, before[-1])) for f, at in zip(files, before, strict=False)]
     lines = (f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True))
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
+
+
+def is_fingerprinted(reference: str, cache: Path) -> bool:
+    """Whether ``model_fingerprint`` need not read a file; never of a model on the hub, which may have changed there.
+
+    Raises:
+        InvalidModelError: as of ``model_fingerprint``.
+    """
+    files = None if is_hub_id(reference) else _files(reference)
+    return files is not None and all(is_hashed(file, cache) for file in files)
+
+
+def _files(reference: str) -> list[Path] | None:
+    """The files that a fingerprint is of; None for a model on the hub."""
+    path = Path(reference)
+    if is_gguf(path):
+        if not path.exists():
+            raise InvalidModelError(f"{path}: {missing(path)}")
+        return split_parts(path)
+    if path.exists() and not path.is_dir():
+        raise InvalidModelError(f"{path}: {not_a('a GGUF file', path)}")
+    check_checkpoint_name(reference)
+    if is_hub_id(reference):
+        return None
+    files = sorted(f for f in path.iterdir() if f.suffix in _CHECKPOINT_FILES and f.is_file())
+    return files + sorted((path / "additional_chat_templates").glob("*.jinja"))
 
 
 def _hub_commit(model: str) -> str:
