@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prism_gguf.formats.fingerprint import model_fingerprint
+from prism_gguf.formats.fingerprint import is_fingerprinted, model_fingerprint
+from prism_gguf.formats.hashing import Hashing
+from prism_gguf.formats.hub import is_hub_id
 from prism_gguf.formats.lora import LoraAdapter, adapters
 from prism_gguf.measure.drift import ReferenceLayers, measure_layers
-from prism_gguf.models.placement import placement_key
+from prism_gguf.models.placement import find_placed
 from prism_gguf.results.comparison import CandidateResult
 from prism_gguf.results.details import Layers
 from prism_gguf.results.options import CompareOptions, RunOptions
@@ -33,6 +35,7 @@ class Rows:
         worker: runs the candidates.
         shorter: the rows of a shorter reading, whose windows are not run again.
         leave: leave the states of each candidate for a longer reading.
+        hashing: hashes the candidates; None does that when it is asked for.
     """
 
     folder: Path
@@ -41,19 +44,40 @@ class Rows:
     worker: Worker
     shorter: Rows | None = None
     leave: bool = False
+    hashing: Hashing | None = None
 
     def content(self, path: str, progress: Progress) -> str:
         """A candidate's identity: its content, and its name, which states its intended type."""
-        return f"{self._fingerprint(path, progress)} {Path(path).name}"
+        return _content(self._fingerprint(path, progress), path)
+
+    def known_content(self, path: str) -> str | None:
+        """``content``, where no file has to be read for it; None otherwise.
+
+        Raises:
+            InvalidModelError: there is no such model.
+        """
+        cache = self.options.cache_folder
+        if is_hub_id(path):
+            return self.content(path, no_progress)
+        return _content(model_fingerprint(path, cache), path) if is_fingerprinted(path, cache) else None
 
     def _fingerprint(self, path: str, progress: Progress) -> str:
-        return self.worker.run(model_fingerprint, path, self.options.cache_folder, progress=stage(progress, "hashing"))
+        cache, progress = self.options.cache_folder, stage(progress, "hashing")
+        if is_hub_id(path):  # its client loads what only the worker has
+            return self.worker.run(model_fingerprint, path, cache, progress=progress)
+        return model_fingerprint(path, cache, progress) if self.hashing is None else self.hashing.of(path, progress)
+
+    def kept(self, content: str) -> CandidateResult | None:
+        """The row that an earlier run has kept; None if there is none, or it is to be measured again."""
+        if self.options.fresh:
+            return None
+        return find_kept(self.options.cache_folder, self._keys(content)[0], CandidateResult)
 
     def is_known(self, content: str) -> bool:
         """Whether an earlier run has kept everything about a candidate."""
-        cache, (row, drift) = self.options.cache_folder, self._keys(content)
-        known = not self.options.fresh and find_kept(cache, row, CandidateResult) is not None
-        return known and (self.layers is None or find_kept(cache, drift, Layers) is not None)
+        drift = self._keys(content)[1]
+        known = self.kept(content) is not None
+        return known and (self.layers is None or find_kept(self.options.cache_folder, drift, Layers) is not None)
 
     def row(self, path: str, content: str, progress: Progress) -> CandidateResult:
         """The row of a candidate; one without drift by block, and a note that says why, where only that fails.
@@ -63,15 +87,16 @@ class Rows:
         """
         row_key, drift_key = self._keys(content)
         states = States(self._left(content), self.leave)
-        row = self.worker.run(ensure_row, row_key, path, self.folder, self.options, states, progress=progress, of=path)
+        job = (row_key, path, self.folder, self.options, states)
+        row = self.kept(content) or self.worker.run(ensure_row, *job, progress=progress, of=path)
         if self.shorter is not None and self._states(content).is_dir():  # these contain the others
             self.shorter.discard(content)
         row = replace(row, path=path, lora=list(self._lora))  # they may have been measured under other names
         if self.layers is None:
             return row
-        job = (drift_key, path, row.lora, self.folder, self.layers, self.options)
+        work = (drift_key, path, row.lora, self.folder, self.layers, self.options)
         try:
-            drift = self.worker.run(ensure_drift, *job, progress=stage(progress, "layers"), of=path)
+            drift = self.worker.run(ensure_drift, *work, progress=stage(progress, "layers"), of=path)
         except PrismGgufError as error:
             return replace(row, notes=[*row.notes, f"no drift by block: {error}"])
         return replace(row, layers=drift, seconds=round((row.seconds or 0.0) + drift.seconds, 3))
@@ -103,7 +128,7 @@ class Rows:
 
     @cached_property
     def _placed(self) -> tuple[str, ...]:
-        return self.worker.run(placement_key, self.options)
+        return find_placed(self.options, self.worker).key
 
     def _keys(self, content: str) -> tuple[str, str]:
         """The keys of a row, and of its drift by block: all that each depends on."""
@@ -113,6 +138,10 @@ class Rows:
             kept_key("prism_gguf.measure.candidate", *of, self.options.measuring(), *self._placed),
             kept_key("prism_gguf.measure.drift", *of, running, drift, *self._placed),
         )
+
+
+def _content(fingerprint: str, path: str) -> str:
+    return f"{fingerprint} {Path(path).name}"
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,18 @@ reading contains the shorter one, and neither the reference nor a candidate runs
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.file_names import distinct_names
+from prism_gguf.formats.hashing import Hashing
 from prism_gguf.measure.cached_row import Rows
 from prism_gguf.measure.capture.source import OpenReference, ReferenceSource, estimate_reference
 from prism_gguf.measure.drift import ensure_layers
 from prism_gguf.measure.headers import failed_row
+from prism_gguf.measure.kept_rows import find_kept_rows
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.header import model_header
 from prism_gguf.results.comparison import CandidateResult, NoiseFloor
@@ -52,6 +54,11 @@ class Candidate:
     made: Callable[[Worker], AbstractContextManager[None]] | None = None
     content: str | None = None
     wanted: bool = True
+
+
+def contents_of(candidates: Iterable[Candidate]) -> dict[str, str | None]:
+    """Of those that exist, or whose content is known before they are made: what is known of it, by path."""
+    return {c.path: c.content for c in candidates if c.made is None or c.content is not None}
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class Rounds:
         candidates: those that can be measured, by path.
         control: the one that sets the noise floor, or None.
         making: the cost of making those that are made just in time.
+        hashing: hashes models in the background; None does that when it is needed.
+        reader: a process that has imported nothing, and so need not be waited for; None is the worker.
     """
 
     source: ReferenceSource
@@ -115,6 +124,8 @@ class Rounds:
     worker: Worker
     watch: Watch
     making: Estimate = NOTHING
+    hashing: Hashing | None = None
+    reader: Worker | None = None
 
     def measured(self) -> Measured:
         """Every candidate's row, after as many rounds as the options ask for.
@@ -163,21 +174,25 @@ class Rounds:
         rows = {} if before is None else {path: row for path, row in before.rows.items() if row.error is not None}
         left = {path: candidate for path, candidate in self.candidates.items() if path not in rows}
         making = self.making if before is None else NOTHING
-        watch.admit(making + self._estimate(source, left, before), force=options.force)
-        opened = source.open(options, worker, watch)
+        kept = find_kept_rows(source, contents_of(left.values()), options, worker, watch)
+        unknown = [path for path in left if path not in kept.rows]
+        watch.admit(making + self._estimate(source, unknown, before), force=options.force)
+        recorded = None if options.layers else kept.reference(left)
+        opened = recorded or source.open(options, worker, watch, self.hashing)
         layers = None
         if options.layers:
             shown = stage(watch.progress("reference"), "layers")
             layers = worker.run(ensure_layers, source.model, opened.folder, options, progress=shown)
         shorter = None if before is None else before.maker
         maker, names = (
-            Rows(opened.folder, layers, options, worker, shorter, leave=grows),
+            Rows(opened.folder, layers, options, worker, shorter, leave=grows, hashing=self.hashing),
             distinct_names(self.candidates),
         )
         what = f"files on {amount(opened.text.n_windows, 'window')}" if grows else "files"
         for number, path in enumerate(sorted(left, key=lambda path: path != self.control)):
             watch.count(number, len(left), what)
-            worker.renew()
+            if path in unknown:
+                worker.renew()
             rows[path] = _measured(maker, left[path], watch.progress(names[path]))
         watch.count(len(left), len(left), what)
         control = None if self.control is None else rows[self.control]
@@ -190,26 +205,15 @@ class Rounds:
         with contextlib.suppress(PrismGgufError):  # a file that cannot be read has none
             maker.discard(content or maker.content(path, no_progress))
 
-    def _estimate(
-        self, source: ReferenceSource, candidates: Mapping[str, Candidate], before: Measured | None
-    ) -> Estimate:
+    def _estimate(self, source: ReferenceSource, unknown: Sequence[str], before: Measured | None) -> Estimate:
         """Cost of measuring the candidates that are not in the cache."""
-        worker, options, progress = self.worker, self.options, self.watch.progress("reference")
-        folder = source.place(options, worker, progress)
-        rows, names = None if folder is None else Rows(folder, None, options, worker), distinct_names(candidates)
-
-        def is_known(path: str) -> bool:
-            candidate = candidates[path]
-            if rows is None or (candidate.content is None and candidate.made is not None):
-                return False
-            try:
-                return rows.is_known(candidate.content or rows.content(path, self.watch.progress(names[path])))
-            except PrismGgufError:  # its row will say so
-                return False
-
-        left = [path for path in candidates if not is_known(path)]
+        if not unknown and not self.options.layers:
+            return NOTHING
         known = 0 if before is None else before.n_windows
-        return worker.run(estimate_comparison, source, left, options, known, progress=progress)
+        reader, progress = self.reader or self.worker, self.watch.progress("reference")
+        found = reader.run(estimate_comparison, source, unknown, self.options, known, progress=progress)
+        reader.renew()  # what it has imported for this goes
+        return found
 
 
 def estimate_comparison(

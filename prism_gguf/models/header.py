@@ -14,6 +14,7 @@ from typing import Any
 from prism_gguf.formats.checkpoint_files import tensor_headers, weight_files
 from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.gguf_reader import split_parts
 from prism_gguf.formats.hub import cached_folder, is_hub_id
 from prism_gguf.system.errors import PrismGgufError
 
@@ -88,6 +89,17 @@ def model_header(path: str) -> ModelHeader | None:
         return None if folder is None else _checkpoint_header(folder)
     except (PrismGgufError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def model_files(path: str) -> list[Path]:
+    """The files with the weights of a GGUF or a checkpoint's folder; empty where they are not here.
+
+    Raises:
+        InvalidModelError: parts of it are missing.
+    """
+    if is_gguf(path):
+        return [file for file in split_parts(Path(path)) if file.is_file()]
+    return [] if is_hub_id(path) else weight_files(Path(path))
 
 
 def _gguf_header(gguf: GgufFile) -> ModelHeader | None:

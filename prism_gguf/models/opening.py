@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.fingerprint import is_checkpoint
-from prism_gguf.models.placement import placement_of
+from prism_gguf.models.placement import placement_key, placement_of
 from prism_gguf.results.options import RunOptions
 
 if TYPE_CHECKING:
@@ -21,8 +21,11 @@ _NOT_IN_CAPTURES = {"threads", "trust_remote_code"}
 _LLAMA_CPP_ONLY = {"n_gpu_layers", "cache_type_k", "cache_type_v", "kernels"}
 
 
-def runtime_of(reference: str, options: RunOptions) -> tuple[object, ...]:
+def runtime_of(reference: str, options: RunOptions, placed: tuple[str, ...] | None = None) -> tuple[object, ...]:
     """For cache keys: the package that runs a reference, its version, and every option that decides its states.
+
+    Args:
+        placed: ``Placement.key`` of the options, where it is known; otherwise it is found out.
 
     Raises:
         InvalidBackendError: there is no such device.
@@ -31,7 +34,9 @@ def runtime_of(reference: str, options: RunOptions) -> tuple[object, ...]:
     if not is_gguf(reference):
         package, ignored = "transformers", _NOT_IN_CAPTURES | _LLAMA_CPP_ONLY
     values = (value for name, value in RunOptions.of(options).measuring() if name not in ignored)
-    return version(package), package, *values, *(() if is_gguf(reference) else placement_of(options).key)
+    if is_gguf(reference):
+        return version(package), package, *values
+    return version(package), package, *values, *(placement_key(options) if placed is None else placed)
 
 
 def open_model(reference: str, n_ctx: int, options: RunOptions) -> Model:

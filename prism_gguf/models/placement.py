@@ -5,21 +5,33 @@ llama.cpp has a device of its own (``RunOptions.n_gpu_layers``), which nothing h
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from prism_gguf.results.options import AUTO, DTYPES, FLOAT32, RunOptions
 from prism_gguf.system.errors import InvalidBackendError
 from prism_gguf.system.machine import memory
+from prism_gguf.system.memo import ensure_kept, kept_key
 from prism_gguf.system.progress import Progress, no_progress
+from prism_gguf.system.worker import Worker
 
 if TYPE_CHECKING:  # workflows make keys without torch
     import torch
 
+Options = TypeVar("Options", bound=RunOptions)
+
 _CPU, _CUDA, _MPS = "cpu", "cuda", "mps"
 _NAMED = re.compile(r"auto|cpu|mps|cuda(?::(\d{1,3}))?")
+# Which GPUs a system has, with which driver, and which of them a program sees: what torch finds changes with these.
+_GPUS = ("dev/nvidia*", "dev/kfd", "dev/dxg", "dev/dri/*", "proc/driver/nvidia/gpus/*")
+_DRIVER = Path("/proc/driver/nvidia/version")
+_DRIVER_FILES = ("/usr/lib/wsl/lib/libcuda.so.1", r"C:\Windows\System32\nvcuda.dll")
+_GPU_VARIABLES = re.compile(r"(CUDA|HIP|ROCR|GPU|NVIDIA|HSA)_\w+")
 
 
 @dataclass(frozen=True)
@@ -86,14 +98,74 @@ def placement_of(options: RunOptions) -> Placement:
     return Placement(_device(options.device), getattr(torch, options.dtype))
 
 
-def placement_key(options: RunOptions, *, progress: Progress = no_progress) -> tuple[str, ...]:
-    """``Placement.key``. Runs in the worker."""
-    return placement_of(options).key
-
-
 def placement_record(options: RunOptions, *, progress: Progress = no_progress) -> dict[str, str]:
-    """``Placement.record``. Runs in the worker."""
+    """``Placement.record``, for the worker; without torch where the CPU is asked for by its name."""
+    if options.device == _CPU and options.dtype in DTYPES:
+        return {} if options.dtype == FLOAT32 else {"device": _CPU, "dtype": options.dtype}
     return placement_of(options).record
+
+
+def placement_key(options: RunOptions) -> tuple[str, ...]:
+    """``Placement.key``, for the worker; see ``placement_record``."""
+    return tuple(placement_record(options).values())
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What options come to here.
+
+    Attributes:
+        device: by its own name, where ``auto`` was asked for: ``cpu``, ``mps`` or ``cuda:N``.
+        record: ``Placement.record``.
+    """
+
+    device: str
+    record: dict[str, str]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """``Placement.key``."""
+        return tuple(self.record.values())
+
+
+def find_placed(options: RunOptions, worker: Worker, progress: Progress = no_progress) -> Placed:
+    """What options come to, without torch where it was asked before: the same torch, and the same GPUs.
+
+    Raises:
+        InvalidBackendError: as of ``placement_of``.
+    """
+
+    def make(_: Path) -> Placed:
+        return worker.run(_placed, options, progress=progress)
+
+    key = kept_key("prism_gguf.models.placement", options.device, options.dtype, *_gpus())
+    return ensure_kept(options.cache_folder, key, Placed, make, progress=progress)
+
+
+def choose_device(options: Options, worker: Worker, progress: Progress = no_progress) -> tuple[Options, dict[str, str]]:
+    """Options with the device that ``auto`` comes to, and what a result records of it.
+
+    From here on it is asked for by name, so that a GPU which is gone is an error, not another device.
+
+    Raises:
+        InvalidBackendError: as of ``placement_of``.
+    """
+    placed = find_placed(options, worker, progress)
+    return replace(options, device=placed.device), placed.record
+
+
+def _placed(options: RunOptions, *, progress: Progress = no_progress) -> Placed:
+    placement = placement_of(options)
+    return Placed(str(placement.device), placement.record)
+
+
+def _gpus() -> Iterator[object]:
+    """What shows that GPUs, their driver, or a choice among them have changed."""
+    root = Path(Path.cwd().anchor)
+    yield sorted(str(file) for pattern in _GPUS for file in root.glob(pattern))
+    yield _DRIVER.read_text() if _DRIVER.is_file() else None
+    yield [os.stat(file).st_mtime_ns for file in _DRIVER_FILES if os.path.isfile(file)]
+    yield sorted(item for item in os.environ.items() if _GPU_VARIABLES.fullmatch(item[0]))
 
 
 def _device(asked: str) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING
 from prism_gguf.formats.file_names import distinct_names
 from prism_gguf.formats.fingerprint import is_checkpoint
 from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.hashing import Hashing
 from prism_gguf.formats.lora import adapters
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.formats.text.selection import Source
 from prism_gguf.measure.capture.source import ReferenceSource
 from prism_gguf.measure.headers import Headers, read_candidate
-from prism_gguf.measure.rounds import Candidate, Rounds
+from prism_gguf.measure.kept_rows import KeptRows, find_kept_rows, unhashed
+from prism_gguf.measure.rounds import Candidate, Rounds, contents_of
 from prism_gguf.models.kernels import choose_kernels
-from prism_gguf.models.placement import placement_record
+from prism_gguf.models.placement import choose_device
 from prism_gguf.results.comparison import CandidateResult, Comparison, NoiseFloor, TextInfo
 from prism_gguf.results.options import NO_CONTROL, CompareOptions
 from prism_gguf.results.ranking import rank
@@ -28,7 +31,7 @@ from prism_gguf.system.estimate import NOTHING, Estimate, Estimated, not_told
 from prism_gguf.system.progress import Steps, no_steps
 from prism_gguf.system.version import __version__
 from prism_gguf.system.watch import Watch
-from prism_gguf.system.worker import MEASURING
+from prism_gguf.system.worker import MEASURING, Worker
 
 if TYPE_CHECKING:  # it loads what it does not need for a comparison without limits
     from prism_gguf.results.gates import Gate
@@ -88,16 +91,26 @@ def compare_candidates(
     created, gates = now(), [Gate.parse(text) for text in options.fail_on]
     options, kernels = choose_kernels(options, watch.progress("reference"))
     options = replace(options, lora=adapters(options.lora))
-    with options.worker(preload=MEASURING) as worker:
-        worker.start()  # it imports while headers are read
+    source, paths = ReferenceSource.of(reference, texts, options), [c.path for c in candidates if c.made is None]
+    with ExitStack() as opened:
+        worker, reader = (opened.enter_context(options.worker(preload=modules)) for modules in (MEASURING, ()))
+        hashing = opened.enter_context(Hashing(options.cache_folder))
+        if new := unhashed([*filter(None, [source.model]), *paths], options.cache_folder):
+            worker.start()  # it imports while all else is looked up
+        if source.model in new and source.is_hashed_first(options):
+            hashing.expect(new[:1])
+        kept = find_kept_rows(source, contents_of(candidates), options, worker, watch)
+        if options.layers or not kept.has_all(c.path for c in candidates):
+            worker.start()
         # Unreadable files are found before the reference takes its minutes.
-        source = ReferenceSource.of(reference, texts, options)
-        headers = _headers([c.path for c in candidates if c.made is None], source, options, watch)
+        headers = _headers(paths, source, kept, options, reader, watch)
         headers.check(n_others=sum(c.made is not None for c in candidates))
         control = _control(headers, options)
-        placed = worker.run(placement_record, options, progress=watch.progress("reference"))
+        hashing.expect(path for path in sorted(headers.ftypes, key=lambda path: path != control) if path in new)
+        options, placed = choose_device(options, worker, watch.progress("reference"))
         once = {c.path: c for c in candidates if c.path not in headers.failed}
-        found = Rounds(source, once, control, options, worker, watch, making).measured()
+        rounds = Rounds(source, once, control, options, worker, watch, making, hashing=hashing, reader=reader)
+        found = rounds.measured()
     text = found.reference.text
     results = _judged({**headers.failed, **found.rows}, found.floor, gates, text, options)
     measured = [results[c.path] for c in candidates]
@@ -116,16 +129,22 @@ def compare_candidates(
     )
 
 
-def _headers(paths: Sequence[str], source: ReferenceSource, options: CompareOptions, watch: Watch) -> Headers:
-    """Headers of the existing candidates, read in a separate process: a damaged file may crash it."""
-    with options.worker() as reader:
-        names = distinct_names(paths)
+def _headers(
+    paths: Sequence[str], source: ReferenceSource, kept: KeptRows, options: CompareOptions, reader: Worker, watch: Watch
+) -> Headers:
+    """Headers of the existing candidates, read in a separate process: a damaged file may crash it.
 
-        def read_one(path: str) -> str | None:
-            progress = watch.progress(names[path])
-            return reader.run(read_candidate, path, source.n_ctx, options, progress=progress, of=path)
+    One whose row was kept has run, and its row says what it is.
+    """
+    names = distinct_names(paths)
 
-        return Headers.read(paths, read_one)
+    def read_one(path: str) -> str | None:
+        if (row := kept.rows.get(path)) is not None:
+            return None if row.is_checkpoint else row.ftype
+        progress = watch.progress(names[path])
+        return reader.run(read_candidate, path, source.n_ctx, options, progress=progress, of=path)
+
+    return Headers.read(paths, read_one)
 
 
 def _control(headers: Headers, options: CompareOptions) -> str | None:

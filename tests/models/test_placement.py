@@ -20,7 +20,15 @@ from prism_gguf.measure.capture.capture_file import SCHEMA
 from prism_gguf.measure.capture.ensure import capture_place
 from prism_gguf.models.opening import runtime_of
 from prism_gguf.models.output_head import HeadPair, LogitTransform, OutputHead
-from prism_gguf.models.placement import Placement, float64_device, placement_of, placement_record
+from prism_gguf.models.placement import (
+    Placed,
+    Placement,
+    choose_device,
+    find_placed,
+    float64_device,
+    placement_of,
+    placement_record,
+)
 from prism_gguf.results.options import CaptureOptions, CompareOptions, RunOptions, SensitivityOptions
 from prism_gguf.system.cache import key_of
 from prism_gguf.system.errors import InvalidBackendError, OutOfMemoryError, known
@@ -190,6 +198,37 @@ class InPlace:
         return self
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+def test_torch_is_asked_once_for_the_same_gpus(two_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("prism_gguf.models.placement._GPUS", (str(tmp_path.relative_to("/") / "nvidia*"),))
+
+    class Asked(InPlace):
+        def run(self, function: Any, options: RunOptions, **more: Any) -> Any:
+            asked.append(options.device)
+            return function(options)
+
+    def found(**options: Any) -> Placed:
+        return find_placed(RunOptions(cache=tmp_path, **options), Asked())
+
+    for options in ({}, {"dtype": "bfloat16"}, {"device": "cuda:1"}, {"device": "cpu"}):
+        expected = placement_of(RunOptions(**options))
+        for _ in range(2):
+            assert found(**options) == Placed(str(expected.device), expected.record)
+            assert found(**options).key == expected.key
+    assert asked == ["auto", "auto", "cuda:1", "cpu"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    found()
+    (tmp_path / "nvidia1").touch()  # such as of a driver that was loaded
+    found()
+    assert asked[4:] == ["auto"] * 2
+    for _ in range(2):
+        with pytest.raises(InvalidBackendError):
+            found(device="cuda:7")  # which is not kept
+    assert asked[6:] == ["cuda:7"] * 2
+    chosen, record = choose_device(CompareOptions(cache=tmp_path), Asked())
+    assert chosen == CompareOptions(cache=tmp_path, device="cuda:0") and record["device"] == "cuda: Pretended 0"
 
 
 def test_results_record_what_is_not_plain(two_gpus: None) -> None:

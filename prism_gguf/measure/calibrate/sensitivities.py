@@ -189,7 +189,7 @@ def estimate_sensitivity(
 ) -> Estimate:
     """The remaining cost of sensitivities: zero if they are in the cache."""
     costs, model = costs_of(options), model_header(reference)
-    if model is not None and not model.is_gguf and is_new(model, options):
+    if model is not None and not model.is_gguf and is_new(model.files, options):
         admit(
             costs.start() + costs.sensitivity(model, work_of(reading), options.cache_folder, options.types),
             force=options.force,

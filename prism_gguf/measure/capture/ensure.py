@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.text.selection import Reading
+from prism_gguf.measure.capture.record import SCHEMA
 from prism_gguf.measure.capture.unhashed import HashBehind, Unhashed, hashes_behind
 from prism_gguf.models.header import model_header
 from prism_gguf.models.opening import open_model, runtime_of
-from prism_gguf.models.placement import placement_of
+from prism_gguf.models.placement import placement_key
 from prism_gguf.results.options import FLOAT32, CaptureOptions
 from prism_gguf.system.cache import check_cache, is_capture, key_of, locked, recorded_key
 from prism_gguf.system.errors import InvalidBackendError, InvalidCaptureError
@@ -31,24 +32,34 @@ class CapturePlace(NamedTuple):
     folder: Path
 
 
-def capture_place(reference: str, reading: Reading, options: CaptureOptions, progress: Progress) -> CapturePlace:
+def capture_place(
+    reference: str,
+    reading: Reading,
+    options: CaptureOptions,
+    progress: Progress,
+    *,
+    fingerprint: str | None = None,
+    placed: tuple[str, ...] | None = None,
+) -> CapturePlace:
     """The location of the capture of ``reading``, made or not.
+
+    Args:
+        fingerprint: the model's content, where it is known; otherwise it is hashed.
+        placed: ``Placement.key`` of the options, where it is known; otherwise it is found out.
 
     Raises:
         InvalidBackendError: the device or type that it should be made in does not exist here, or not for a GGUF.
     """
-    from prism_gguf.measure.capture.capture_file import SCHEMA
-
-    _check_placement(reference, options)  # before a large model is hashed
-    fingerprint = model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
-    runtime = runtime_of(reference, options)
+    _check_dtype(reference, options)
+    placed = placement_key(options) if placed is None else placed  # before a large model is hashed
+    fingerprint = fingerprint or model_fingerprint(reference, options.cache_folder, stage(progress, "hashing"))
+    runtime = runtime_of(reference, options, placed)
     key = key_of([SCHEMA, fingerprint, *_asked(reading, runtime, options)])
     folder = captures_in(options.cache_folder) / key if options.out is None else Path(options.out)
     return CapturePlace(fingerprint, key_of([SCHEMA, fingerprint, *runtime]), key, folder)
 
 
-def _check_placement(reference: str, options: CaptureOptions) -> None:
-    placement_of(options)
+def _check_dtype(reference: str, options: CaptureOptions) -> None:
     if options.dtype != FLOAT32 and is_gguf(reference):
         raise InvalidBackendError(
             f"{reference}: llama.cpp runs a GGUF in types of its own; --dtype is for checkpoints, leave it out"
@@ -66,16 +77,26 @@ def captures_in(cache: Path) -> Path:
 
 
 def ensure_capture(
-    reference: str, reading: Reading, options: CaptureOptions, *, progress: Progress = no_progress
+    reference: str,
+    reading: Reading,
+    options: CaptureOptions,
+    fingerprint: str | None = None,
+    *,
+    progress: Progress = no_progress,
 ) -> Path:
-    """The folder of a complete capture of ``reading``, made if it is missing. Runs in the worker."""
+    """The folder of a complete capture of ``reading``, made if it is missing. Runs in the worker.
+
+    Args:
+        fingerprint: the model's content, where it is known.
+    """
     from prism_gguf.measure.capture.capture_file import adopt_head, adopt_serving
     from prism_gguf.measure.capture.read_before import ReadBefore
     from prism_gguf.models.serving import serving_of
 
     cache, out = options.cache_folder, None if options.out is None else Path(options.out)
     begun = _begun_unhashed(reference, reading, options, progress)
-    fingerprint, running, key, folder = capture_place(reference, reading, options, progress)
+    place = capture_place(reference, reading, options, progress, fingerprint=fingerprint)
+    fingerprint, running, key, folder = place
     with locked(folder, cache, progress):
         if begun is not None and begun.settle(folder, key, fingerprint):
             ReadBefore(running).record(folder)
@@ -87,7 +108,7 @@ def ensure_capture(
             adopt_head(folder, Path(reference))
         else:
             before = ReadBefore.among(captures_in(cache), running)
-            _write(reference, reading, options, CapturePlace(fingerprint, running, key, folder), before, progress)
+            _write(reference, reading, options, place, before, progress)
             before.record(folder)
         adopt_serving(folder, partial(serving_of, reference, trust_remote_code=options.trust_remote_code))
     return folder
@@ -98,7 +119,6 @@ def _begun_unhashed(reference: str, reading: Reading, options: CaptureOptions, p
     model = model_header(reference)
     if model is None or model.is_gguf:
         return None
-    _check_placement(reference, options)
     asked = _asked(reading, runtime_of(reference, options), options)
     begun = Unhashed.of(model, asked, captures_in(options.cache_folder), options.out)
     if not hashes_behind(model, options.cache_folder) or begun.is_somebody_elses:

@@ -8,13 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prism_gguf.formats.file_kind import is_gguf
+from prism_gguf.formats.hashing import Hashing
+from prism_gguf.formats.hub import is_hub_id
 from prism_gguf.formats.text.selection import Reading, Source, TokenSource
 from prism_gguf.formats.text.windows import EvaluationText, Score, notes_of
 from prism_gguf.measure.capture.ensure import capture_place, ensure_capture
 from prism_gguf.measure.capture.part import ensure_part, part_place
+from prism_gguf.measure.capture.record import read_record
 from prism_gguf.measure.capture.unhashed import hashes_behind
 from prism_gguf.models.costs import Work, costs_of, state_bytes
-from prism_gguf.models.header import ModelHeader, model_header
+from prism_gguf.models.header import ModelHeader, model_files, model_header
+from prism_gguf.models.placement import find_placed
 from prism_gguf.results.comparison import TextInfo
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.options import CaptureOptions, ReadOptions, RunOptions
@@ -22,7 +27,7 @@ from prism_gguf.system.cache import MANIFEST, check_cache, is_capture, is_hashed
 from prism_gguf.system.errors import InvalidCaptureError, InvalidTextError
 from prism_gguf.system.estimate import Estimate, admit
 from prism_gguf.system.machine import allocated
-from prism_gguf.system.progress import Progress, no_progress
+from prism_gguf.system.progress import Progress, no_progress, stage
 from prism_gguf.system.watch import Watch
 from prism_gguf.system.worker import Worker
 
@@ -78,16 +83,39 @@ class ReferenceSource:
 
     def place(self, options: ReadOptions, worker: Worker, progress: Progress) -> Path | None:
         """The folder of a complete capture; None if it does not exist yet. Does not hash a model that is new here."""
-        folder, header = self.capture, None if self.capture is not None else model_header(self.path)
+        folder = self.capture
         if folder is not None and self.part is not None and self.part < captured_work(folder)[1].n_windows:
             folder = part_place(folder, self.part, options.cache_folder)
-        if header is not None and not is_new(header, options):
-            running = CaptureOptions.of(options)
-            folder = worker.run(capture_place, self.path, self.reading, running, progress=progress).folder
+        if folder is None:
+            folder = self._cached(options, worker, progress)
         return folder if folder is not None and is_capture(folder) else None
 
-    def open(self, options: ReadOptions, worker: Worker, watch: Watch) -> OpenReference:
-        """The capture, made if it is missing, and its record in results."""
+    def _cached(self, options: ReadOptions, worker: Worker, progress: Progress) -> Path | None:
+        """Where the cache would have the capture of a model whose content is known."""
+        running = CaptureOptions.of(options)
+        if is_hub_id(self.path):  # what it is by now, only the hub knows
+            header = model_header(self.path)
+            if header is None or is_new(header.files, options):
+                return None
+            return worker.run(capture_place, self.path, self.reading, running, progress=progress).folder
+        if is_new(model_files(self.path), options):
+            return None
+        placed = find_placed(options, worker, progress).key
+        return capture_place(self.path, self.reading, running, progress, placed=placed).folder
+
+    def recorded(self, folder: Path) -> OpenReference:
+        """The reference as a complete capture records it, found without a process."""
+        record, is_default = read_record(folder), self.capture is None and self.is_default
+        # A GGUF's identity goes by its file's name too, which is part of its fingerprint.
+        identity = record.identity if self.capture is not None else replace(record.identity, path=self.path)
+        return OpenReference(folder, identity, record.text_info(is_default=is_default))
+
+    def open(self, options: ReadOptions, worker: Worker, watch: Watch, hashing: Hashing | None = None) -> OpenReference:
+        """The capture, made if it is missing, and its record in results.
+
+        Args:
+            hashing: hashes the model in the background; None leaves that to the worker.
+        """
         progress = watch.progress("reference")
         progress(0, 0, "starting")
         if self.capture is not None:
@@ -95,13 +123,22 @@ class ReferenceSource:
             if self.part is not None:
                 folder = worker.run(ensure_part, folder, self.part, options.cache_folder, progress=progress)
             return OpenReference(folder, *worker.run(_describe, folder, False, progress=progress))
-        running = CaptureOptions.of(options)
-        folder = worker.run(ensure_capture, self.path, self.reading, running, progress=progress, of=self.path)
+        running, fingerprint = CaptureOptions.of(options), None
+        if hashing is not None and self.is_hashed_first(options):
+            fingerprint = hashing.of(self.path, stage(progress, "hashing"))
+        job = (self.path, self.reading, running, fingerprint)
+        folder = worker.run(ensure_capture, *job, progress=progress, of=self.path)
         identity, text = worker.run(_describe, folder, self.is_default, progress=progress)
         # A cached capture may have been made from the same content under another name, which is a label too.
         if identity.kind == "gguf":
             identity = worker.run(_named, self.path, identity, progress=progress, of=self.path)
         return OpenReference(folder, replace(identity, path=self.path), text)
+
+    def is_hashed_first(self, options: RunOptions) -> bool:
+        """Whether this is a model in files here, and they are hashed before it runs."""
+        if self.capture is not None or is_hub_id(self.path):
+            return False
+        return is_gguf(self.path) or not hashes_behind(model_header(self.path), options.cache_folder)
 
 
 @dataclass(frozen=True)
@@ -114,22 +151,12 @@ class OpenReference:
 
 
 def _describe(folder: Path, is_default: bool, *, progress: Progress) -> tuple[ModelIdentity, TextInfo]:
-    """The record of reference and text in results. Runs in the worker."""
+    """The record of reference and text in results, of a capture that is whole. Runs in the worker."""
     from prism_gguf.measure.capture.capture_file import read_capture
 
-    capture = read_capture(folder, progress)
-    windows = capture.windows
-    text = TextInfo(
-        fingerprint=windows.fingerprint,
-        n_windows=windows.n_windows,
-        n_ctx=windows.n_ctx,
-        n_scored=windows.n_scored,
-        score=windows.score.value,
-        domains=windows.domain_names,
-        is_default=is_default,
-        notes=notes_of(capture.texts),
-    )
-    return capture.identity, text
+    read_capture(folder, progress)
+    record = read_record(folder)
+    return record.identity, record.text_info(is_default=is_default)
 
 
 def capture_notes(folder: Path) -> list[str]:
@@ -167,12 +194,14 @@ def _capturing(
         assert model is not None
         return costs.start() + costs.capture(model, work_of(reading), folder, self_contained=options.self_contained)
 
-    if model is not None and is_new(model, options):
-        admit(whole(Path(options.out or options.cache_folder)), force=options.force)
-    if hashes_behind(model, options.cache_folder):
-        return whole(Path(options.out or options.cache_folder))
+    if not work_of(reading).n_windows:  # too short: who reads it says so
+        return Estimate()
+    if model is not None and is_new(model.files, options):  # no estimate is worth hashing all of it
+        needed = whole(Path(options.out or options.cache_folder))
+        admit(needed, force=options.force)
+        return needed
     folder = capture_place(reference, reading, options, progress).folder
-    if model is None or is_capture(folder) or not work_of(reading).n_windows:  # too short: who reads it says so
+    if model is None or is_capture(folder):
         return Estimate()
     return resumed(whole(folder), folder, whole(folder).disk[folder])
 
@@ -204,9 +233,12 @@ def estimate_export(
     return costs.start() + costs.exported(identity["hidden_size"], vocab, work, file.parent)
 
 
-def is_new(model: ModelHeader, options: RunOptions) -> bool:
-    """Whether nothing can be in the cache yet: then what does not fit is refused before all of a model is hashed."""
-    return not all(is_hashed(file, options.cache_folder) for file in model.files)
+def is_new(files: Sequence[Path], options: RunOptions) -> bool:
+    """Whether nothing of a model can be in the cache yet, by the files with its weights.
+
+    Then what does not fit is refused before all of it is hashed.
+    """
+    return not files or not all(is_hashed(file, options.cache_folder) for file in files)
 
 
 def captured_work(folder: Path) -> tuple[dict[str, Any], Work]:

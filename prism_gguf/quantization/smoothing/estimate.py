@@ -34,7 +34,7 @@ def estimate_smoothing(
         return Estimate()
     costs, control = costs_of(options), sized(5, 512, Score.HALF)
     whole = costs.start() + costs.smoothing(model, options.refinements)
-    if is_new(model, options):
+    if is_new(model.files, options):
         whole += costs.statistics(model, work_of(reading), options.cache_folder)
     else:
         fingerprint = model_fingerprint(reference, options.cache_folder, progress)
