@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from prism_gguf.formats.file_kind import is_gguf, missing, not_a
 from prism_gguf.formats.gguf_reader import split_parts
 from prism_gguf.formats.hub import is_hub_id
 from prism_gguf.system.cache import file_digest, is_hashed
-from prism_gguf.system.errors import InvalidModelError
+from prism_gguf.system.errors import InvalidModelError, known
 from prism_gguf.system.progress import Progress, no_progress, part
 
 # The files of a checkpoint folder that decide its results: weights, configuration, tokenizer, its own code.
@@ -24,6 +26,19 @@ def is_checkpoint(candidate: str) -> bool:
     return not is_gguf(candidate) and (Path(candidate).is_dir() or is_hub_id(candidate))
 
 
+@contextmanager
+def _system_errors_told() -> Iterator[None]:
+    """Errors of the system become errors of this package, in the caller as they do in the worker."""
+    try:
+        yield
+    except OSError as error:
+        told = known(error)
+        if told is None or isinstance(error, BrokenPipeError):  # of a progress whose caller is gone
+            raise
+        raise told from error
+
+
+@_system_errors_told()
 def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progress) -> str:
     """SHA-256 over the content of a GGUF or checkpoint folder, or ``id@commit`` of a model on the hub.
 
@@ -31,6 +46,7 @@ def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progr
 
     Raises:
         InvalidModelError: there is no such model, or a file of it is something else.
+        StorageError: a file cannot be read.
     """
     if (files := _files(reference)) is None:
         return _hub_commit(reference)
@@ -40,6 +56,7 @@ def model_fingerprint(reference: str, cache: Path, progress: Progress = no_progr
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
+@_system_errors_told()
 def is_fingerprinted(reference: str, cache: Path) -> bool:
     """Whether ``model_fingerprint`` need not read a file; never of a model on the hub, which may have changed there.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import prism_gguf.formats.hashing
 from prism_gguf.formats.fingerprint import model_fingerprint
 from prism_gguf.formats.hashing import Hashing
-from prism_gguf.system.errors import InvalidModelError
+from prism_gguf.system.errors import InvalidModelError, StorageError
 from prism_gguf.system.progress import Progress
 
 
@@ -102,6 +103,30 @@ def test_faults_come_to_who_asks_and_progress_too(tmp_path: Path, monkeypatch: p
     with Hashing(tmp_path / "cache2") as hashing:
         hashing.of(paths[0], progress)
     assert told[-1] == (1, 2)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_this_package(tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with Hashing(tmp_path / "cache") as hashing, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "denied", str(self))))
+        with pytest.raises(StorageError, match=r"model: denied; name a folder"):
+            hashing.of(str(broken))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_it_gives_way_and_the_rest_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nice: list[int] = []
+    monkeypatch.setattr(
+        prism_gguf.formats.hashing,
+        "model_fingerprint",
+        lambda *_: str(nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))),
+    )
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with Hashing(tmp_path / "cache") as hashing:
+        hashing.of(files(tmp_path, 1)[0])
+    assert nice == [min(19, before + 10)] and os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_leaving_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
