@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.file_names import distinct_names
 from prism_gguf.formats.hashing import Hashing
+from prism_gguf.formats.hub import is_hub_id
 from prism_gguf.measure.cached_row import Rows
 from prism_gguf.measure.capture.source import OpenReference, ReferenceSource, estimate_reference
 from prism_gguf.measure.drift import ensure_layers
@@ -21,6 +22,7 @@ from prism_gguf.measure.headers import failed_row
 from prism_gguf.measure.kept_rows import find_kept_rows
 from prism_gguf.models.costs import costs_of
 from prism_gguf.models.header import model_header
+from prism_gguf.models.placement import find_placed
 from prism_gguf.results.comparison import CandidateResult, NoiseFloor
 from prism_gguf.results.details import LayerCost
 from prism_gguf.results.options import CompareOptions
@@ -114,7 +116,6 @@ class Rounds:
         control: the one that sets the noise floor, or None.
         making: the cost of making those that are made just in time.
         hashing: hashes models in the background; None does that when it is needed.
-        reader: a process that has imported nothing, and so need not be waited for; None is the worker.
     """
 
     source: ReferenceSource
@@ -125,7 +126,6 @@ class Rounds:
     watch: Watch
     making: Estimate = NOTHING
     hashing: Hashing | None = None
-    reader: Worker | None = None
 
     def measured(self) -> Measured:
         """Every candidate's row, after as many rounds as the options ask for.
@@ -210,10 +210,11 @@ class Rounds:
         if not unknown and not self.options.layers:
             return NOTHING
         known = 0 if before is None else before.n_windows
-        reader, progress = self.reader or self.worker, self.watch.progress("reference")
-        found = reader.run(estimate_comparison, source, unknown, self.options, known, progress=progress)
-        reader.renew()  # what it has imported for this goes
-        return found
+        job, progress = (source, unknown, self.options, known), self.watch.progress("reference")
+        if source.model is not None and is_hub_id(source.model):  # its client loads what only the worker has
+            return self.worker.run(estimate_comparison, *job, progress=progress)
+        # Here, while the worker imports: the headers of all these files have been read elsewhere without a crash.
+        return estimate_comparison(*job, progress=progress, placed=find_placed(self.options, self.worker).key)
 
 
 def estimate_comparison(
@@ -223,15 +224,15 @@ def estimate_comparison(
     known: int = 0,
     *,
     progress: Progress = no_progress,
+    placed: tuple[str, ...] | None = None,
 ) -> Estimate:
     """Cost of a comparison, with the reference's capture; a file that does not exist yet counts like one of the others.
 
-    Runs in the worker: it may have to hash a model.
-
     Args:
         known: windows that need not be run again.
+        placed: ``Placement.key`` of the options; None for the worker, which can ask torch.
     """
-    found, model, work = estimate_reference(source, options, progress)
+    found, model, work = estimate_reference(source, options, progress, placed)
     headers = {path: model_header(path) for path in candidates}
     like = next((h for h in (*headers.values(), model) if h is not None), None)
     if like is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +30,7 @@ from prism_gguf.system.estimate import NOTHING, Estimate, Estimated, not_told
 from prism_gguf.system.progress import Steps, no_steps
 from prism_gguf.system.version import __version__
 from prism_gguf.system.watch import Watch
-from prism_gguf.system.worker import MEASURING, Worker
+from prism_gguf.system.worker import MEASURING
 
 if TYPE_CHECKING:  # it loads what it does not need for a comparison without limits
     from prism_gguf.results.gates import Gate
@@ -89,27 +88,25 @@ def compare_candidates(
     from prism_gguf.results.gates import Gate
 
     created, gates = now(), [Gate.parse(text) for text in options.fail_on]
-    options, kernels = choose_kernels(options, watch.progress("reference"))
     options = replace(options, lora=adapters(options.lora))
     source, paths = ReferenceSource.of(reference, texts, options), [c.path for c in candidates if c.made is None]
-    with ExitStack() as opened:
-        worker, reader = (opened.enter_context(options.worker(preload=modules)) for modules in (MEASURING, ()))
-        hashing = opened.enter_context(Hashing(options.cache_folder))
+    with options.worker(preload=MEASURING) as worker, Hashing(options.cache_folder) as hashing:
         if new := unhashed([*filter(None, [source.model]), *paths], options.cache_folder):
             worker.start()  # it imports while all else is looked up
         if source.model in new and source.is_hashed_first(options):
             hashing.expect(new[:1])
+        options, kernels = choose_kernels(options, watch.progress("reference"))
         kept = find_kept_rows(source, contents_of(candidates), options, worker, watch)
         if options.layers or not kept.has_all(c.path for c in candidates):
             worker.start()
         # Unreadable files are found before the reference takes its minutes.
-        headers = _headers(paths, source, kept, options, reader, watch)
+        headers = _headers(paths, source, kept, options, watch)
         headers.check(n_others=sum(c.made is not None for c in candidates))
         control = _control(headers, options)
         hashing.expect(path for path in sorted(headers.ftypes, key=lambda path: path != control) if path in new)
         options, placed = choose_device(options, worker, watch.progress("reference"))
         once = {c.path: c for c in candidates if c.path not in headers.failed}
-        rounds = Rounds(source, once, control, options, worker, watch, making, hashing=hashing, reader=reader)
+        rounds = Rounds(source, once, control, options, worker, watch, making, hashing)
         found = rounds.measured()
     text = found.reference.text
     results = _judged({**headers.failed, **found.rows}, found.floor, gates, text, options)
@@ -130,21 +127,22 @@ def compare_candidates(
 
 
 def _headers(
-    paths: Sequence[str], source: ReferenceSource, kept: KeptRows, options: CompareOptions, reader: Worker, watch: Watch
+    paths: Sequence[str], source: ReferenceSource, kept: KeptRows, options: CompareOptions, watch: Watch
 ) -> Headers:
     """Headers of the existing candidates, read in a separate process: a damaged file may crash it.
 
     One whose row was kept has run, and its row says what it is.
     """
-    names = distinct_names(paths)
+    with options.worker() as reader:
+        names = distinct_names(paths)
 
-    def read_one(path: str) -> str | None:
-        if (row := kept.rows.get(path)) is not None:
-            return None if row.is_checkpoint else row.ftype
-        progress = watch.progress(names[path])
-        return reader.run(read_candidate, path, source.n_ctx, options, progress=progress, of=path)
+        def read_one(path: str) -> str | None:
+            if (row := kept.rows.get(path)) is not None:
+                return None if row.is_checkpoint else row.ftype
+            progress = watch.progress(names[path])
+            return reader.run(read_candidate, path, source.n_ctx, options, progress=progress, of=path)
 
-    return Headers.read(paths, read_one)
+        return Headers.read(paths, read_one)
 
 
 def _control(headers: Headers, options: CompareOptions) -> str | None:

@@ -185,7 +185,12 @@ def estimate_capture(
 
 
 def _capturing(
-    model: ModelHeader | None, reference: str, reading: Reading, options: CaptureOptions, progress: Progress
+    model: ModelHeader | None,
+    reference: str,
+    reading: Reading,
+    options: CaptureOptions,
+    progress: Progress,
+    placed: tuple[str, ...] | None = None,
 ) -> Estimate:
     """``estimate_capture`` of a model whose header was read."""
     costs = costs_of(options)
@@ -200,16 +205,20 @@ def _capturing(
         needed = whole(Path(options.out or options.cache_folder))
         admit(needed, force=options.force)
         return needed
-    folder = capture_place(reference, reading, options, progress).folder
+    folder = capture_place(reference, reading, options, progress, placed=placed).folder
     if model is None or is_capture(folder):
         return Estimate()
     return resumed(whole(folder), folder, whole(folder).disk[folder])
 
 
 def estimate_reference(
-    source: ReferenceSource, options: ReadOptions, progress: Progress
+    source: ReferenceSource, options: ReadOptions, progress: Progress, placed: tuple[str, ...] | None = None
 ) -> tuple[Estimate, ModelHeader | None, Work]:
-    """The remaining cost of the reference's capture, its header, and the amount of text."""
+    """The remaining cost of the reference's capture, its header, and the amount of text.
+
+    Args:
+        placed: ``Placement.key`` of the options, where it is known.
+    """
     if source.capture is not None:
         manifest, work = captured_work(source.capture)
         if source.part is None or source.part >= work.n_windows:
@@ -218,7 +227,7 @@ def estimate_reference(
         n_bytes = 0 if is_capture(folder) else state_bytes(manifest["identity"]["hidden_size"], work.n_scored)
         return Estimate(disk={folder: n_bytes}), None, work
     model = model_header(source.path)
-    needed = _capturing(model, source.path, source.reading, CaptureOptions.of(options), progress)
+    needed = _capturing(model, source.path, source.reading, CaptureOptions.of(options), progress, placed)
     return needed, model, work_of(source.reading)
 
 
