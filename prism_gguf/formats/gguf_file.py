@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from prism_gguf.formats.file_kind import missing, without_ending
-from prism_gguf.formats.gguf_reader import check_parts, entry_bytes, open_reader, split_parts, value_of
+from prism_gguf.formats.gguf_reader import check_parts, entry_bytes, open_reader, split_parts, texts_of, value_of
 from prism_gguf.formats.mix import UNQUANTIZED
 from prism_gguf.formats.stored_types import Fallback, StoredTypes, TensorInfo, find_fallbacks
 from prism_gguf.system.amounts import amount
@@ -207,8 +209,25 @@ class GgufFile:
         return self._tensors[self.head_tensor.name].tensor_type
 
     def head_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of the output head as stored: (stop − start, bytes per row) uint8."""
-        return self._tensors[self.head_tensor.name].data[start:stop].view(np.uint8)
+        """Rows [start, stop) of the output head as stored: (stop − start, bytes per row) uint8.
+
+        They are read, not mapped: a comparison reads the heads of many files, which would stay in its memory.
+        """
+        mapped = self._tensors[self.head_tensor.name].data[start:stop].view(np.uint8)
+        if not hasattr(os, "pread"):  # on Windows
+            return mapped
+        offset = self._tensors[self.head_tensor.name].data_offset + start * mapped.shape[1]
+        data = os.pread(self._head_file, mapped.nbytes, int(offset))
+        return np.frombuffer(data, np.uint8).reshape(mapped.shape)
+
+    @cached_property
+    def _head_file(self) -> int:
+        """Descriptor of the part that has the output head, open as long as this is."""
+        name = self.head_tensor.name
+        has = (name in {tensor.name for tensor in reader.tensors} for reader in self.readers)
+        opened = os.open(next(part for part, found in zip(self.parts, has, strict=True) if found), os.O_RDONLY)
+        weakref.finalize(self, os.close, opened)
+        return opened
 
     def head_bias(self) -> np.ndarray | None:
         """The output head's bias (vocabulary,) float32, or None."""
@@ -358,4 +377,4 @@ class GgufFile:
             return []
         if field.types != [GGUFValueType.ARRAY, GGUFValueType.STRING]:
             raise InvalidModelError(f"{self.path}: tokenizer.ggml.tokens is not a list of texts")
-        return [bytes(field.parts[i]) for i in field.data]
+        return texts_of(field)
