@@ -61,7 +61,7 @@ def diameter(chunks: RowChunks, progress: Progress = no_progress) -> Diameter:
         UndefinedMetricError: fewer than two rows, or values that are not finite.
     """
     progress(0, 0)
-    mean, n_rows = _mean(chunks)
+    mean, n_rows = mean_row(chunks)
     if n_rows < 2:
         raise UndefinedMetricError(f"a head of {amount(n_rows, 'row')} has no diameter")
     points = _keep(chunks, torch.arange(n_rows), n_rows, mean)
@@ -83,7 +83,7 @@ def diameter(chunks: RowChunks, progress: Progress = no_progress) -> Diameter:
     return Diameter(search.best, (low, high), search.measured)
 
 
-def _mean(chunks: RowChunks) -> tuple[torch.Tensor, int]:
+def mean_row(chunks: RowChunks) -> tuple[torch.Tensor, int]:
     """The mean row (d,) float64, and the number of rows."""
     total, count = torch.zeros(1, dtype=torch.float64), 0
     for _, stop, rows in chunks():
@@ -91,7 +91,7 @@ def _mean(chunks: RowChunks) -> tuple[torch.Tensor, int]:
     return total / max(count, 1), count
 
 
-def _rounding(terms: int) -> float:
+def rounding(terms: int) -> float:
     """Relative to the sum of the sizes of the terms: more than a float32 sum of so many products can be off."""
     return (terms + 16) * 2.0**-23
 
@@ -136,7 +136,7 @@ def _keep(
             longest = max(longest, float(torch.linalg.vector_norm(exact, dim=1).max()))
             error = max(error, float(torch.linalg.vector_norm(exact - rounded, dim=1).max()))
     # Lengths of kept rows and of their differences are taken in float32.
-    return _Points(numbers, kept, error + _rounding(len(origin)) * longest)
+    return _Points(numbers, kept, error + rounding(len(origin)) * longest)
 
 
 def _principal_directions(points: _Points, order: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,7 @@ class _Bounds:
         self.squares = beyond[:, 0]
         self.residuals = (beyond[:, 1:].sqrt() * (1.0 + 2.0**-7)).bfloat16()  # rounded up
         # The terms of a bound add up to less than 12 times the largest square.
-        self.allowance = 12.0 * _rounding(d + _EXTRA) * float(self.squares.amax()) if n else 0.0
+        self.allowance = 12.0 * rounding(d + _EXTRA) * float(self.squares.amax()) if n else 0.0
         self.type = _fastest_type() if n > _BLOCK else torch.float32
         self.room = torch.empty(min(n, _BLOCK) * min(n, _BLOCK_COLUMNS), dtype=self.type)
 

@@ -15,7 +15,16 @@ import pytest
 import torch
 
 import prism_gguf.measure.metrics
-from prism_gguf.measure.metrics import attribution, bound, diameter, divergence, geometry, regularizer, similarity
+from prism_gguf.measure.metrics import (
+    attribution,
+    bound,
+    diameter,
+    diameter_bound,
+    divergence,
+    geometry,
+    regularizer,
+    similarity,
+)
 from prism_gguf.measure.metrics.statistics import divergence_statistics
 from prism_gguf.measure.probes import PROBES
 from prism_gguf.models.output_head import HeadPair, LogitTransform, OutputHead
@@ -141,12 +150,15 @@ def _bound(world: World, size: int) -> Numbers:
     return {"identity": gamma[0], "procrustes": gamma[1]}
 
 
-def _diameter(world: World, size: int) -> Numbers:
-    def chunks() -> Iterator[tuple[int, int, torch.Tensor]]:
-        for start, stop, _, rows in world.row_chunks(size):
-            yield start, stop, rows
+def _diameter(of: Callable[[diameter.RowChunks], Any]) -> Callable[[World, int], Numbers]:
+    def numbers(world: World, size: int) -> Numbers:
+        def chunks() -> Iterator[tuple[int, int, torch.Tensor]]:
+            for start, stop, _, rows in world.row_chunks(size):
+                yield start, stop, rows
 
-    return {"diameter": diameter.diameter(chunks).value}
+        return {"diameter": of(chunks).value}
+
+    return numbers
 
 
 def _regularizer(world: World, size: int) -> Numbers:
@@ -196,7 +208,8 @@ METRICS = {
     ),
     "attribution": Metric("attribution", _attribution, dict.fromkeys(attribution.AXES, 0)),
     "bound": Metric("bound", _bound, {"identity": 0, "procrustes": 0}),
-    "diameter": Metric("diameter", _diameter, {}, broken="h_p"),
+    "diameter": Metric("diameter", _diameter(diameter.diameter), {}, broken="h_p"),
+    "diameter bound": Metric("diameter_bound", _diameter(diameter_bound.diameter_bound), {}, broken="h_p"),
     "regularizer": Metric("regularizer", _regularizer, {"penalty": 0}),
 }
 
