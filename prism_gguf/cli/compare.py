@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +67,23 @@ def compare(
 
     Exit code: 0 if all is well, 1 if a limit (--fail-on) or the conversion is broken, 2 if a step failed.
     """
-    from prism_gguf.workflows.compare import compare as run_compare
-
     output = Output.taken_from(options)
     check_capture_options(reference)
-    with watching(output.quiet, options) as watched:
-        comparison = run_compare(reference, candidates, sources(text, chat), compare_options(**options), **watched)
+    with _begun(candidates, options):
+        from prism_gguf.workflows.compare import compare as run_compare
+
+        with watching(output.quiet, options) as watched:
+            comparison = run_compare(reference, candidates, sources(text, chat), compare_options(**options), **watched)
     output.finish(comparison)
+
+
+def _begun(candidates: tuple[str, ...], options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """The process for models, started before anything else is imported, where a file will run: it was never hashed here."""
+    from prism_gguf.system.cache import default_cache, is_hashed
+    from prism_gguf.system.worker import MEASURING, early_worker
+
+    cache = options["cache"] or default_cache()
+    if not any(Path(path).is_file() and not is_hashed(Path(path), cache) for path in candidates):
+        return nullcontext()
+    limit = options["stall_limit"] or None
+    return early_worker(verbose=options["verbose"], stall_limit=limit, preload=MEASURING)

@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
 
@@ -77,16 +77,41 @@ def open_worker(
     stall_limit: float | None = STALL_LIMIT,
     preload: Sequence[str] = (),
 ) -> Worker:
-    """A worker of one of ``BACKENDS``.
+    """A worker of one of ``BACKENDS``; one that was started early, if it is the same.
 
     Raises:
         InvalidBackendError: there is no backend of this name.
     """
+    asked = (backend, verbose, stall_limit, tuple(preload))
+    if asked in _early:
+        return _early.pop(asked)
     if backend not in BACKENDS:
         raise InvalidBackendError(f"no backend '{backend}'; there are {', '.join(sorted(BACKENDS))}")
     module, _, name = BACKENDS[backend].partition(":")
     kind = getattr(importlib.import_module(module), name)
     return cast("Worker", kind(verbose=verbose, stall_limit=stall_limit, preload=preload))
+
+
+_early: dict[tuple[object, ...], Worker] = {}
+
+
+@contextmanager
+def early_worker(
+    *, verbose: bool = False, stall_limit: float | None = STALL_LIMIT, preload: Sequence[str] = ()
+) -> Iterator[None]:
+    """Start a worker now, for the first ``open_worker`` in this block that asks for the same.
+
+    It imports torch and llama.cpp while the caller still imports what will use it.
+    """
+    worker = open_worker(verbose=verbose, stall_limit=stall_limit, preload=preload)
+    asked = ("process", verbose, stall_limit, tuple(preload))
+    _early[asked] = worker
+    try:
+        worker.start()
+        yield
+    finally:
+        if _early.get(asked) is worker:  # nobody has taken it, who would close it
+            _early.pop(asked).close()
 
 
 # `python -c` searches the current folder for modules first, which may hold untrusted files. The package may be in a

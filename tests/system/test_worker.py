@@ -14,7 +14,7 @@ import pytest
 
 from prism_gguf.system.errors import InvalidTextError, OutOfMemoryError, RuntimeFailureError, StorageError
 from prism_gguf.system.scratch import scratch_folder
-from prism_gguf.system.worker import NativeWorker
+from prism_gguf.system.worker import NativeWorker, early_worker, open_worker
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,26 @@ def test_each_renewed_child_is_a_process_of_its_own() -> None:
         worker.renew()  # of a dead one: nothing to do
         assert worker.run(_add, 1, 1) == 2
     assert not [p for p in me.children(recursive=True) if p.pid in (first[0], second[0])]
+
+
+def test_one_that_was_started_early_is_for_who_asks_for_the_same(cold_workers: None) -> None:
+    me = psutil.Process()
+    before = me.children()
+    with early_worker(preload=["json.tool"]):
+        (early,) = set(me.children()) - set(before)
+        with (
+            open_worker() as other,
+            open_worker(preload=["json.tool"]) as taken,
+            open_worker(preload=["json.tool"]) as new,
+        ):
+            assert isinstance(taken, NativeWorker) and taken._process is not None and taken._process.pid == early.pid
+            assert taken.run(_process_and_modules)[1] == {"json.tool"}
+            assert len({id(worker) for worker in (other, taken, new)}) == 3
+            assert set(me.children()) - set(before) == {early}  # the others have nothing to do
+        assert not early.is_running()
+    with early_worker(preload=["json.tool"]):
+        pass  # nobody has asked
+    assert me.children() == before
 
 
 def test_without_forks_each_renewed_child_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
