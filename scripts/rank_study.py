@@ -119,7 +119,7 @@ def measured(model: str, work: Path, windows: int) -> dict[str, Comparison]:
 def run(
     model: str, base: Path, checkpoint: Path, text: EvaluationText, matrix: Path, work: Path, windows: int
 ) -> Comparison:
-    options = CompareOptions(windows=windows, baselines=True, cache=work / "cache")
+    options = CompareOptions(windows=windows, baselines=True, exact_diameter=True, cache=work / "cache")
     with progress_bars(shown=True) as steps:
         return sweep(
             base, checkpoint, profile(model), [text], options, imatrix=matrix, folder=work / "files", steps=steps

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from prism_gguf.cli.group import main
 from prism_gguf.cli.options import (
+    exact_diameter_option,
     quiet_option,
     runtime_options,
     sources,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     help="Folder for the capture. Default: a folder in the cache.",
 )
 @click.option("--self-contained", is_flag=True, help="Store the output head too, so that the capture needs no model.")
+@exact_diameter_option
 @runtime_options
 @trust_option
 @quiet_option

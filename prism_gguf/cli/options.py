@@ -195,6 +195,13 @@ limit_options = options(
     ),
 )
 
+exact_diameter_option = click.option(
+    "--exact-diameter",
+    is_flag=True,
+    help="Compute the exact diameter of the reference's head for PRISM's bound, which may take minutes; it is kept for "
+    "this head. Default: an upper bound of it, in seconds.",
+)
+
 judging_options = options(
     click.option(
         "--attribution/--no-attribution",
@@ -206,7 +213,7 @@ judging_options = options(
         "--attribution-tokens",
         type=click.IntRange(min=2),
         metavar="N",
-        help="Attribute a random sample of N tokens. Default: all, or as many as a large vocabulary allows.",
+        help="Attribute a random sample of N tokens. Default: as many as make the shares certain, or all.",
     ),
     click.option(
         "--split-kernels",
@@ -226,6 +233,7 @@ judging_options = options(
         "cosine of states and head, before and after. Context and negative controls: these three do not predict "
         "performance (arXiv 2602.20433), and no verdict uses any of them.",
     ),
+    exact_diameter_option,
     click.option(
         "--control",
         metavar="F16.gguf",

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from prism_gguf.formats.fingerprint import is_checkpoint
 from prism_gguf.formats.gguf_file import counted
-from prism_gguf.formats.lora import AdapterFile, LoraAdapter, adapters, in_words
+from prism_gguf.formats.lora import adapters
 from prism_gguf.measure.attribution import attribute
-from prism_gguf.measure.bounds import geometry_rows, moments_of_heads
+from prism_gguf.measure.bounds import covered_gap, geometry_rows, moments_of_heads
 from prism_gguf.measure.breakdown import break_down
-from prism_gguf.measure.capture.capture_file import read_capture
-from prism_gguf.measure.decode import decode_windows, weights_only_states
+from prism_gguf.measure.capture.capture_file import Capture, read_capture
+from prism_gguf.measure.decode import stored_states, weights_only
 from prism_gguf.measure.divergent_tokens import divergent_tokens
 from prism_gguf.measure.metrics.divergence import clustered_mean
 from prism_gguf.measure.metrics.similarity import SimilarityAccumulator, SpreadAccumulator
 from prism_gguf.measure.metrics.statistics import divergence_statistics
-from prism_gguf.measure.pair import Pair, open_candidate
+from prism_gguf.measure.pair import Pair
 from prism_gguf.measure.probes import GEOMETRY, SIMILARITY, gather, moments_of, numbers
-from prism_gguf.models.llama_cpp import LlamaCppModel
+from prism_gguf.measure.stages import (
+    RunRecord,
+    has_tokens,
+    open_run,
+    run_candidate,
+    score,
+    score_candidates,
+    scored_tokens,
+)
+from prism_gguf.models.gguf_weights import GgufWeights
 from prism_gguf.models.output_head import HeadPair, OutputHead
-from prism_gguf.models.protocol import Model
+from prism_gguf.models.protocol import Weights
 from prism_gguf.results.comparison import CandidateResult, Divergence, Risk
 from prism_gguf.results.details import Baselines, FallbackInfo, HeadInfo
 from prism_gguf.results.differences import WindowMeans
 from prism_gguf.results.options import CompareOptions
-from prism_gguf.system.amounts import amount
+from prism_gguf.system.cache import key_of
 from prism_gguf.system.environment import now
 from prism_gguf.system.errors import UndefinedMetricError
 from prism_gguf.system.progress import Progress, no_progress, stage
@@ -39,7 +48,7 @@ from prism_gguf.system.progress import Progress, no_progress, stage
 def measure_candidate(
     path: str, folder: Path, options: CompareOptions, place: Path, *, progress: Progress = no_progress
 ) -> CandidateResult:
-    """Run one candidate over the captured windows and measure it; ``place`` keeps each window.
+    """Everything that a row of the result says of one candidate; ``place`` keeps the stages, and may have some already.
 
     Raises:
         IncompatibleModelsError: it cannot be compared with the reference.
@@ -48,60 +57,47 @@ def measure_candidate(
     """
     started = time.monotonic()
     options.limit_threads()
-    capture, lora = read_capture(folder, progress), adapters(options.lora)
-    progress(0, 0, "loading")
-    how = {"variant": options.variant, "as_served": options.as_served}
-    with open_candidate(path, capture, options, lora, **how) as (model, pair):
-        pair = replace(pair, notes=[*pair.notes, *_remarks(path, lora, options)])
-        row = measure(pair, model, place, options, progress=progress)
+    lora, before = adapters(options.lora), RunRecord.read(place)
+    if is_checkpoint(path):  # it stays open: opening one is long
+        capture = read_capture(folder, progress)
+        with open_run(path, capture, options, place, progress) as (checkpoint, pair, record):
+            if not has_tokens(place):
+                score([(place, pair, checkpoint)], options, progress)
+            row = _described(pair, checkpoint, record, place, options, progress)
+    else:
+        run_candidate(path, folder, options, place, progress=progress)
+        score_candidates([(path, place)], folder, options, progress=progress)
+        capture, found = read_capture(folder, progress), RunRecord.read(place)
+        assert found is not None
+        with GgufWeights(path, lora) as model:
+            row = _described(found.pair(capture, model, options), model, found, place, options, progress)
     row = replace(row, lora=list(lora), as_served=options.as_served)
-    return replace(row, seconds=round(time.monotonic() - started, 3), measured=now())
+    seconds = time.monotonic() - started + (0.0 if before is None else before.seconds)
+    return replace(row, seconds=round(seconds, 3), measured=now())
 
 
-def _remarks(path: str, lora: Sequence[LoraAdapter], options: CompareOptions) -> Iterator[str]:
-    if is_checkpoint(path):
-        kernels = ", so there are none to split" if options.split_kernels else ""
-        yield (
-            f"a checkpoint, computed in {options.dtype} by transformers: none of llama.cpp's kernels is in its "
-            f"numbers{kernels}"
-        )
-    for adapter in lora:
-        if ignored := AdapterFile(adapter.path).ignored:
-            yield f"llama.cpp leaves {amount(len(ignored), 'norm')} of {in_words([adapter])} out"
-
-
-def measure(
-    pair: Pair, model: Model, folder: Path, options: CompareOptions, *, progress: Progress = no_progress
+def _described(
+    pair: Pair, model: Weights, record: RunRecord, place: Path, options: CompareOptions, progress: Progress
 ) -> CandidateResult:
-    """Run the candidate over the capture's windows; everything that a row of the result says.
-
-    Args:
-        folder: for temporary files.
-
-    Raises:
-        RuntimeFailureError: the model did not run or gave undefined states.
-        UndefinedMetricError: a quantity has no value.
-    """
+    """The row of a candidate that has run and been scored."""
     capture, candidate_head = pair.capture, pair.heads.candidate
-    decoded = decode_windows(pair, model, folder, progress)
-    gathered = gather(pair, decoded.hidden, options, progress)
+    hidden, tokens = stored_states(place), scored_tokens(place)
+    gathered = gather(pair, hidden, options, progress)
     features = gathered[GEOMETRY].moments()
-    heads = moments_of_heads(pair.heads, progress)
-    tokens, clusters = decoded.tokens, capture.windows.window_of_token
+    heads = moments_of_heads(pair.heads, _kept_moments(capture, options), progress)
+    clusters = capture.windows.window_of_token
     gap, gap_se = clustered_mean(tokens.nll_candidate - tokens.nll_reference, clusters)
     shares = risk_shares = None
     if options.attribution:
-        weights = None
-        if options.split_kernels and isinstance(model, LlamaCppModel):
-            weights = weights_only_states(pair, model, folder, progress)
+        weights = weights_only(place)
         moments = features if weights is None else moments_of(pair, weights, progress)
         ratio = math.sqrt(moments.candidate_square / moments.reference_square)
-        shares, risk_shares = attribute(pair, decoded, ratio, weights, options.attribution_tokens, progress=progress)
+        shares, risk_shares = attribute(
+            pair, hidden, tokens, ratio, weights, options.attribution_tokens, progress=progress
+        )
     progress(0, 0, "bound")
-    # The bound covers states times weights, not the gap that the head's kernel adds.
-    kernel = risk_shares.head_kernel if risk_shares is not None and not risk_shares.sampled else 0.0
-    geometries = geometry_rows(features, heads, capture.k_feat, gap - kernel)
-    served = None if decoded.logits.source == "runtime" else model.served_head()
+    geometries = geometry_rows(features, heads, capture.k_feat, covered_gap(gap, risk_shares))
+    served = None if record.logits.source == "runtime" else model.served_head()
     worst = pair.heads if served is None else pair.heads.served_by(served)
     row = replace(
         _files(model, candidate_head),
@@ -117,8 +113,8 @@ def measure(
         ),
         attribution=shares,
         risk_attribution=risk_shares,
-        logits=decoded.logits,
-        divergent_tokens=divergent_tokens(capture, decoded.hidden, tokens.kld, worst, model.text),
+        logits=record.logits,
+        divergent_tokens=divergent_tokens(capture, hidden, tokens.kld, worst, model.text),
         baselines=_baselines(gathered[SIMILARITY], pair.heads, progress) if options.baselines else None,
         metrics=numbers(gathered),
         notes=pair.notes,
@@ -131,6 +127,12 @@ def measure(
     return row
 
 
+def _kept_moments(capture: Capture, options: CompareOptions) -> Path | None:
+    """The folder of what is kept of a reference's head; None where its content has no name."""
+    content = capture.identity.fingerprint
+    return None if content is None else options.cache_folder / "heads" / key_of([content])
+
+
 def _overflowed(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Names of the numbers in a result that are infinite or NaN."""
     for name, value in values.items():
@@ -140,7 +142,7 @@ def _overflowed(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _files(model: Model, head: OutputHead) -> CandidateResult:
+def _files(model: Weights, head: OutputHead) -> CandidateResult:
     """A row from the candidate's own files, without measurements."""
     stored, identity = model.stored(), model.identity
     return CandidateResult(

@@ -14,76 +14,101 @@ from prism_gguf.measure.capture.capture_file import Capture
 from prism_gguf.measure.capture.read_before import TOKENS, same_windows
 from prism_gguf.measure.metrics.divergence import TokenDivergence, token_divergence
 from prism_gguf.measure.pair import Pair
+from prism_gguf.measure.scoring import Side, block_of, divergences
 from prism_gguf.models.llama_cpp import LlamaCppModel
-from prism_gguf.models.output_head import ROWS_PER_CHUNK, OutputHead
-from prism_gguf.models.placement import free_bytes, is_gpu
-from prism_gguf.models.protocol import Model, WindowStates
+from prism_gguf.models.output_head import ROWS_PER_CHUNK
+from prism_gguf.models.products import Product, product_of
+from prism_gguf.models.protocol import Model, Weights
 from prism_gguf.results.comparison import Logits
-from prism_gguf.system.progress import Progress, no_progress, part, share, stage
+from prism_gguf.results.options import RunOptions
+from prism_gguf.system.errors import UndefinedMetricError
+from prism_gguf.system.progress import Progress, share, stage
 
 # Nats. Measured: 1e-12 to 7e-12 where the kernel is the right one; the kernels themselves cost 1e-7 (F16) to 1e-3 (Q8_0).
 _MAX_EMULATION_KLD = 1e-9
-_PROOF_POSITIONS = 64  # of each window that the emulation is checked on
-BLOCK = 512
-"""Tokens whose logits exist at a time, over one chunk of the vocabulary."""
-# On a GPU more: all rows of a head travel to it once for each block. A float for each token and row in so many places.
-_MOST_TOKENS, _PER_LOGIT, _SHARE = 16384, 12, 4
+_PROOF_TOKENS, _PROOF_POSITIONS = 65, 16  # of each window that the emulation is checked on: run, and looked at
 _STATES, _RUNTIME, _WEIGHTS = "states", "runtime", "weights"  # folders of a candidate's windows
 _KINDS = {f.name: np.bool_ if f.name == "same_top" else np.float64 for f in fields(TokenDivergence)}
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A candidate's output on the windows.
+class Run:
+    """What a candidate's run has given.
 
     Attributes:
-        hidden: (n_scored, d) float32, memory-mapped, in window order.
-        tokens: the served distribution's divergence from the reference's, token by token.
+        hidden: its states (n_scored, d) float32, memory-mapped, in window order.
         logits: where the served distribution comes from.
+        tokens: its divergence from the reference's, token by token, where only the runtime has it; else None, and
+            ``measure.scoring`` finds it from the states.
     """
+
+    hidden: np.ndarray
+    logits: Logits
+    tokens: TokenDivergence | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A candidate's states (n_scored, d) float32, and its served distribution's divergence, token by token."""
 
     hidden: np.ndarray
     tokens: TokenDivergence
     logits: Logits
 
 
-def decode_windows(pair: Pair, model: Model, folder: Path, progress: Progress) -> Decoded:
+def run_windows(pair: Pair, model: Model, folder: Path, options: RunOptions, progress: Progress) -> Run:
     """Run the candidate over the windows, in front of its head where what that makes of the states is known.
 
-    The emulation of llama.cpp's kernel is checked against the runtime's own logits on the first and the middle window of
-    this very run; where they differ (another backend, another kernel) the runtime's logits are used throughout. A
-    checkpoint's logits are its states times its head: nothing is emulated, and nothing is left to check.
+    Logits that are made here, with the activations rounded as llama.cpp's kernel rounds them, are checked against the
+    runtime's own on the first and the middle window of this very run; where they differ (another backend, another kernel)
+    the runtime's logits are used throughout. A checkpoint's logits are its states times its head: nothing is emulated, and
+    nothing is left to check.
     """
     served = model.served_head()
     disagreement: float | None = None
     if served is not None:
         exact = served.round_activations is None
-        hidden, disagreement = _states(pair, model, folder, None if exact else served, progress)
+        product = None if exact else product_of(served, options, pair.heads.device)
+        disagreement = None if product is None else _disagreement(pair, model, product)
         if disagreement is None or disagreement <= _MAX_EMULATION_KLD:
-            tokens = TokenDivergence.concatenate(list(_blocks(pair, hidden, served, stage(progress, "comparing"))))
-            return Decoded(hidden, tokens, Logits("computed" if exact else "emulated", disagreement))
+            hidden = _states(pair, model, folder, progress)
+            return Run(hidden, Logits("computed" if exact else "emulated", disagreement))
     hidden, tokens = _states_and_logits(pair, model, folder, progress)
-    return Decoded(hidden, tokens, Logits("runtime", disagreement))
+    return Run(hidden, Logits("runtime", disagreement), tokens)
+
+
+def decode_windows(pair: Pair, model: Model, folder: Path, options: RunOptions, progress: Progress) -> Decoded:
+    """``run_windows``, and the divergence.
+
+    Raises:
+        UndefinedMetricError: a logit is NaN or infinite.
+    """
+    run = run_windows(pair, model, folder, options, progress)
+    if run.tokens is not None:
+        return Decoded(run.hidden, run.tokens, run.logits)
+    side = side_of(pair, model, run.hidden, options)
+    (tokens,) = divergences(pair.capture, [side], pair.heads.device, stage(progress, "comparing"))
+    if isinstance(tokens, UndefinedMetricError):
+        raise tokens
+    return Decoded(run.hidden, tokens, run.logits)
+
+
+def side_of(pair: Pair, model: Weights, hidden: np.ndarray, options: RunOptions) -> Side:
+    """A candidate whose served logits are known from its states."""
+    served = model.served_head()
+    assert served is not None
+    return Side(hidden, product_of(served, options, pair.heads.device), pair.heads.n_rows)
 
 
 def blocks_of_states(
     pair: Pair, hidden: np.ndarray, progress: Progress
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """(tokens, the reference's states, the candidate's), the states (k, d) float32, for a candidate's states (n, d)."""
-    size = block_of(pair)
+    size = block_of(pair.heads.device, pair.heads.reference.width)
     for at in range(0, len(hidden), size):
         progress(at, len(hidden))
         block = slice(at, at + size)
         yield block, pair.capture.states[block], np.array(hidden[block])
-
-
-def block_of(pair: Pair) -> int:
-    """Tokens to take at a time: ``BLOCK``, or as many as a quarter of a GPU's free memory has room for."""
-    device = pair.heads.device
-    if not is_gpu(device):
-        return BLOCK
-    per_token = 4 * (2 * pair.heads.reference.width + _PER_LOGIT * ROWS_PER_CHUNK)
-    return max(BLOCK, min(_MOST_TOKENS, free_bytes(device) // _SHARE // per_token))
 
 
 def weights_only_states(pair: Pair, model: LlamaCppModel, folder: Path, progress: Progress) -> np.ndarray:
@@ -119,10 +144,28 @@ def stored_states(folder: Path) -> np.ndarray:
     return _flat(np.load(place / "hidden.npy", mmap_mode="r"))
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether the states that a run left in a folder are all there and intact."""
+    try:
+        for place in filter(Path.exists, (folder / _RUNTIME, folder / _STATES, folder / _WEIGHTS)):
+            n_windows, *shape = np.load(place / "hidden.npy", mmap_mode="r").shape
+            if place.name == _STATES and (folder / _RUNTIME).exists():
+                continue  # from before it was known that only the runtime has the logits
+            if _window_file(place, n_windows, tuple(shape)).missing():
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def weights_only(folder: Path) -> np.ndarray | None:
+    """What ``weights_only_states`` left in a folder, memory-mapped; None where they were not run."""
+    place = folder / _WEIGHTS
+    return _flat(np.load(place / "hidden.npy", mmap_mode="r")) if place.exists() else None
+
+
 def take_over(place: Path, folder: Path, earlier: Path, states: Path) -> None:
     """Copy what a candidate has run in another reading of the text, where both have the same windows.
-
-    The windows that the emulation is checked on are left out: the check is of one run.
 
     Args:
         place: the folder that the candidate's windows are going to be kept in.
@@ -138,14 +181,8 @@ def take_over(place: Path, folder: Path, earlier: Path, states: Path) -> None:
         except (OSError, ValueError):  # it has not run in this way, or its file is cut off
             continue
         kept = _window_file(place / name, len(tokens), shape, writable=True)
-        wanted = [number for number in kept.missing() if number not in _proofs(len(tokens))]
-        for number, found in same_windows(tokens, known, wanted):
+        for number, found in same_windows(tokens, known, kept.missing()):
             kept.take(number, other, found)
-
-
-def _proofs(n_windows: int) -> set[int]:
-    """The windows that the emulation is checked on."""
-    return {0, n_windows // 2}
 
 
 def _kept(capture: Capture, folder: Path) -> WindowFile:
@@ -157,8 +194,6 @@ def _kept(capture: Capture, folder: Path) -> WindowFile:
 def _window_file(folder: Path, n_windows: int, shape: tuple[int, ...], *, writable: bool = False) -> WindowFile:
     """Each window's states, of ``shape`` (scored positions, d); and what its folder has beside them."""
     entries: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"hidden": (shape, np.float32)}
-    if folder.name == _STATES:
-        entries["disagreement"] = (), np.float64
     if folder.name == _RUNTIME:
         entries |= {name: (shape[:1], kind) for name, kind in _KINDS.items()}
     return WindowFile(folder, n_windows, entries, writable=writable)
@@ -175,54 +210,41 @@ def _counted(missing: Sequence[int], n_windows: int, progress: Progress) -> Iter
         yield number
 
 
-def _states(
-    pair: Pair, model: Model, folder: Path, emulated: OutputHead | None, progress: Progress
-) -> tuple[np.ndarray, float | None]:
-    """Hidden states of all windows, and the emulation's largest mean KLD in a window; it stops where that is too large."""
-    windows = pair.capture.windows
-    kept = _kept(pair.capture, folder / _STATES)
-    proofs = set() if emulated is None else _proofs(windows.n_windows)
-    missing, running = kept.missing(), stage(progress, "running")
-
-    def largest() -> float:
-        return float(kept.arrays["disagreement"][sorted(proofs)].max(initial=0.0))
-
-    for number in _counted([n for n in missing if n in proofs], windows.n_windows, running):
-        parts, worst = [], 0.0
-        for states in pair.windows.states(model, number, logits=True):
-            parts.append(states.hidden)
-            assert emulated is not None
-            worst = max(worst, _disagreement(states, emulated, windows.tokens[number]))
-        kept.write(number, hidden=np.concatenate(parts), disagreement=np.float64(worst))
-    if largest() <= _MAX_EMULATION_KLD:
-        rest = [number for number in missing if number not in proofs]
-        counted = share(running, windows.n_windows - len(rest), len(rest), windows.n_windows)
-        for number, hidden in pair.windows.together(model, rest, progress=counted):
-            kept.write(number, hidden=hidden, disagreement=np.float64(0.0))
-    return _flat(kept.arrays["hidden"]), None if emulated is None else largest()
+def _states(pair: Pair, model: Model, folder: Path, progress: Progress) -> np.ndarray:
+    """Hidden states of all windows (n_scored, d) float32."""
+    n_windows, kept = pair.capture.windows.n_windows, _kept(pair.capture, folder / _STATES)
+    missing = kept.missing()
+    counted = share(stage(progress, "running"), n_windows - len(missing), len(missing), n_windows)
+    for number, hidden in pair.windows.together(model, missing, progress=counted):
+        kept.write(number, hidden=hidden)
+    return _flat(kept.arrays["hidden"])
 
 
-def _disagreement(states: WindowStates, served: OutputHead, tokens: np.ndarray) -> float:
-    """Mean KLD(runtime ‖ emulated) of some positions, nats."""
+def _disagreement(pair: Pair, model: Model, product: Product) -> float:
+    """Mean KLD(runtime ‖ made here), nats, of tokens at the beginning of the first and the middle window; the larger one.
+
+    A batch of so many tokens goes through the kernels that a whole window's goes through.
+    """
+    windows = pair.windows.windows
+    return max(
+        _disagreement_of(model, product, windows.tokens[number][:_PROOF_TOKENS])
+        for number in {0, windows.n_windows // 2}
+    )
+
+
+def _disagreement_of(model: Model, product: Product, tokens: np.ndarray) -> float:
+    states = next(iter(model.window_states(tokens, 0, logits=True)))
     assert states.logits is not None
     some = np.linspace(0, len(states.hidden) - 1, min(len(states.hidden), _PROOF_POSITIONS)).astype(int)
-    entered, runtime = served.enter(states.hidden[some]), torch.from_numpy(states.logits[some])
+    entered, runtime = product.enter(states.hidden[some]), torch.from_numpy(states.logits[some])
+    n_rows = runtime.shape[1]
     # In float64: the sums' own rounding in float32 would be a thousand times what is looked for.
     pairs = (
-        (start, runtime[:, start:stop].double(), served.logits(entered, start, stop, rows).double())
-        for start, stop, rows in served.chunks(runtime.shape[1])
+        (start, runtime[:, start:stop].double(), product.chunk(start, stop)(entered).cpu().double())
+        for start in range(0, n_rows, ROWS_PER_CHUNK)
+        for stop in (min(start + ROWS_PER_CHUNK, n_rows),)
     )
-    return float(token_divergence(pairs, tokens[states.start + 1 + some]).kld.mean())
-
-
-def _blocks(pair: Pair, hidden: np.ndarray, served: OutputHead, progress: Progress) -> Iterator[TokenDivergence]:
-    """Divergence of the emulated logits, a block of tokens and a chunk of the vocabulary at a time."""
-    heads, targets = pair.heads.served_by(served), pair.capture.windows.targets
-    n_blocks = -(-len(hidden) // block_of(pair))
-    for number, (block, reference, candidate) in enumerate(blocks_of_states(pair, hidden, no_progress)):
-        within = part(progress, number * heads.n_rows, n_blocks * heads.n_rows)
-        pairs = heads.logits(torch.from_numpy(reference), served.enter(candidate), within)
-        yield token_divergence(pairs, targets[block], device=heads.device)
+    return float(token_divergence(pairs, tokens[1 + some]).kld.mean())
 
 
 def _states_and_logits(

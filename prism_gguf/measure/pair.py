@@ -22,6 +22,7 @@ from prism_gguf.models.serving import serving_of
 from prism_gguf.results.details import OtherWeights
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.options import RunOptions
+from prism_gguf.results.serving import Serving
 from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import IncompatibleModelsError
 from prism_gguf.system.sanitize import one_line
@@ -78,7 +79,7 @@ def open_candidate(
         pair = replace(pair, heads=replace(pair.heads, device=placement_of(options).device))
         serving = None
         if capture.serving is not None or as_served:
-            serving = serving_of(path, trust_remote_code=options.trust_remote_code)
+            serving = _serving(path, model, options)
         try:
             if capture.texts:
                 check_same_reading(capture.texts, capture.windows, capture.bos, capture.pieces, model.vocabulary, path)
@@ -91,6 +92,12 @@ def open_candidate(
         served = ServedWindows.of(capture, model, serving, path) if as_served else None
         notes = serving_notes(capture.serving, serving, as_served=as_served)
         yield model, replace(pair, served=served, notes=[*pair.notes, *notes])
+
+
+def _serving(path: str, model: Model, options: RunOptions) -> Serving | None:
+    if isinstance(model, LlamaCppModel):  # it has loaded its vocabulary
+        return model.serving()
+    return serving_of(path, trust_remote_code=options.trust_remote_code)
 
 
 def check_pair(capture: Capture, model: Model, *, variant: bool = False) -> Pair:

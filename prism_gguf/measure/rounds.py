@@ -189,15 +189,46 @@ class Rounds:
             distinct_names(self.candidates),
         )
         what = f"files on {amount(opened.text.n_windows, 'window')}" if grows else "files"
-        for number, path in enumerate(sorted(left, key=lambda path: path != self.control)):
+        order = sorted(left, key=lambda path: path != self.control)
+        failed = self._run_together(
+            maker, [path for path in order if path in unknown and left[path].made is None], names
+        )
+        for number, path in enumerate(order):
             watch.count(number, len(left), what)
             if path in unknown:
                 worker.renew()
-            rows[path] = _measured(maker, left[path], watch.progress(names[path]))
+            rows[path] = failed.get(path) or _measured(maker, left[path], watch.progress(names[path]))
         watch.count(len(left), len(left), what)
         control = None if self.control is None else rows[self.control]
         floor = None if control is None or control.error is not None else noise_floor(control, opened.identity)
         return Measured(opened, rows, floor, maker)
+
+    def _run_together(self, maker: Rows, paths: Sequence[str], names: Mapping[str, str]) -> dict[str, CandidateResult]:
+        """Run and score GGUFs that are there, where there are several: the reference's logits are made once for all.
+
+        What is left to do for their rows is little. Rows of those that fail are returned.
+        """
+        ran: dict[str, str] = {}
+        failed: dict[str, CandidateResult] = {}
+        paths = [path for path in paths if is_gguf(path)]
+        if len(paths) < 2 or not maker.keeps:
+            return failed
+        for number, path in enumerate(paths):
+            self.watch.count(number, len(paths), "files run")
+            self.worker.renew()
+            progress = self.watch.progress(names[path])
+            try:
+                content = maker.content(path, progress)
+                if not maker.is_measured(content):
+                    maker.run(path, content, progress)
+                    ran[path] = content
+            except PrismGgufError as error:
+                failed[path] = failed_row(path, error)
+        self.watch.count(len(paths), len(paths), "files run")
+        self.worker.renew()
+        with contextlib.suppress(PrismGgufError):  # each is then scored alone, and its own row says what is wrong
+            maker.score(ran, self.watch.progress(amount(len(ran), "file")))
+        return failed
 
     def _discard(self, path: str, maker: Rows) -> None:
         """Remove the states that were left of a candidate."""
@@ -239,6 +270,11 @@ def estimate_comparison(
         return found
     costs, unfinished = costs_of(options), options.cache_folder / "unfinished"
     found += costs.start()
+    if headers:
+        found += costs.reference_logits(like, work)
+    # Those that exist run one after the other, and are scored together.
+    together = [header for header in headers.values() if header is not None and header.is_gguf]
+    found += Estimate(temporary={unfinished: sum(4 * work.n_scored * header.width for header in together)})
     if options.layers and model is not None:
         found += costs.layers(model, work, options.cache_folder / "layers")
     for path, header in headers.items():

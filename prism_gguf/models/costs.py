@@ -43,12 +43,17 @@ _START, _LOADING, _READING = 3.5, 6.0, 5e-6
 _IN_TORCH, _IN_LLAMA = 0.6, 0.45
 # Exponentials that take as long as all that is done to one logit.
 _PER_LOGIT, _PER_ATTRIBUTED = 20, 60
+# Tokens that an attribution draws beyond those that it begins with.
+_TYPICAL_DRAWS = 64
 # Of the most that autograd may keep of a token, what it was seen to keep.
 _KEPT = 0.6
 # d³ operations of alignments and bounds.
 _SINGULAR_VALUES = 1000
-# Of the V² distances between rows: between none and a twentieth is measured (see metrics.diameter).
-_DISTANCES = 0.03
+# Operations of a head's moments, over V d²: half of a symmetric product and a bit, and a whole one.
+_HEAD_MOMENTS = 3.25
+# Of the V² distances between rows: between none and a twentieth is measured (see metrics.diameter). A bound reads the head
+# a few times, and each value takes as long as so many exponentials.
+_DISTANCES, _PER_BOUNDED = 0.03, 6
 # Weights are read from a disk this fast, bytes per second, where memory cannot keep them.
 _DISK_SPEED = 1e9
 # Exponentials that take as long as a random sign and all else of a logit's gradient; as sums over a product's values; and
@@ -149,14 +154,25 @@ class Costs:
         widened = 4 * weights if 4 * weights <= WIDENED_BYTES else 4 * model.largest
         return widened + model.fused_bytes // model.blocks
 
-    def capture(self, model: ModelHeader, work: Work, folder: Path, *, self_contained: bool = False) -> Estimate:
-        """A reference's states, kept in ``folder``, and the diameter of its head."""
-        distances = self._products(2 * model.vocab**2 * model.width * _DISTANCES)
+    def capture(
+        self,
+        model: ModelHeader,
+        work: Work,
+        folder: Path,
+        *,
+        self_contained: bool = False,
+        exact_diameter: bool = False,
+    ) -> Estimate:
+        """A reference's states, kept in ``folder``, and a bound of its head's diameter, or that itself too."""
         stored = state_bytes(model.width, work.n_scored) + 4 * work.n_tokens
         if self_contained:
             stored += 2 * model.head
-        diameter = Estimate(distances, _PROCESS + 4 * model.head)
-        return self.run(model, work) + diameter + Estimate(disk={folder: stored})
+        found = self.run(model, work) + Estimate(self._elements(_PER_BOUNDED * model.head), disk={folder: stored})
+        return found + self.exact_diameter(model.vocab, model.width) if exact_diameter else found
+
+    def exact_diameter(self, vocab: int, width: int) -> Estimate:
+        """That of a head's rows."""
+        return Estimate(self._products(2 * vocab**2 * width * _DISTANCES), _PROCESS + 4 * vocab * width)
 
     def candidate(
         self,
@@ -167,33 +183,36 @@ class Costs:
         attributed: int | None = 0,
         split_kernels: bool = False,
     ) -> Estimate:
-        """A candidate measured against its reference.
+        """A candidate measured against its reference, but for the reference's logits (``reference_logits``).
 
         Args:
             attributed: tokens whose divergence is split; None takes as many as is usual, 0 is none.
         """
         states = 4 * work.n_scored * model.width
         found = self.run(model, work) + self._compared(model, work, attributed)
-        # The model stays loaded.
-        found += Estimate(0.0, self.run(model, work).memory_bytes + _BLOCKS, temporary={temporary: states})
+        found += Estimate(temporary={temporary: states})
         if split_kernels and model.is_gguf:
             copy = 2 * model.n_weights
             found += self.run(model, work) + self.quantizing([("F16", r * w) for r, w in model.matrices])
             found += Estimate(temporary={temporary: 2 * states + copy})
         return found
 
+    def reference_logits(self, model: ModelHeader, work: Work) -> Estimate:
+        """The reference's logits, once for all candidates of a comparison."""
+        n_logits = work.n_scored * model.vocab
+        return Estimate(self._products(2 * n_logits * model.width) + self._elements(_PER_LOGIT / 2 * n_logits))
+
     def _compared(self, model: ModelHeader, work: Work, attributed: int | None) -> Estimate:
         n_logits = work.n_scored * model.vocab
-        seconds = self._products(4 * n_logits * model.width) + self._elements(_PER_LOGIT * n_logits)
+        seconds = self._products(2 * n_logits * model.width) + self._elements(_PER_LOGIT / 2 * n_logits)
         if attributed != 0:
-            most = attributed or max(512, ATTRIBUTED_LOGITS // model.vocab)
+            most = attributed or _TYPICAL_DRAWS + ATTRIBUTED_LOGITS // model.vocab
             n_logits = min(work.n_scored, most) * model.vocab
             seconds += self._products(8 * n_logits * model.width) + self._elements(_PER_ATTRIBUTED * n_logits)
         # Second moments of states and head, and the singular values that alignments and bounds take of them.
-        seconds += self._products(
-            6 * model.width**2 * (work.n_scored + model.vocab) + _SINGULAR_VALUES * model.width**3
-        )
-        return Estimate(seconds, _PROCESS + 10 * 8 * model.width**2)
+        moments = 6 * work.n_scored + _HEAD_MOMENTS * model.vocab
+        seconds += self._products(moments * model.width**2 + _SINGULAR_VALUES * model.width**3)
+        return Estimate(seconds, _PROCESS + _BLOCKS + 10 * 8 * model.width**2)
 
     def layers(self, model: ModelHeader, work: Work, folder: Path | None) -> Estimate:
         """A few windows once more, after every block; a reference's streams are kept in ``folder``."""

@@ -92,9 +92,15 @@ def library() -> ctypes.CDLL:
 
 
 @functools.cache
+def cpu_library() -> ctypes.CDLL | None:
+    """ggml's CPU backend; None where llama-cpp-python has it inside another library."""
+    return _find("ggml-cpu")
+
+
+@functools.cache
 def _cpu_traits(type_value: int) -> _CpuTypeTraits | None:
     """How the CPU backend multiplies by rows of a type; None where this build does not export that."""
-    lib = _find("ggml-cpu")
+    lib = cpu_library()
     if lib is None:
         return None
     lib.ggml_get_type_traits_cpu.argtypes = [ctypes.c_int]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,15 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from prism_gguf.formats.gguf_checks import check_runnable
-from prism_gguf.formats.gguf_file import GgufFile
-from prism_gguf.formats.lora import AdapterFile, LoraAdapter
+from prism_gguf.formats.lora import LoraAdapter
 from prism_gguf.formats.text.template import ChatTemplate, written_as
 from prism_gguf.formats.text.windows import Vocabulary
 from prism_gguf.models import ggml
-from prism_gguf.models.conversions import gguf_transform
+from prism_gguf.models.gguf_weights import GgufWeights
 from prism_gguf.models.long_runs import on_a_stack_for
-from prism_gguf.models.native_log import native_log
-from prism_gguf.models.output_head import OutputHead
+from prism_gguf.models.output_head import ROWS_PER_CHUNK
 from prism_gguf.models.passes import MAX_BATCH, MAX_LOGIT_BYTES
 from prism_gguf.models.protocol import LayerStates, WindowStates
-from prism_gguf.results.model import ModelIdentity, StoredModel
 from prism_gguf.results.options import DEFAULT, RuntimeOptions
 from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import InvalidAdapterError, InvalidModelError, RuntimeFailureError
@@ -40,68 +36,10 @@ _TEMPLATES = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_
 # Z·Hᵀ with dequantized rows differs from runtime logits by the quantized head's kernel, which rounds activations to
 # 8 bits: a few per mille of the logits' norm. A wrong tensor or a missed transform is off by far more than this.
 _MAX_HEAD_DISAGREEMENT = 0.05
+_PROOF_TOKENS, _PROOF_CHUNKS = 5, 8
 
 
-def gguf_identity(gguf: GgufFile) -> ModelIdentity:
-    """The identity of a GGUF. Whether it is quantized goes by its tensors, not by what it calls itself."""
-    notes, dtype = list(gguf.label_notes), gguf.ftype
-    if gguf.is_quantized and gguf.is_original:  # what is left of it is what its publisher did not quantize
-        dtype = gguf.stored_types.held_unquantized
-        notes = notes or [f"its experts are {', '.join(gguf.stored_types.quantized_types)}, as the model was published"]
-    return ModelIdentity(
-        path=str(gguf.path),
-        kind="gguf",
-        architecture=gguf.architecture,
-        dtype=dtype,
-        hidden_size=gguf.hidden_size,
-        vocab_size=gguf.vocab_size,
-        tied=gguf.tied,
-        quantization=None if gguf.is_original else gguf.ftype,
-        notes=notes,
-    )
-
-
-def gguf_output_head(gguf: GgufFile) -> OutputHead:
-    """The output head of a GGUF, dequantized chunk by chunk from the mapped file."""
-    tensor, kind = gguf.head_tensor, gguf.head_type
-    return OutputHead(
-        tensor=tensor.name,
-        type=tensor.type,
-        n_rows=gguf.vocab_size,
-        width=gguf.hidden_size,
-        read_rows=lambda start, stop: ggml.dequantize(gguf.head_rows(start, stop), kind),
-        bias=gguf.head_bias(),
-        transform=gguf_transform(gguf),
-    )
-
-
-def emulated_head(gguf: GgufFile) -> OutputHead | None:
-    """The output head with the CPU backend's kernel: activations rounded as it rounds them.
-
-    None where this build of llama.cpp keeps its kernels' types to itself. Other backends round otherwise: check the logits
-    against the runtime's own before they count.
-    """
-    rounding = ggml.activation_rounding(gguf.head_type, gguf.hidden_size)
-    return None if rounding is None else replace(gguf_output_head(gguf), round_activations=rounding)
-
-
-def adapted_head(head: OutputHead, lora: Sequence[LoraAdapter]) -> OutputHead:
-    """``head`` with what the adapters add to its rows, or itself where they leave it alone."""
-    updates = [
-        (np.float32(one.scale) * update[0], update[1])
-        for one in lora
-        if one.scale and (update := AdapterFile(one.path).update(head.tensor)) is not None
-    ]
-    if not updates:
-        return head
-
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        return sum((b[start:stop] @ a for b, a in updates), start=head.read_rows(start, stop))
-
-    return replace(head, read_rows=read_rows)
-
-
-class LlamaCppModel:
+class LlamaCppModel(GgufWeights):
     """A GGUF loaded into llama.cpp with LoRA adapters, and a context for windows of ``n_ctx`` tokens.
 
     Raises:
@@ -118,19 +56,10 @@ class LlamaCppModel:
         options: RuntimeOptions | None = None,
         lora: Sequence[LoraAdapter] = (),
     ) -> None:
-        self.gguf = GgufFile(path)
+        super().__init__(path, lora)
         self.gguf.check_context(n_ctx)
         check_runnable(self.gguf)
         self.options = options or RuntimeOptions()
-        self.lora = tuple(lora)
-        for one in self.lora:
-            AdapterFile(one.path).check_fits(self.gguf)
-        stored_head = gguf_output_head(self.gguf)
-        self._head = adapted_head(stored_head, self.lora)
-        self._head_is_adapted = self._head is not stored_head
-        self._log = native_log()
-        self._log.clear()
-        self._model: Any = None
         self._ctx: Any = None
         self._callback: Any = None
         self._hidden: list[np.ndarray] = []
@@ -140,21 +69,17 @@ class LlamaCppModel:
         self._head_checked = False
         self._run_head = True
         try:
-            self._load(n_ctx)
+            self._begin(n_ctx)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, n_ctx: int) -> None:
+    def _begin(self, n_ctx: int) -> None:
         params = C.llama_model_default_params()
         if self.options.n_gpu_layers is not None:
             params.n_gpu_layers = self.options.n_gpu_layers
         params.use_extra_bufts = self.options.kernels == DEFAULT  # buffers of repacked weights (CPU_REPACK, AMX)
-        path = os.fsencode(self.gguf.path)
-        self._model = C.llama_model_load_from_file(path, params)
-        if not self._model:
-            raise InvalidModelError(f"{self.gguf.path}: llama.cpp cannot load it: {self._log.reason()}")
-        self._vocab = C.llama_model_get_vocab(self._model)
+        self._load(params)
         self.n_vocab = int(C.llama_vocab_n_tokens(self._vocab))
         self._n_batch = max(16, min(n_ctx, MAX_BATCH, MAX_LOGIT_BYTES // (4 * self.n_vocab)))
         # Before the context, which makes room in its graph for all that the model has by then.
@@ -214,10 +139,6 @@ class LlamaCppModel:
         self._blocks[number] = states[-self._n_outputs :].copy()
 
     @property
-    def identity(self) -> ModelIdentity:
-        return gguf_identity(self.gguf)
-
-    @property
     def vocabulary(self) -> Vocabulary:
         wants_bos = bool(C.llama_vocab_get_add_bos(self._vocab))
         return Vocabulary(
@@ -246,18 +167,6 @@ class LlamaCppModel:
     def piece(self, token: int) -> str:
         return self.text([token])
 
-    def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
-        """The text of token ids; a character whose bytes are spread over several of them comes out whole.
-
-        ``errors``: handling of an incomplete one, as in ``bytes.decode``.
-        """
-        return b"".join(map(self._piece_bytes, tokens)).decode("utf-8", errors)
-
-    def _piece_bytes(self, token: int) -> bytes:
-        buffer = ctypes.create_string_buffer(256)
-        n = C.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
-        return buffer.raw[: max(n, 0)]
-
     @property
     def render_chat(self) -> ChatTemplate:
         stored = {name: self.gguf.text(key) for name, key in _TEMPLATES.items()}
@@ -281,27 +190,12 @@ class LlamaCppModel:
             found[name] = -1 if token is None else int(token)
         return {name: token for name, token in found.items() if 0 <= token < self.n_vocab}
 
-    def stored(self) -> StoredModel:
-        gguf = self.gguf
-        types = {tensor.name: tensor.type for tensor in gguf.tensors}
-        return StoredModel(gguf.file_bytes, gguf.bits_per_weight, gguf.ftype, types, gguf.fallbacks)
-
-    def output_head(self) -> OutputHead:
-        return self._head
-
-    def served_head(self) -> OutputHead | None:
-        # An adapter of the head has a product of its own, with a kernel of its own.
-        return None if self._head_is_adapted else emulated_head(self.gguf)
-
-    def head_source(self) -> dict[str, str]:
-        return {"file": str(self.gguf.path.resolve()), "tensor": self.gguf.head_tensor.name, "bias": "output.bias"}
-
     def window_states(self, tokens: np.ndarray, first_scored: int, *, logits: bool = False) -> Iterator[WindowStates]:
         """Decode one window; yield states of the scored positions, batch by batch (see ``Model``)."""
-        self._run_head = logits or not self._head_checked
+        if not self._head_checked:
+            self._prove_head(tokens[:_PROOF_TOKENS])
+        self._run_head = logits
         for start, end, hidden, runtime_logits in self._batches(tokens, first_scored):
-            if not self._head_checked:
-                self._check_head(hidden, runtime_logits)
             yield WindowStates(start, end, hidden, runtime_logits if logits else None)
 
     def states_of(
@@ -391,34 +285,36 @@ class LlamaCppModel:
                 "the weights are damaged, or their type overflows"
             )
 
-    def _check_head(self, hidden: np.ndarray, logits: np.ndarray) -> None:
-        # The adapter proves itself once: these states, through this head and transform, are the runtime's logits.
-        few = min(4, len(hidden))
-        made = self.output_head().all_logits(hidden[:few]).numpy()
-        if not (np.isfinite(made).all() and np.isfinite(logits[:few]).all()):
-            raise RuntimeFailureError(
-                f"{self.gguf.path}: undefined (NaN or infinite) logits; the weights of {self.gguf.head_tensor.name} are "
-                "damaged, or their type overflows"
-            )
-        error = float(np.linalg.norm(made - logits[:few]) / np.linalg.norm(logits[:few]))
-        if not error < _MAX_HEAD_DISAGREEMENT:
-            raise RuntimeFailureError(
-                f"{self.gguf.path}: hidden states times output head miss llama.cpp's logits by {error:.1%} "
-                f"(architecture '{self.gguf.architecture}'); this architecture's logit transform is not supported"
-            )
-        self._head_checked = True
+    def _prove_head(self, tokens: np.ndarray) -> None:
+        """The adapter proves itself once, on a few tokens: states through this head and transform are the runtime's logits.
+
+        Of a large vocabulary some chunks do: a wrong tensor or transform shows everywhere.
+        """
+        self._run_head = True
+        for _, _, hidden, logits in self._batches(tokens, 0):
+            head, step = self.output_head(), ROWS_PER_CHUNK * -(-self.n_vocab // (_PROOF_CHUNKS * ROWS_PER_CHUNK))
+            entered, missed, whole = head.enter(hidden), 0.0, 0.0
+            for start in range(0, self.n_vocab, step):
+                stop = min(start + ROWS_PER_CHUNK, self.n_vocab)
+                made, runtime = head.logits(entered, start, stop, head.rows(start, stop)).numpy(), logits[:, start:stop]
+                missed, whole = missed + np.linalg.norm(made - runtime) ** 2, whole + np.linalg.norm(runtime) ** 2
+            if not np.isfinite(missed):
+                raise RuntimeFailureError(
+                    f"{self.gguf.path}: undefined (NaN or infinite) logits; the weights of {self.gguf.head_tensor.name} "
+                    "are damaged, or their type overflows"
+                )
+            error = float(np.sqrt(missed / whole)) if whole > 0 else float(missed > 0)
+            if not error < _MAX_HEAD_DISAGREEMENT:
+                raise RuntimeFailureError(
+                    f"{self.gguf.path}: hidden states times output head miss llama.cpp's logits by {error:.1%} "
+                    f"(architecture '{self.gguf.architecture}'); this architecture's logit transform is not supported"
+                )
+            self._head_checked = True
+            return
 
     def close(self) -> None:
         """Free native memory; safe to call twice."""
         if self._ctx:
             C.llama_free(self._ctx)
             self._ctx = self._callback = None  # the callback holds us: without it we go when our last user does
-        if self._model:
-            C.llama_model_free(self._model)
-            self._model = None
-
-    def __enter__(self) -> LlamaCppModel:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        super().close()

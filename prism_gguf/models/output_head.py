@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 
 from prism_gguf.system.progress import Progress, no_progress
 
@@ -45,6 +47,19 @@ class LogitTransform:
 
 
 @dataclass(frozen=True)
+class StoredRows:
+    """A head's rows as a GGUF stores them.
+
+    Attributes:
+        kind: their type.
+        read: ``(start, stop) -> (stop − start, bytes per row)`` uint8.
+    """
+
+    kind: GGMLQuantizationType
+    read: Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
 class OutputHead:
     """The rows that turn hidden states into logits.
 
@@ -57,6 +72,7 @@ class OutputHead:
         transform: applied after the product.
         round_activations: (n, d) float32 hidden states as the runtime's kernel rounds them before it multiplies; None for
             the exact product of the rows.
+        stored: the rows that this kernel multiplies by, where ``round_activations`` is llama.cpp's; else None.
     """
 
     tensor: str
@@ -67,17 +83,22 @@ class OutputHead:
     bias: np.ndarray | None = None
     transform: LogitTransform = LogitTransform()
     round_activations: Callable[[np.ndarray], np.ndarray] | None = None
+    stored: StoredRows | None = None
 
     def enter(self, hidden: np.ndarray) -> torch.Tensor:
         """Hidden states (n, d) float32 as the product takes them."""
         return torch.from_numpy(hidden if self.round_activations is None else self.round_activations(hidden))
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows (stop − start, d) float32."""
+        return torch.from_numpy(np.ascontiguousarray(self.read_rows(start, stop), dtype=np.float32))
 
     def chunks(self, n_rows: int | None = None, size: int = ROWS_PER_CHUNK) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(start, stop, rows) over the first ``n_rows`` rows; rows are (stop − start, d) float32."""
         end = self.n_rows if n_rows is None else n_rows
         for start in range(0, end, size):
             stop = min(start + size, end)
-            yield start, stop, torch.from_numpy(np.ascontiguousarray(self.read_rows(start, stop), dtype=np.float32))
+            yield start, stop, self.rows(start, stop)
 
     def logits(self, hidden: torch.Tensor, start: int, stop: int, rows: torch.Tensor) -> torch.Tensor:
         """Logits (n, stop − start) of one chunk of rows for hidden states (n, d) that ``enter`` gave."""
@@ -131,3 +152,11 @@ class HeadPair:
                 self.reference.logits(reference, start, stop, rows),
                 self.candidate.logits(candidate, start, stop, other),
             )
+
+
+def head_digest(head: OutputHead) -> str:
+    """SHA-256 over some rows from each part of a head: enough to know it again."""
+    digest = hashlib.sha256(f"{head.n_rows} {head.width}".encode())
+    for start in np.linspace(0, max(0, head.n_rows - 8), 16).astype(int):
+        digest.update(np.ascontiguousarray(head.read_rows(start, min(start + 8, head.n_rows)), dtype="<f4").tobytes())
+    return digest.hexdigest()

@@ -49,14 +49,11 @@ class LayerStates:
     hidden: list[np.ndarray]
 
 
-class Model(Protocol):
-    """A loaded model. Use it as a context manager: leaving it frees native memory."""
+class Weights(Protocol):
+    """A model's own content, whether it can run or not."""
 
     @property
     def identity(self) -> ModelIdentity: ...
-
-    @property
-    def vocabulary(self) -> Vocabulary: ...
 
     def stored(self) -> StoredModel: ...
 
@@ -68,12 +65,19 @@ class Model(Protocol):
         """The head that gives the served logits from the final states; None where only the runtime can."""
         ...
 
-    def head_source(self) -> dict[str, str] | None:
-        """``file``, ``tensor`` and ``bias`` that hold the head as the model itself stores it; None where no file does."""
-        ...
-
     def text(self, tokens: Sequence[int], errors: str = "replace") -> str:
         """The text of token ids; ``errors`` says what becomes of parts of a character, where the runtime lets one say."""
+        ...
+
+
+class Model(Weights, Protocol):
+    """A loaded model. Use it as a context manager: leaving it frees native memory."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def head_source(self) -> dict[str, str] | None:
+        """``file``, ``tensor`` and ``bias`` that hold the head as the model itself stores it; None where no file does."""
         ...
 
     @property

@@ -6,6 +6,7 @@ From a GGUF by its metadata, and llama.cpp's own vocabulary of it; from a checkp
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from prism_gguf.formats.fingerprint import is_checkpoint
 from prism_gguf.formats.gguf_file import GgufFile
+from prism_gguf.formats.gguf_reader import texts_of
 from prism_gguf.results.serving import CHECKPOINT, GGUF, Serving, Template
 
 # llama.h: llama_token_attr, without the rules for white space, which llama.cpp finds out by itself.
@@ -69,7 +71,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 def gguf_serving(gguf: GgufFile) -> Serving | None:
     """How llama.cpp would serve a GGUF; None where it cannot load the vocabulary."""
     with _vocabulary(gguf) as vocab:
-        return None if vocab is None else _of_vocabulary(gguf, vocab)
+        return None if vocab is None else loaded_serving(gguf, vocab)
 
 
 @contextlib.contextmanager
@@ -91,7 +93,8 @@ def _vocabulary(gguf: GgufFile) -> Iterator[Any]:
         log.clear()  # what is said of a later failure is not to be this
 
 
-def _of_vocabulary(gguf: GgufFile, vocab: Any) -> Serving:
+def loaded_serving(gguf: GgufFile, vocab: Any) -> Serving:
+    """How llama.cpp would serve a GGUF whose vocabulary it has loaded."""
     import llama_cpp.llama_cpp as C
 
     n_tokens = int(C.llama_vocab_n_tokens(vocab))
@@ -103,7 +106,7 @@ def _of_vocabulary(gguf: GgufFile, vocab: Any) -> Serving:
         return "" if token is None else bytes(C.llama_vocab_get_text(vocab, token) or b"").decode("utf-8", "replace")
 
     bos, eos, pad = (valid(int(get(vocab))) for get in (C.llama_vocab_bos, C.llama_vocab_eos, C.llama_vocab_pad))
-    attributes = [int(C.llama_vocab_get_attr(vocab, token)) for token in range(gguf.n_vocab_tokens or n_tokens)]
+    attributes = [C.llama_vocab_get_attr(vocab, token) for token in range(gguf.n_vocab_tokens or n_tokens)]
     ends = [token for token in range(n_tokens) if C.llama_vocab_is_eog(vocab, token)][:_MOST_ENDS]
     further = {name: valid(int(getattr(C, f"llama_vocab_{name}")(vocab))) for name in _FURTHER_IDS}
     control = [token for token, attribute in enumerate(attributes) if _type(attribute) == "control"][:_MOST_SHOWN]
@@ -128,6 +131,7 @@ def _of_vocabulary(gguf: GgufFile, vocab: Any) -> Serving:
     )
 
 
+@functools.cache
 def _type(attribute: int) -> str:
     return next((name for bit, name in _TYPES.items() if attribute & bit), "undefined")
 
@@ -158,7 +162,7 @@ def _tokenizer(gguf: GgufFile) -> dict[str, Any]:
 
 def _array(gguf: GgufFile, key: str) -> list[bytes]:
     field = gguf.readers[0].get_field(key)
-    return [] if field is None else [bytes(field.parts[i].tobytes()) for i in field.data]
+    return [] if field is None else texts_of(field)
 
 
 def _model_entries(gguf: GgufFile) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from prism_gguf.reports.names import command_line, file_names, full_names
 from prism_gguf.reports.words import (
     best_for_size,
     computed_in_words,
+    k_feat_in_words,
     kernels_in_words,
     number,
     printable,
@@ -103,6 +104,7 @@ def page(comparison: Comparison) -> str:
             if (figure := drawing.types(row)) is not None
         ],
         numbers=_numbers(drawing),
+        looser=k_feat_in_words(drawing.rows),
         baselines=_baselines(drawing),
         context=CONTEXT,
         hardware=_HARDWARE,

@@ -24,6 +24,7 @@ from prism_gguf.reports.names import full_names, labels
 from prism_gguf.reports.words import (
     best_for_size,
     computed_in_words,
+    k_feat_in_words,
     kernels_in_words,
     number,
     quantized_reference,
@@ -175,6 +176,8 @@ def print_comparison(comparison: Comparison, out: Console, *, details: bool = Fa
                 _print_tables(parts_tables(done, way, names), out)
         if details:
             _print_tables(_statistics(done, names), out)
+            if (looser := k_feat_in_words(done)) is not None:
+                out.print(f"bound: {looser}", style="dim")
         _print_layers(comparison, out)
         _print_baselines(comparison, out)
         out.print()

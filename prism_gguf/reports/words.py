@@ -89,6 +89,15 @@ def computed_in_words(reference: ModelIdentity) -> str | None:
     return None if (device, dtype) == ("cpu", FLOAT32) else f"{printable(dtype)} on {printable(device)}"
 
 
+def k_feat_in_words(rows: Sequence[CandidateResult]) -> str | None:
+    """That bounds have an upper bound of the head's diameter in them, in a sentence; None where all have the diameter."""
+    if all(row.geometry is None or row.geometry.k_feat_exact for row in rows):
+        return None
+    return (
+        "K_feat is from an upper bound of the diameter of the head's rows; --exact-diameter takes the diameter itself"
+    )
+
+
 def quantized_reference(reference: ModelIdentity) -> str | None:
     """A warning that the reference is quantized, in a sentence; None if it is not."""
     kind = reference.quantization

@@ -38,6 +38,8 @@ class Geometry:
     Attributes:
         alignment: ``identity``, ``procrustes``, or either with ``+scale-absorbed``.
         bound_holds: whether ``bound`` ≥ the measured |risk gap|, without the head kernel's part where that was attributed.
+        k_feat_exact: whether ``k_feat`` is from the exact diameter of the reference's head, or else from an upper bound of
+            it. Results of earlier versions do not say so, and are exact.
     """
 
     alignment: str
@@ -52,6 +54,7 @@ class Geometry:
     k_pred: float
     bound: float
     bound_holds: bool
+    k_feat_exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,9 @@ class Attribution:
         head_weights: error of the output head's weights.
         head_kernel: rounding of activations in llama.cpp's product with the head.
         body_kernel: the same in the body's products; None unless weights and kernels were run apart.
-        total: on the ``n_tokens`` that were attributed.
-        sampled: whether these are a random sample of the scored tokens.
+        total: of all scored tokens.
+        n_tokens: that were attributed.
+        sampled: whether these are a random sample of the scored tokens, from which the shares are estimated.
     """
 
     scale: float

@@ -158,11 +158,15 @@ class ReadOptions(RunOptions):
         n_ctx: tokens per window.
         windows: how many windows at most, shared between the texts; None takes all.
         score: which tokens of a window are scored.
+        exact_diameter: take the exact diameter of the reference's head for K_feat, not an upper bound of it; it takes
+            minutes where a vocabulary is large.
     """
 
     n_ctx: int = field(default=512, metadata=_ASIDE)
     windows: int | None = field(default=32, metadata=_ASIDE)
     score: Score = field(default=Score.HALF, metadata=_ASIDE)
+    # What a capture came to have counts: see ``measure.cached_row``.
+    exact_diameter: bool = field(default=False, kw_only=True, metadata=_ASIDE)
 
     def reading(self, texts: Sequence[Source] | TokenSource | None) -> Reading:
         """The reading of ``texts``, or of the packaged texts if None; ready-made windows keep their length."""
@@ -189,7 +193,8 @@ class CompareOptions(ReadOptions):
 
     Attributes:
         attribution: split each divergence between its causes.
-        attribution_tokens: of so many tokens at most; None takes as many as are affordable.
+        attribution_tokens: of so many tokens, drawn at random; None draws until the shares are certain enough
+            (``measure.attribution``), or takes all where that is cheap.
         split_kernels: run each candidate's weights as F16 too.
         layers: follow the residual stream after each block, on a few of the windows (see ``measure.drift``).
         baselines: the literature's similarity scores too, as context.

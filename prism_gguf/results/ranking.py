@@ -17,7 +17,7 @@ _MOST = 32  # candidates of which every two are compared
 def rank(candidates: Sequence[CandidateResult]) -> Ranking:
     """Rank those that have numbers."""
     klds = {c.path: c.divergence.kld_mean for c in candidates if c.divergence is not None}
-    bounds = {c.path: row.bound for c in candidates for row in c.geometry_alternatives if row.alignment == "procrustes"}
+    bounds = _bounds(candidates)
     spearman = None
     if min(len(set(klds.values())), len(set(bounds.values()))) >= 3:
         spearman = rank_correlation(list(klds.values()), [bounds[path] for path in klds])
@@ -45,6 +45,16 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 def _ranks(values: Sequence[float]) -> list[float]:
     in_order = sorted(values)
     return [(bisect_left(in_order, value) + bisect_right(in_order, value) + 1) / 2 for value in values]
+
+
+def _bounds(candidates: Sequence[CandidateResult]) -> dict[str, float]:
+    """Bounds with W = Procrustes by path, all with the same K_feat.
+
+    Results that were put together may have that of one head exactly and as a bound: the least is the nearest.
+    """
+    rows = {c.path: row for c in candidates for row in c.geometry_alternatives if row.alignment == "procrustes"}
+    k_feat = min((row.k_feat for row in rows.values()), default=0.0)
+    return {path: row.bound - (row.k_feat - k_feat) * row.delta for path, row in rows.items()}
 
 
 def paired_difference(one: CandidateResult, other: CandidateResult) -> Difference:

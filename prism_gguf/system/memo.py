@@ -6,7 +6,8 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,7 @@ def ensure_kept(
     make: Callable[[Path], T],
     *,
     fresh: bool = False,
+    begun: bool = False,
     leave: bool = False,
     progress: Progress,
 ) -> T:
@@ -70,6 +72,7 @@ def ensure_kept(
         kind: a dataclass, which is stored as JSON.
         make: called with a folder for finished parts of its work. After a kill, the next run has the same folder.
         fresh: compute it again, from the start.
+        begun: that start was ``begin_kept``, which has left finished parts.
         leave: leave that folder as it is (see ``work_folder``).
     """
     unfinished = work_folder(cache, key)
@@ -79,7 +82,7 @@ def ensure_kept(
         if cannot_write(cache):  # another user's cache: new results are not stored
             with scratch_folder() as folder:
                 return make(folder)
-        if fresh:
+        if fresh and not begun:
             shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True, exist_ok=True)
         made = make(unfinished)
@@ -89,6 +92,26 @@ def ensure_kept(
         if not leave:
             shutil.rmtree(unfinished, ignore_errors=True)
     return made
+
+
+@contextmanager
+def begin_kept(cache: Path, key: str, kind: type[T], *, fresh: bool, progress: Progress) -> Iterator[Path | None]:
+    """The folder for finished parts of a result, while nobody else works on it; None where the result is cached.
+
+    ``ensure_kept`` finishes it.
+
+    Args:
+        kind, fresh: as there.
+    """
+    place = work_folder(cache, key)
+    with locked(_file(cache, key), cache, progress):
+        if not fresh and find_kept(cache, key, kind) is not None:
+            yield None
+            return
+        if fresh:
+            shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True, exist_ok=True)
+        yield place
 
 
 def work_folder(cache: Path, key: str) -> Path:

@@ -110,6 +110,7 @@ def test_a_file_is_taken_apart_and_put_together_again(intact: Intact) -> None:
     assert mutation(1, intact.data) == mutation(1, intact.data)
 
 
+@pytest.mark.slow
 def test_files_of_strangers_give_a_result_or_one_line(intact: Intact, elsewhere: Path) -> None:
     whole = [("intact", intact.data)]
     cuts = [(f"cut before {said}", intact.data[:at]) for at, said in boundaries(intact.data)[::40]]

@@ -55,6 +55,7 @@ def test_they_are_those_of_the_files(tmp_path: Path) -> None:
     assert found == [model_fingerprint(path, tmp_path / "other") for path in reversed(paths)]
 
 
+@pytest.mark.slow
 def test_one_model_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, watched = files(tmp_path, 4), Watched(monkeypatch)
     with Hashing(tmp_path / "cache") as hashing:

@@ -18,7 +18,7 @@ from prism_gguf.formats.gguf_file import GgufFile
 from prism_gguf.formats.mix import UNQUANTIZED, Mix
 from prism_gguf.formats.stored_types import StoredTypes, TensorInfo
 from prism_gguf.models.factors import Factors
-from prism_gguf.models.llama_cpp import gguf_identity
+from prism_gguf.models.gguf_weights import gguf_identity
 from prism_gguf.models.llama_quantizer import planned_types
 from prism_gguf.quantization.smoothing.apply import write_smoothed
 from prism_gguf.reports.words import quantized_reference

@@ -20,14 +20,12 @@ from prism_gguf.measure.candidate import measure_candidate
 from prism_gguf.measure.capture.capture_file import read_capture
 from prism_gguf.measure.capture.ensure import ensure_capture
 from prism_gguf.measure.capture.kld_base import export_kld_base
-from prism_gguf.measure.decode import BLOCK, block_of
 from prism_gguf.measure.metrics.attribution import ProductChunk, coalitions
 from prism_gguf.measure.metrics.bound import head_moments
 from prism_gguf.measure.metrics.divergence import DivergenceStream, TokenDivergence, token_divergence
 from prism_gguf.measure.metrics.geometry import MomentAccumulator
-from prism_gguf.measure.pair import Pair
+from prism_gguf.measure.scoring import BLOCK, block_of
 from prism_gguf.models import placement
-from prism_gguf.models.output_head import HeadPair
 from prism_gguf.quantization.heads.cross_score import decode_body, score_heads
 from prism_gguf.results.comparison import CandidateResult
 from prism_gguf.results.options import CaptureOptions, CompareOptions, HeadOptions, RunOptions
@@ -185,7 +183,7 @@ def test_a_gpu_takes_all_tokens_that_it_has_room_for(
     capture = read_capture(captured)
 
     def block(device: torch.device) -> int:
-        return block_of(Pair(capture, HeadPair(capture.head, capture.head, capture.head.n_rows, device)))
+        return block_of(device, capture.head.width)
 
     assert block(CPU) == BLOCK and block(only_gpu.device) == 16384
     per_token = 4 * (2 * capture.head.width + 12 * 2048)

@@ -226,6 +226,7 @@ def reading(windows: int = 10, n_ctx: int = 128) -> Reading:
     return Reading(held_out_texts(), n_ctx, windows, Score.ALL)
 
 
+@pytest.mark.slow
 def test_predictions_are_what_quantizing_costs(tmp_path: Path) -> None:
     found = ensure_sensitivity(str(MODEL), reading(), SensitivityOptions(types=("Q4_0", "Q3_K"), cache=tmp_path))
     assert len(found.tensors) == 30 and not found.left_out

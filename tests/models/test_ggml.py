@@ -10,7 +10,8 @@ from gguf import GGUFReader
 from gguf.quants import dequantize as by_gguf_py
 
 from prism_gguf.models import ggml
-from prism_gguf.models.llama_cpp import LlamaCppModel, emulated_head
+from prism_gguf.models.gguf_weights import emulated_head
+from prism_gguf.models.llama_cpp import LlamaCppModel
 from prism_gguf.testbed import held_out_texts
 
 

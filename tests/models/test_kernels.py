@@ -90,6 +90,7 @@ def test_only_repacked_types_give_other_states(name: str, ladder: dict[str, Path
     assert np.linalg.norm(default - plain) < 0.05 * np.linalg.norm(plain)
 
 
+@pytest.mark.slow
 def test_results_of_both_are_kept_apart_and_say_which(ladder: dict[str, Path]) -> None:
     options = CompareOptions(windows=2)
     found = {

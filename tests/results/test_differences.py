@@ -27,7 +27,7 @@ from prism_gguf.reports.markdown import card
 from prism_gguf.results.comparison import CandidateResult, Comparison
 from prism_gguf.results.details import Failure
 from prism_gguf.results.differences import Difference, WindowMeans
-from prism_gguf.results.options import CaptureOptions, CompareOptions
+from prism_gguf.results.options import CaptureOptions, CompareOptions, RunOptions
 from prism_gguf.results.ranking import rank, rank_correlation
 from prism_gguf.results.sample_size import SampleSize, Stopped
 from prism_gguf.results.stored import merge_results, read_result
@@ -73,7 +73,7 @@ def test_against_per_token_values_of_real_runs(compared: Comparison, ladder: dic
     for name in ("Q8_0", "Q4_K_M"):
         options = choose_kernels(CompareOptions())[0]
         with open_candidate(str(ladder[name]), capture, options) as (model, pair):
-            tokens[name] = decode_windows(pair, model, tmp_path / name, no_progress).tokens.kld
+            tokens[name] = decode_windows(pair, model, tmp_path / name, RunOptions(), no_progress).tokens.kld
     clusters = capture.windows.window_of_token
     difference = tokens["Q4_K_M"] - tokens["Q8_0"]
     residuals = [sum(d - difference.mean() for d in difference[clusters == w]) for w in range(4)]

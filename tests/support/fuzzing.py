@@ -216,8 +216,10 @@ class Fuzzer:
         """Measure files against the capture, and remove them."""
         for said, path in readable:
             started = time.monotonic()
-            with tempfile.TemporaryDirectory() as place:
-                answer = self._run(measure_candidate, str(path), self.capture, self.options, Path(place))
+            with tempfile.TemporaryDirectory() as folder:
+                place, options = Path(folder) / "work", replace(self.options, cache=Path(folder) / "cache")
+                place.mkdir()
+                answer = self._run(measure_candidate, str(path), self.capture, options, place)
             self.tally.outcomes.append(replace(verdict(said, answer), seconds=time.monotonic() - started))
             path.unlink()
 

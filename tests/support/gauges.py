@@ -43,10 +43,13 @@ def rescaled(checkpoint: Path, factors: Factors, out: Path) -> Path:
     vectors = copied_vectors(network)
     with torch.no_grad():
         for tensor in quantizable_tensors(network)[0]:
-            if (columns := factors.columns.get(tensor.name)) is not None:
-                tensor.rows.div_(torch.from_numpy(columns)[:, None, :])
-            if (rows := factors.rows.get(tensor.name)) is not None:
-                tensor.rows.mul_(torch.from_numpy(rows)[:, :, None])
+            own = slice(tensor.first_row, tensor.first_row + tensor.shape[1])
+            columns, rows = factors.columns.get(tensor.name), factors.rows.get(tensor.name)
+            for matrix, product in enumerate(tensor.products(tensor.stored())):
+                if columns is not None:
+                    product[own].div_(torch.from_numpy(columns[matrix]))
+                if rows is not None:
+                    product[own].mul_(torch.from_numpy(rows[matrix])[:, None])
         for name in vectors.keys() & factors.rows.keys():
             vectors[name].mul_(torch.from_numpy(factors.rows[name][0]))
     return _save(network, out)

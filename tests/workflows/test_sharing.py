@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from read_only import read_only
 from test_resume import TWO_FILES, finish, start, without_times
 
 from prism_gguf.cli import main
@@ -60,29 +59,6 @@ def test_two_sweeps_at_once_share_the_work(ladder: dict[str, Path], tmp_path: Pa
     kept = ["testbed-Q2_K.gguf", "testbed-Q4_K_M.gguf"]
     assert sorted(path.name for path in out.iterdir()) == ([] if ending else kept)
     assert not list((tmp_path / "cache").glob("unfinished/*"))
-
-
-@contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """For root, whom permissions do not bind, a read-only mount."""
-    if os.getuid() == 0:
-        for options in (["--bind", str(folder)], ["-o", "remount,ro,bind"]):
-            mounted = subprocess.run(["mount", *options, str(folder)], capture_output=True)
-            if mounted.returncode:
-                pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
-        try:
-            yield
-        finally:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
-    else:
-        folders = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
-        for path in folders:
-            path.chmod(0o555)
-        try:
-            yield
-        finally:
-            for path in folders:
-                path.chmod(0o755)
 
 
 @pytest.mark.slow

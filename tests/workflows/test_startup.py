@@ -27,7 +27,10 @@ PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.
 WATCHED = f"""
 import json, sys
 started = []
-sys.addaudithook(lambda event, args: started.append(event) if event in {PROCESSES} else None)
+def watch(event, args):
+    if event in {PROCESSES}:
+        started.append([event, "numpy" in sys.modules])
+sys.addaudithook(watch)
 from prism_gguf.cli import main
 try:
     main(sys.argv[2:])
@@ -40,7 +43,7 @@ TEXTS = [a for text in ("postgresql", "python") for a in ("--text", str(MODEL.pa
 
 
 def watched(args: Sequence[str | Path], out: Path) -> Any:
-    """A command's exit code, the heavy modules that it has loaded, and how it has started processes."""
+    """A command's exit code, the heavy modules that it has loaded, and how it has started processes, after numpy or not."""
     subprocess.run([sys.executable, "-c", WATCHED, out, *args], check=True, timeout=300)
     return json.loads(out.read_text())
 
@@ -59,9 +62,10 @@ def test_what_is_kept_is_shown_without_torch_llama_cpp_or_a_process(
         assert row["divergence"] == kept["divergence"] and row["measured"] == kept["measured"]
     for name in ("text", "reference", "environment", "noise_floor"):
         assert found[name] == rows[name]
-    # Something that is not kept does need them; so the watch sees what it should.
-    code, _, started = watched([*args, "--fresh", "--no-attribution"], tmp_path / "seen")
-    assert code == 0 and "subprocess.Popen" in started
+    # A file that is new has to run, in a process that imports while the command itself still does.
+    new = shutil.copy(ladder["Q2_K"], tmp_path / "new.gguf")
+    code, loaded, started = watched(["compare", MODEL, new, *TEXTS, *args[-5:], "--no-attribution"], tmp_path / "seen")
+    assert (code, loaded, started[0]) == (0, [], ["subprocess.Popen", False])
 
 
 @pytest.mark.slow

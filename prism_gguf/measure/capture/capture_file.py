@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,17 +18,17 @@ from prism_gguf.formats.file_kind import is_gguf
 from prism_gguf.formats.state_file import StateFile
 from prism_gguf.formats.text.selection import Reading
 from prism_gguf.formats.text.windows import EvaluationText, TokenWindows
+from prism_gguf.measure.capture.feature_constant import FeatureConstant, exact_feature_constant, feature_bound
 from prism_gguf.measure.capture.read_before import TOKENS, ReadBefore
 from prism_gguf.measure.capture.record import SCHEMA, damaged, read_record
-from prism_gguf.measure.metrics.diameter import diameter
 from prism_gguf.measure.same_weights import WeightSample, read_sample, sample_of
-from prism_gguf.models.output_head import LogitTransform, OutputHead
+from prism_gguf.models.output_head import LogitTransform, OutputHead, head_digest
 from prism_gguf.models.protocol import Model
 from prism_gguf.results.model import ModelIdentity
 from prism_gguf.results.options import FLOAT32
 from prism_gguf.results.serving import Serving
 from prism_gguf.system.atomic_files import write_whole, written_whole
-from prism_gguf.system.cache import KEY, MANIFEST, recorded_key
+from prism_gguf.system.cache import KEY, MANIFEST, check_cache, recorded_key
 from prism_gguf.system.environment import environment, now
 from prism_gguf.system.errors import InvalidCaptureError
 from prism_gguf.system.progress import Progress, no_progress, share, stage
@@ -53,7 +52,7 @@ class Capture:
         texts: the texts behind the windows; empty where only token ids were given.
         states: hidden states of the scored positions, in window order, read by slice.
         head: its output head, read from disk chunk by chunk.
-        k_feat: see ``feature_constant``.
+        k_feat: of its head; a bound, unless the exact value was asked for.
         n_tokens: real tokens of its vocabulary.
         bos: id that begins each window, or None.
         pieces: the text of each token id in the windows, as the reference's vocabulary has it.
@@ -67,7 +66,7 @@ class Capture:
     texts: list[EvaluationText]
     states: StateFile
     head: OutputHead
-    k_feat: float
+    k_feat: FeatureConstant
     n_tokens: int
     bos: int | None
     pieces: dict[int, str]
@@ -100,9 +99,8 @@ def write_capture(
     manifest["identity"]["fingerprint"] = fingerprint
     # The model is gone by now: its weights and K_feat's rows are not in memory together.
     head = _read_head(folder, ModelIdentity(**manifest["identity"]), manifest["head"])
-    known = before.feature_constant(manifest["head"]["digest"])
-    shown = stage(progress, "diameter of the head")
-    manifest["k_feat"] = feature_constant(head, shown) if known is None else known
+    k_feat = before.feature_constant(manifest["head"]["digest"]) or feature_bound(head, progress)
+    manifest.update(k_feat.record())
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -155,7 +153,7 @@ def _run(
                 "type": head.type,
                 "transform": asdict(head.transform),
                 "source": source,
-                "digest": _digest(head),
+                "digest": head_digest(head),
             },
         }
 
@@ -175,30 +173,6 @@ def _identity(model: Model, windows: TokenWindows) -> ModelIdentity:
 def record_of(windows: TokenWindows) -> dict[str, Any]:
     """What a manifest says of its windows."""
     return {"domains": windows.domains, "score": windows.score.value, "fingerprint": windows.fingerprint}
-
-
-def feature_constant(head: OutputHead, progress: Progress = no_progress) -> float:
-    """K_feat of a reference's head: how fast its loss can change with a hidden state, in nats per unit.
-
-    The loss's gradient is Σ_k (p_k − e_y,k) f'_k h_k. Without a soft cap f' is one constant and the gradient is a
-    difference of two averages of rows: at most the rows' diameter. A soft cap has f' between 0 and 1, row by row, which
-    adds the origin to what the averages are taken over.
-    """
-
-    def chunks() -> Iterator[tuple[int, int, torch.Tensor]]:
-        yield from head.chunks()
-        if head.transform.softcap is not None:
-            yield head.n_rows, head.n_rows + 1, torch.zeros(1, head.width)
-
-    return abs(head.transform.scale) * diameter(chunks, progress).value
-
-
-def _digest(head: OutputHead) -> str:
-    """SHA-256 over some rows from each part of a head: enough to know it again."""
-    digest = hashlib.sha256(f"{head.n_rows} {head.width}".encode())
-    for start in np.linspace(0, max(0, head.n_rows - 8), 16).astype(int):
-        digest.update(np.ascontiguousarray(head.read_rows(start, min(start + 8, head.n_rows)), dtype="<f4").tobytes())
-    return digest.hexdigest()
 
 
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -235,7 +209,7 @@ def read_capture(folder: Path, progress: Progress = no_progress) -> Capture:
             texts=record.texts,
             states=states,
             head=_read_head(folder, identity, manifest["head"]),
-            k_feat=manifest["k_feat"],
+            k_feat=FeatureConstant.recorded(manifest),
             n_tokens=manifest["n_tokens"],
             bos=manifest["bos"],
             pieces={int(token): piece for token, piece in manifest["pieces"].items()},
@@ -260,6 +234,29 @@ def adopt_head(folder: Path, model: Path) -> None:
         write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
+def adopt_exact_diameter(folder: Path, cache: Path, progress: Progress = no_progress) -> None:
+    """Record K_feat itself where a capture has a bound of it.
+
+    Raises:
+        StorageError: the capture cannot be written to.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not FeatureConstant.recorded(manifest).exact:
+        check_cache(folder, may_hold=False)  # before the minutes that it takes
+        manifest.update(find_exact_diameter(folder, cache, progress).record())
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def find_exact_diameter(folder: Path, cache: Path, progress: Progress = no_progress) -> FeatureConstant:
+    """K_feat itself of the head of a capture, which stays as it is."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    known = FeatureConstant.recorded(manifest)
+    if known.exact:
+        return known
+    head = _read_head(folder, ModelIdentity(**manifest["identity"]), manifest["head"])
+    return exact_feature_constant(head, cache, progress)
+
+
 def adopt_serving(folder: Path, find: Callable[[], Serving | None]) -> None:
     """Record how the model of a capture would be served, where that is not yet recorded."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -277,7 +274,7 @@ def _read_head(folder: Path, identity: ModelIdentity, recorded: dict[str, Any]) 
         )
     if source is not None and is_gguf(source["file"]):
         from prism_gguf.formats.gguf_file import GgufFile
-        from prism_gguf.models.llama_cpp import gguf_output_head
+        from prism_gguf.models.gguf_weights import gguf_output_head
 
         head = gguf_output_head(GgufFile(source["file"]))
     else:
@@ -293,7 +290,7 @@ def _read_head(folder: Path, identity: ModelIdentity, recorded: dict[str, Any]) 
             bias=file.get_tensor(place["bias"]).float().numpy() if place["bias"] in names else None,
             transform=LogitTransform(**recorded["transform"]),
         )
-    if _digest(head) != recorded["digest"]:
+    if head_digest(head) != recorded["digest"]:
         raise InvalidCaptureError(
             f"{folder}: the head in {source['file'] if source else OWN_HEAD['file']} has changed; capture again"
         )

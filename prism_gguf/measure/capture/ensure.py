@@ -89,7 +89,7 @@ def ensure_capture(
     Args:
         fingerprint: the model's content, where it is known.
     """
-    from prism_gguf.measure.capture.capture_file import adopt_head, adopt_serving
+    from prism_gguf.measure.capture.capture_file import adopt_exact_diameter, adopt_head, adopt_serving
     from prism_gguf.measure.capture.read_before import ReadBefore
     from prism_gguf.models.serving import serving_of
 
@@ -111,6 +111,8 @@ def ensure_capture(
             _write(reference, reading, options, place, before, progress)
             before.record(folder)
         adopt_serving(folder, partial(serving_of, reference, trust_remote_code=options.trust_remote_code))
+        if options.exact_diameter:
+            adopt_exact_diameter(folder, cache, progress)
     return folder
 
 

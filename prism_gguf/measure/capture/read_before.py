@@ -16,6 +16,7 @@ import numpy as np
 
 from prism_gguf.formats.state_file import StateFile
 from prism_gguf.formats.text.windows import TokenWindows
+from prism_gguf.measure.capture.feature_constant import FeatureConstant
 from prism_gguf.system.atomic_files import write_whole
 from prism_gguf.system.cache import MANIFEST, is_capture
 
@@ -58,13 +59,12 @@ class ReadBefore:
             for number, found in same_windows(windows.tokens, tokens, missing):
                 states.take(number, other, found)
 
-    def feature_constant(self, digest: str) -> float | None:
-        """K_feat of the head with this digest, which takes minutes where a vocabulary is large."""
-        for folder in self.folders:
-            manifest = _manifest(folder)
-            if manifest.get("head", {}).get("digest") == digest and "k_feat" in manifest:
-                return float(manifest["k_feat"])
-        return None
+    def feature_constant(self, digest: str) -> FeatureConstant | None:
+        """K_feat of the head with this digest; an exact value before a bound."""
+        manifests = (_manifest(folder) for folder in self.folders)
+        same = [m for m in manifests if m.get("head", {}).get("digest") == digest and "k_feat" in m]
+        found = sorted(map(FeatureConstant.recorded, same), key=lambda one: not one.exact)
+        return found[0] if found else None
 
 
 def same_windows(tokens: np.ndarray, others: np.ndarray, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

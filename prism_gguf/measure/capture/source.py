@@ -14,6 +14,7 @@ from prism_gguf.formats.hub import is_hub_id
 from prism_gguf.formats.text.selection import Reading, Source, TokenSource
 from prism_gguf.formats.text.windows import EvaluationText, Score, notes_of
 from prism_gguf.measure.capture.ensure import capture_place, ensure_capture
+from prism_gguf.measure.capture.feature_constant import FeatureConstant
 from prism_gguf.measure.capture.part import ensure_part, part_place
 from prism_gguf.measure.capture.record import read_record
 from prism_gguf.measure.capture.unhashed import hashes_behind
@@ -123,7 +124,7 @@ class ReferenceSource:
             if self.part is not None:
                 folder = worker.run(ensure_part, folder, self.part, options.cache_folder, progress=progress)
             return OpenReference(folder, *worker.run(_describe, folder, False, progress=progress))
-        running, fingerprint = CaptureOptions.of(options), None
+        running, fingerprint = _capture_options(options), None
         if hashing is not None and self.is_hashed_first(options):
             fingerprint = hashing.of(self.path, stage(progress, "hashing"))
         job = (self.path, self.reading, running, fingerprint)
@@ -172,7 +173,7 @@ def capture_notes(folder: Path) -> list[str]:
 def _named(path: str, captured: ModelIdentity, *, progress: Progress) -> ModelIdentity:
     """The identity of a GGUF under the name that it has here. Runs in the worker."""
     from prism_gguf.formats.gguf_file import GgufFile
-    from prism_gguf.models.llama_cpp import gguf_identity
+    from prism_gguf.models.gguf_weights import gguf_identity
 
     return replace(gguf_identity(GgufFile(path)), fingerprint=captured.fingerprint)
 
@@ -197,7 +198,8 @@ def _capturing(
 
     def whole(folder: Path) -> Estimate:
         assert model is not None
-        return costs.start() + costs.capture(model, work_of(reading), folder, self_contained=options.self_contained)
+        kept = {"self_contained": options.self_contained, "exact_diameter": options.exact_diameter}
+        return costs.start() + costs.capture(model, work_of(reading), folder, **kept)
 
     if not work_of(reading).n_windows:  # too short: who reads it says so
         return Estimate()
@@ -206,9 +208,25 @@ def _capturing(
         admit(needed, force=options.force)
         return needed
     folder = capture_place(reference, reading, options, progress, placed=placed).folder
-    if model is None or is_capture(folder):
+    if is_capture(folder):
+        return _exact_diameter(folder, options)
+    if model is None:
         return Estimate()
     return resumed(whole(folder), folder, whole(folder).disk[folder])
+
+
+def _exact_diameter(capture: Path, options: ReadOptions) -> Estimate:
+    """The cost of the exact diameter, where it is asked for and a capture has a bound of it."""
+    known = FeatureConstant.of_capture(capture) if options.exact_diameter else None
+    if known is None or known.exact:
+        return Estimate()
+    identity = captured_work(capture)[0]["identity"]
+    return costs_of(options).exact_diameter(identity["vocab_size"], identity["hidden_size"])
+
+
+def _capture_options(options: ReadOptions) -> CaptureOptions:
+    """How a comparison's reference is captured."""
+    return CaptureOptions.of(options, exact_diameter=options.exact_diameter)
 
 
 def estimate_reference(
@@ -221,13 +239,14 @@ def estimate_reference(
     """
     if source.capture is not None:
         manifest, work = captured_work(source.capture)
+        diameter = _exact_diameter(source.capture, options)
         if source.part is None or source.part >= work.n_windows:
-            return Estimate(), None, work
+            return diameter, None, work
         work, folder = work.at_most(source.part), part_place(source.capture, source.part, options.cache_folder)
         n_bytes = 0 if is_capture(folder) else state_bytes(manifest["identity"]["hidden_size"], work.n_scored)
-        return Estimate(disk={folder: n_bytes}), None, work
+        return diameter + Estimate(disk={folder: n_bytes}), None, work
     model = model_header(source.path)
-    needed = _capturing(model, source.path, source.reading, CaptureOptions.of(options), progress, placed)
+    needed = _capturing(model, source.path, source.reading, _capture_options(options), progress, placed)
     return needed, model, work_of(source.reading)
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prism_gguf.measure.metrics.divergence import Buffer, RunningSoftmax
+from prism_gguf.measure.metrics.divergence import RunningSoftmax
+from prism_gguf.models.buffers import Buffer
 from prism_gguf.system.errors import UndefinedMetricError
 
 Finish = Callable[[torch.Tensor, int, int], torch.Tensor]

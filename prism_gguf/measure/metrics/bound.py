@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from prism_gguf.system.errors import UndefinedMetricError
 
 K_PRED = float(np.sqrt(2.0))
 """Largest norm of the cross-entropy's gradient in the logits, ‖p − e_y‖₂ ≤ √2."""
+_COLUMN_BLOCKS = 4  # of a symmetric product: five eighths of the whole one's operations
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,62 @@ class HeadMoments:
     biased: bool
 
 
-def head_moments(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], *, biased: bool) -> HeadMoments:
-    """Gather ``HeadMoments`` from (reference rows, candidate rows) chunks, each (c, w) float32 on one device."""
-    sums: list[torch.Tensor] | None = None
-    for reference, candidate in chunks:
-        difference = reference - candidate
-        products = [reference.T @ reference]
-        if bool(difference.any()):  # an unquantized head has none, and its two products are not worth making
-            products += [difference.T @ difference, difference.T @ reference]
-        if sums is None:
-            place = float64_device(products[0].device)
-            sums = [torch.zeros(products[0].shape, dtype=torch.float64, device=place) for _ in range(3)]
-        for total, product in zip(sums, products, strict=False):
-            total += product.to(total.device)
-    if sums is None:
+class SecondMoment:
+    """Gathers Xᵀ X of rows (c, w) that come in chunks, in float64 over chunks; half of it, for it is symmetric."""
+
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] = []  # of each block of columns: with itself and all before it
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows (c, w) float32, all on one device."""
+        edges = np.linspace(0, rows.shape[1], _COLUMN_BLOCKS + 1).astype(int)
+        parts = [rows[:, start:stop].T @ rows[:, :stop] for start, stop in pairwise(edges)]
+        if not self._sums:
+            place = float64_device(rows.device)
+            self._sums = [torch.zeros(part.shape, dtype=torch.float64, device=place) for part in parts]
+        for total, part in zip(self._sums, parts, strict=True):
+            total += part.to(total.device)
+
+    def matrix(self) -> np.ndarray:
+        """(w, w) float64."""
+        width = self._sums[-1].shape[1]
+        lower = np.zeros((width, width))
+        for total in self._sums:
+            stop = total.shape[1]
+            lower[stop - len(total) : stop, :stop] = total.cpu().numpy()
+        lower = np.tril(lower)
+        return lower + np.tril(lower, -1).T
+
+
+def head_moments(
+    chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], *, biased: bool, reference: np.ndarray | None = None
+) -> HeadMoments:
+    """Gather ``HeadMoments`` from (reference rows, candidate rows) chunks, each (c, w) float32 on one device.
+
+    Args:
+        reference: H_Tᵀ H_T, where it is known from another candidate.
+    """
+    own, difference, cross = SecondMoment(), SecondMoment(), None
+    width = 0
+    for rows, other in chunks:
+        width, delta = rows.shape[1], rows - other
+        if reference is None:
+            own.add(rows)
+        if cross is not None or bool(delta.any()):  # an unquantized head has none: its products are not worth making
+            difference.add(delta)
+            product = delta.T @ rows
+            if cross is None:
+                cross = torch.zeros(product.shape, dtype=torch.float64, device=float64_device(product.device))
+            cross += product.to(cross.device)
+    if not width:
         raise UndefinedMetricError("an output head without rows has no divergence")
-    reference_sum, difference_sum, cross_sum = sums
-    return HeadMoments(difference_sum.cpu().numpy(), cross_sum.cpu().numpy(), reference_sum.cpu().numpy(), biased)
+    none = np.zeros((width, width))
+    return HeadMoments(
+        difference=none if cross is None else difference.matrix(),
+        cross=none if cross is None else cross.cpu().numpy(),
+        reference=own.matrix() if reference is None else reference,
+        biased=biased,
+    )
 
 
 def head_divergence(

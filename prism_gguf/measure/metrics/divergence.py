@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from prism_gguf.models.buffers import Buffer
 from prism_gguf.models.placement import float64_device
 from prism_gguf.system.errors import UndefinedMetricError
 
@@ -36,20 +37,6 @@ class TokenDivergence:
     def where(self, chosen: np.ndarray) -> TokenDivergence:
         """The same for some tokens: a mask or indices."""
         return TokenDivergence(*(getattr(self, f.name)[chosen] for f in fields(self)))
-
-
-class Buffer:
-    """Memory for results of one shape, used again and again: fresh pages cost more than the arithmetic on them."""
-
-    def __init__(self) -> None:
-        self._tensor = torch.empty(0)
-
-    def like(self, other: torch.Tensor) -> torch.Tensor:
-        """A tensor of that shape and type, with anything in it."""
-        mine, asked = ((t.shape, t.dtype, t.device) for t in (self._tensor, other))
-        if mine != asked:
-            self._tensor = torch.empty_like(other, memory_format=torch.contiguous_format)
-        return self._tensor
 
 
 class RunningSoftmax:
@@ -149,10 +136,11 @@ class DivergenceStream:
         Raises:
             UndefinedMetricError: a logit is NaN or infinite.
         """
-        return [self._result(*pair) for pair in zip(self._candidates, self._weighted, strict=True)]
+        return [self.result(number) for number in range(len(self._candidates))]
 
-    def _result(self, candidate: RunningSoftmax, weighted: torch.Tensor) -> TokenDivergence:
-        reference = self._reference
+    def result(self, number: int) -> TokenDivergence:
+        """One candidate's divergence; raises as ``results``."""
+        reference, candidate, weighted = self._reference, self._candidates[number], self._weighted[number]
         kld = weighted / reference.sum - (reference.log_sum - candidate.log_sum)
         if not bool(torch.isfinite(kld).all()):
             raise UndefinedMetricError("logits hold NaN or infinite values: the divergence is undefined")

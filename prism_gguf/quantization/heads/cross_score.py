@@ -19,12 +19,15 @@ from prism_gguf.formats.gguf_writer import NewTensor, write_copy
 from prism_gguf.formats.state_file import StateFile
 from prism_gguf.formats.stored_types import fallback_type
 from prism_gguf.measure.capture.capture_file import Capture, read_capture
-from prism_gguf.measure.decode import BLOCK, decode_windows, stored_states
-from prism_gguf.measure.metrics.divergence import Buffer, DivergenceStream, TokenDivergence, clustered_mean
+from prism_gguf.measure.decode import decode_windows, stored_states
+from prism_gguf.measure.metrics.divergence import DivergenceStream, TokenDivergence, clustered_mean
 from prism_gguf.measure.metrics.statistics import divergence_statistics
 from prism_gguf.measure.pair import Pair, open_candidate
+from prism_gguf.measure.scoring import BLOCK
 from prism_gguf.models import ggml
-from prism_gguf.models.llama_cpp import LlamaCppModel, gguf_output_head
+from prism_gguf.models.buffers import Buffer
+from prism_gguf.models.gguf_weights import gguf_output_head
+from prism_gguf.models.llama_cpp import LlamaCppModel
 from prism_gguf.models.output_head import ROWS_PER_CHUNK, HeadPair, OutputHead
 from prism_gguf.models.placement import free_bytes, is_gpu, placement_of
 from prism_gguf.quantization.heads import settings
@@ -78,7 +81,7 @@ def decode_body(path: str, folder: Path, out: Path, options: HeadOptions, *, pro
     progress(0, 0, "loading")
     with open_candidate(path, capture, options) as (model, pair):
         assert isinstance(model, LlamaCppModel)
-        decoded = decode_windows(pair, model, out, progress)
+        decoded = decode_windows(pair, model, out, options, progress)
         kernel = _is_cpu_kernel(decoded.logits, model.gguf.head_type)
     np.savez(out / _SERVED, **{f.name: getattr(decoded.tokens, f.name) for f in fields(TokenDivergence)})
     return Body(path, out, pair.heads.n_rows, decoded.logits, kernel, pair.notes)
@@ -351,5 +354,5 @@ def run_head(
         with LlamaCppModel(file, n_ctx=capture.windows.n_ctx, options=options.runtime()) as model:
             device = placement_of(options).device
             pair = Pair(capture, HeadPair(capture.head, model.output_head(), body.shared_rows, device))
-            decoded = decode_windows(pair, model, place, progress)
+            decoded = decode_windows(pair, model, place, options, progress)
     return _judge(capture, body, options).score(decoded.tokens, "run", kernel=True)
