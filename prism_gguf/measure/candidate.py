@@ -57,7 +57,7 @@ def measure_candidate(
     """
     started = time.monotonic()
     options.limit_threads()
-    lora, before = adapters(options.lora), RunRecord.read(place)
+    lora, before = adapters(options.lora), RunRecord.intact(place)
     if is_checkpoint(path):  # it stays open: opening one is long
         capture = read_capture(folder, progress)
         with open_run(path, capture, options, place, progress) as (checkpoint, pair, record):
@@ -65,8 +65,10 @@ def measure_candidate(
                 score([(place, pair, checkpoint)], options, progress)
             row = _described(pair, checkpoint, record, place, options, progress)
     else:
-        run_candidate(path, folder, options, place, progress=progress)
-        score_candidates([(path, place)], folder, options, progress=progress)
+        if before is None:
+            run_candidate(path, folder, options, place, progress=progress)
+        if not has_tokens(place):
+            score_candidates([(path, place)], folder, options, progress=progress)
         capture, found = read_capture(folder, progress), RunRecord.read(place)
         assert found is not None
         with GgufWeights(path, lora) as model:

@@ -58,12 +58,17 @@ class RunRecord:
 
     @classmethod
     def read(cls, place: Path) -> RunRecord | None:
-        """The record in a candidate's folder; None where it has not run, or its states are damaged."""
+        """The record in a candidate's folder; None where it has not run."""
         try:
-            record = TypeAdapter(cls).validate_json((place / _RECORD).read_bytes())
+            return TypeAdapter(cls).validate_json((place / _RECORD).read_bytes())
         except (OSError, ValueError):  # none, or cut short
             return None
-        return record if is_whole(place) else None
+
+    @classmethod
+    def intact(cls, place: Path) -> RunRecord | None:
+        """``read``; None also where the states beside it are damaged. Reads all of them."""
+        record = cls.read(place)
+        return record if record is not None and is_whole(place) else None
 
     def pair(self, capture: Capture, model: Weights, options: CompareOptions) -> Pair:
         """The pair that the candidate makes with its reference."""
@@ -101,7 +106,7 @@ def run_candidate(
     path: str, folder: Path, options: CompareOptions, place: Path, *, progress: Progress = no_progress
 ) -> None:
     """Run one candidate, unless that is done, and close it (see ``open_run``)."""
-    if RunRecord.read(place) is None:
+    if RunRecord.intact(place) is None:
         options.limit_threads()
         with open_run(path, read_capture(folder, progress), options, place, progress):
             pass
@@ -133,7 +138,7 @@ def score_candidates(
     capture, lora, scored = read_capture(folder, progress), adapters(options.lora), []
     with ExitStack() as opened:
         for path, place in places:
-            if (record := RunRecord.read(place)) is None or has_tokens(place):
+            if has_tokens(place) or (record := RunRecord.intact(place)) is None:
                 continue
             model = opened.enter_context(GgufWeights(path, lora))
             scored.append((place, record.pair(capture, model, options), model))

@@ -23,7 +23,7 @@ from prism_gguf.results.model import ModelIdentity, StoredModel
 from prism_gguf.results.serving import Serving
 from prism_gguf.system.errors import InvalidModelError
 
-if TYPE_CHECKING:  # Python 3.10 has it not; not an import at runtime
+if TYPE_CHECKING:  # Python 3.10's typing lacks it
     from typing_extensions import Self
 
 _LONGEST_PIECE = 256  # bytes of a token

@@ -62,8 +62,6 @@ def diameter(chunks: RowChunks, progress: Progress = no_progress) -> Diameter:
     """
     progress(0, 0)
     mean, n_rows = mean_row(chunks)
-    if n_rows < 2:
-        raise UndefinedMetricError(f"a head of {amount(n_rows, 'row')} has no diameter")
     points = _keep(chunks, torch.arange(n_rows), n_rows, mean)
     search = _Search(chunks)
     radii = points.radii()
@@ -84,11 +82,17 @@ def diameter(chunks: RowChunks, progress: Progress = no_progress) -> Diameter:
 
 
 def mean_row(chunks: RowChunks) -> tuple[torch.Tensor, int]:
-    """The mean row (d,) float64, and the number of rows."""
+    """The mean row (d,) float64, and the number of rows.
+
+    Raises:
+        UndefinedMetricError: there are fewer than two, which have no diameter.
+    """
     total, count = torch.zeros(1, dtype=torch.float64), 0
     for _, stop, rows in chunks():
         total, count = total + rows.sum(0, dtype=torch.float64), stop
-    return total / max(count, 1), count
+    if count < 2:
+        raise UndefinedMetricError(f"a head of {amount(count, 'row')} has no diameter")
+    return total / count, count
 
 
 def rounding(terms: int) -> float:

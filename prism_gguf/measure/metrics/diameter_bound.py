@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from prism_gguf.measure.metrics.diameter import RowChunks, mean_row, rounding
-from prism_gguf.system.amounts import amount
 from prism_gguf.system.errors import UndefinedMetricError
 from prism_gguf.system.progress import Progress, no_progress
 
@@ -46,9 +45,7 @@ def diameter_bound(chunks: RowChunks, progress: Progress = no_progress) -> Diame
         UndefinedMetricError: fewer than two rows, or values that are not finite.
     """
     progress(0, 0)
-    mean, n_rows = mean_row(chunks)
-    if n_rows < 2:
-        raise UndefinedMetricError(f"a head of {amount(n_rows, 'row')} has no diameter")
+    mean, _ = mean_row(chunks)
     centre, kept = mean.float(), torch.empty(0, len(mean))
     bound, least, passes = math.inf, 0.0, 1
     while passes < _MAX_PASSES and bound > (1.0 + _NEAR) * 2.0 * least:
